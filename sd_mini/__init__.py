@@ -1,0 +1,28 @@
+"""sd_mini: a latent text-to-image model from nothing, in three stages trained apart and joined in one `Pipeline`.
+
+Importing this package loads no torch; each name is resolved when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sd_mini.pipeline import Pipeline
+    from sd_mini.stages import load_stage
+
+_HOME = {"Pipeline": "sd_mini.pipeline", "load_stage": "sd_mini.stages"}
+__all__ = ["Pipeline", "__version__", "load_stage"]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'sd_mini' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

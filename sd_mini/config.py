@@ -1,0 +1,129 @@
+"""Configs: a frozen pydantic model per stage, read from a YAML file and changed by dotted overrides.
+
+`--any.field value` on the command line is `any: {field: value}` in the file. A value is read as YAML; pydantic then
+checks its type, so `1e-4`, which YAML calls a string, is still a float where a float is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, unknown fields refused, the docstring under a field is its help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """YAML file + `--a.b value` overrides => a checked `cls`.
+
+    Raises ValueError, one line: the file that is missing, the field that is unknown (with the nearest name), the value
+    of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(Path(path))
+    for dotted, value in _pairs(overrides):
+        _assign(values, dotted, value)
+    return check(cls, values, source=str(path or "command line"))
+
+
+def check(cls: type[C], values: dict[str, Any], source: str) -> C:
+    """Plain values => a checked `cls`; pydantic's report is cut down to its first complaint, on one line."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_complaint(cls, error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"config {path}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path}: expected fields with values, got a {type(values).__name__}")
+    return values
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """["--a.b", "1", "--c=2"] => [("a.b", 1), ("c", 2)]."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or name == "--":
+            raise ValueError(f"argument {name!r}: expected --field value or --field.inner value")
+        name, equals, text = name[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"--{name}: expected a value after it")
+            text = rest.pop(0)
+        try:
+            pairs.append((name, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            raise ValueError(f"--{name}: the value {text!r} is not readable as YAML") from None
+    return pairs
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.replace("-", "_").split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--{dotted}: {parent} is {inner!r}, which has no inner fields")
+        values = inner
+    values[last] = value
+
+
+def _complaint(cls: type[Config], error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    name = ".".join(where) or "the config"
+    if first["type"] == "extra_forbidden":
+        known = sorted(_fields_at(cls, where[:-1]))
+        near = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{name}: unknown field; {hint}fields here: {', '.join(known)}"
+    if first["type"] == "missing":
+        return f"{name}: missing; give it in the file or as --{name} VALUE"
+    return f"{name}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _fields_at(cls: Any, where: Sequence[str]) -> set[str]:
+    """Field names of the (possibly nested, possibly union) config that `where` points at."""
+    models = [m for m in (cls, *get_args(cls)) if isinstance(m, type) and issubclass(m, BaseModel)]
+    if not where:
+        return {name for model in models for name in model.model_fields}
+    inner = [model.model_fields[where[0]].annotation for model in models if where[0] in model.model_fields]
+    return {name for annotation in inner for name in _fields_at(annotation, where[1:])}
+
+
+def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run `main(argv)` as a command line: the user's mistake (ValueError) is one line on stderr and exit code 2.
+
+    `SD_MINI_TRACEBACK=1` lets the exception through, for whoever looks for a fault of ours.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except ValueError as error:
+        if os.environ.get("SD_MINI_TRACEBACK"):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2

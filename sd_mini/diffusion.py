@@ -1,0 +1,56 @@
+"""The forward process, its targets, time sampling and guidance: pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+# x_t = (1 - t) x_0 + t eps: the linear path of rectified flow. Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 22
+def flow_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """latents, noise (B, C, h, w), timesteps (B,) in [0, 1] => noised latents; t = 0 is the picture, t = 1 the noise."""
+    t = _per_sample(timesteps, latents)
+    return (1 - t) * latents + t * noise
+
+
+# d x_t / d t = eps - x_0
+def flow_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """The velocity that the network learns, (B, C, h, w)."""
+    return noise - latents
+
+
+def flow_to_latents(noised: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
+    """What the network thinks the picture is: x_0 = x_t - t v."""
+    return noised - _per_sample(timesteps, noised) * velocity
+
+
+# logit-normal time sampling, Esser et al. 2024, eq. 19, mixed with a share of uniform so that no t is left untrained
+def sample_timesteps(normal: Tensor, uniform: Tensor, uniform_share: float, shift: float = 1.0) -> Tensor:
+    """`normal`, `uniform` (B,): independent draws N(0, 1) and U(0, 1) => timesteps (B,) in (0, 1).
+
+    The uniform draw decides both whether a sample is uniform and, rescaled, its value. `shift` > 1 moves weight towards
+    the noisy end for larger latents: t' = s t / (1 + (s - 1) t), Esser et al. 2024, eq. 23.
+    """
+    if uniform_share >= 1:
+        timesteps = uniform
+    else:
+        is_uniform = uniform < uniform_share
+        timesteps = torch.where(is_uniform, uniform / max(uniform_share, 1e-12), torch.sigmoid(normal))
+    return shift * timesteps / (1 + (shift - 1) * timesteps)
+
+
+# classifier-free guidance, Ho & Salimans 2022, eq. 6, in the form with scale 1 = no guidance
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    return unconditional + scale * (conditional - unconditional)
+
+
+def check_guidance(scale: float) -> None:
+    """Raises ValueError for a scale that no picture comes out of."""
+    if not math.isfinite(scale) or scale < 0:
+        raise ValueError(f"guidance_scale {scale}: expected a finite number of at least 0 (1 is no guidance)")
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

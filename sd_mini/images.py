@@ -1,0 +1,222 @@
+"""Pictures in and out: files and PIL images <=> (3, H, W) uint8 sRGB <=> float32 pixels in [-1, 1].
+
+The only module that knows the value ranges. Colour profiles are not applied: the stored numbers are taken as sRGB.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+WHITE = (255, 255, 255)
+
+MAX_SIDE = 20_000  # px; beyond it a picture is a mistake or an attack, not training data
+MAX_PIXELS = 2**28 // 3  # a quarter GiB of RGB, the size at which Pillow warns of a decompression bomb
+
+_GAP = 4  # px around every tile of a grid
+_LABEL_SIZE = 11  # px; the smallest at which Pillow's own font reads well
+_LABEL_WIDTH = 96  # px; a labelled column is at least this wide, so that words keep whole
+
+
+def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """An encoded picture, its path, or a PIL image => (3, H, W) uint8 sRGB.
+
+    EXIF orientation is applied, transparency is blended onto `background` (0 to 255 each), 16-bit grey is scaled by
+    1 / 257, and an animation gives its first frame (a PIL image the frame it stands at).
+
+    Raises ValueError, one line with the source and the reason: missing, truncated or not a picture, float pixels, more
+    than MAX_SIDE a side or MAX_PIXELS in all.
+    """
+    try:
+        image = source
+        if not isinstance(source, Image.Image):
+            image = Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
+        _check_size(image)
+        rgb = _flatten(ImageOps.exif_transpose(image), background)
+    except Exception as error:  # on damaged bytes Pillow's decoders raise anything, from SyntaxError to struct.error
+        raise ValueError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
+    return np.asarray(rgb).transpose(2, 0, 1).copy()  # (H, W, 3) => (3, H, W); writable, and not PIL's memory
+
+
+def _describe(source: object) -> str:
+    if isinstance(source, bytes):
+        return f"a picture of {len(source)} bytes"
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or f"a {source.width} x {source.height} PIL image of mode {source.mode}"
+    return str(source) if isinstance(source, str | Path) else f"a {type(source).__name__}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its text shows only a memory address
+        return "not a picture format that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _check_size(image: Image.Image) -> None:
+    # the header gives the size, so nothing of a bomb is unpacked yet
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} px holds no pixel")
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} px, expected at most {MAX_SIDE:,} px a side and {MAX_PIXELS:,} px in all")
+
+
+def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Any Pillow mode => RGB, with transparency blended onto `background`."""
+    if image.mode == "F":
+        raise ValueError("float pixels (mode F) have no agreed range, expected 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        image = _narrow(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+
+
+def _narrow(image: Image.Image) -> Image.Image:
+    """16-bit grey (modes I;16* and I) => L, or LA where the file names a transparent grey."""
+    wide = np.asarray(image).astype(np.int64)
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError(f"grey values from {wide.min()} to {wide.max()}, expected 0 to 65535")
+    grey = Image.fromarray(((wide + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255; rounded to the nearest
+    key = image.info.get("transparency")
+    if key is not None:
+        grey.putalpha(Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def fit(picture: np.ndarray, resolution: int) -> np.ndarray:
+    """(3, H, W) uint8 => (3, R, R) uint8: the short side scaled to R px (Lanczos, antialiased), the centre kept.
+
+    Raises ValueError for another shape or dtype, and for a resolution below 1.
+    """
+    _check_picture(picture)
+    if resolution < 1:
+        raise ValueError(f"resolution: got {resolution} px, expected at least 1 px")
+    height, width = picture.shape[1:]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2  # half pixels are kept: the crop is centred exactly
+    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(square).transpose(2, 0, 1).copy()
+
+
+def _check_picture(picture: np.ndarray) -> None:
+    if picture.ndim != 3 or picture.shape[0] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"picture: got {picture.dtype} of shape {tuple(picture.shape)}, expected uint8 of (3, H, W)")
+
+
+def to_pixels(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """(B, 3, H, W) uint8 => (B, 3, H, W) float32 in [-1, 1], same device. Raises ValueError for another dtype."""
+    pictures = torch.as_tensor(pictures)
+    if pictures.dtype != torch.uint8:
+        raise ValueError(f"pictures: got {pictures.dtype}, expected uint8; pixels in [-1, 1] need no conversion")
+    return pictures.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """(B, 3, H, W) float in [-1, 1] => uint8, rounded; what lies outside is clamped. `to_uint8(to_pixels(x)) == x`.
+
+    Raises ValueError for integers and for NaN, which a clamp would turn into a plausible black.
+    """
+    pixels = torch.as_tensor(pixels)
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels: got {pixels.dtype}, expected float in [-1, 1]; uint8 pictures need no conversion")
+    if pixels.isnan().any():
+        raise ValueError("pixels: got NaN, expected float in [-1, 1]; the model that made them has diverged")
+    return ((pixels.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(pictures: torch.Tensor | np.ndarray) -> list[Image.Image]:
+    """(B, 3, H, W) uint8 => B PIL images of mode RGB. Raises ValueError for another shape or dtype."""
+    pictures = _as_numpy(pictures)
+    if pictures.ndim != 4:
+        raise ValueError(f"pictures: got shape {tuple(pictures.shape)}, expected (B, 3, H, W)")
+    for picture in pictures:
+        _check_picture(picture)
+    return [Image.fromarray(picture) for picture in np.ascontiguousarray(pictures.transpose(0, 2, 3, 1))]
+
+
+def _as_numpy(pictures: torch.Tensor | np.ndarray) -> np.ndarray:
+    return pictures.cpu().numpy() if isinstance(pictures, torch.Tensor) else np.asarray(pictures)
+
+
+def grid(
+    pictures: Sequence[np.ndarray | torch.Tensor | Image.Image],
+    columns: int,
+    labels: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """N pictures, (3, H, W) uint8 or PIL, any sizes => one RGB image, row by row on white, each above its label.
+
+    `scale` enlarges by whole pixels, so that a small sample's pixels stay visible. Labels are wrapped to their column.
+
+    Raises ValueError for no pictures, columns or scale below 1, or another number of labels than pictures.
+    """
+    if not len(pictures) or columns < 1 or scale < 1:
+        raise ValueError(
+            f"grid: got {len(pictures)} pictures, columns {columns}, scale {scale}; expected at least 1 of each"
+        )
+    if labels is not None and len(labels) != len(pictures):
+        raise ValueError(f"grid: got {len(labels)} labels for {len(pictures)} pictures, expected one for each")
+    tiles = [_tile(picture, scale) for picture in pictures]
+    width = max(tile.width for tile in tiles) if labels is None else max(_LABEL_WIDTH, *(tile.width for tile in tiles))
+    height = max(tile.height for tile in tiles)
+    font = ImageFont.load_default(_LABEL_SIZE)
+    texts = ["\n".join(_wrap(label, font, width)) for label in labels or []]
+    below = max((_text_height(text, font) for text in texts), default=0)
+
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    step_x, step_y = width + _GAP, height + below + _GAP
+    sheet = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for i, tile in enumerate(tiles):
+        x, y = _GAP + i % columns * step_x, _GAP + i // columns * step_y
+        sheet.paste(tile, (x, y))
+        if texts:
+            draw.multiline_text((x, y + height + _GAP), texts[i], fill="black", font=font)
+    return sheet
+
+
+def _tile(picture: np.ndarray | torch.Tensor | Image.Image, scale: int) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        picture = decode(picture)
+    image = to_pil(_as_numpy(picture)[None])[0]
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _wrap(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """A label => lines of at most `width` px, broken between words, and inside a word only where it alone is wider."""
+    lines = [""]
+    for word in label.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _text_height(text: str, font: ImageFont.FreeTypeFont) -> int:
+    bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)[3]
+    return _GAP + int(np.ceil(bottom))
+
+
+# PSNR = 10 log10(255^2 / MSE), a picture at a time
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Two (B, 3, H, W) uint8 => (B,) dB in float64; equal pictures give infinity."""
+    error = (a.astype(np.float64) - b.astype(np.float64)) ** 2
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / error.mean((1, 2, 3)))

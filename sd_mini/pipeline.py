@@ -1,0 +1,284 @@
+"""Prompts => pictures: the three stages joined, with the calls and the folders a diffusers user expects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_mini import images, noise_predictor
+from sd_mini.autoencoder import Autoencoder
+from sd_mini.diffusion import check_guidance, guide
+from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
+from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage, check_prompts
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class Pipeline(DiffusionPipeline):
+    """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
+
+    `resolution` is the training size in pixels and the default height and width; `default_steps` and
+    `default_guidance` are the recipe's own; `stages` holds the hashes of the stages this was joined from.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_adapter->noise_predictor->autoencoder"
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        text_adapter: TextAdapter,
+        noise_predictor: ModelMixin,
+        autoencoder: Autoencoder,
+        scheduler: SchedulerMixin,
+        resolution: int = 64,
+        default_steps: int = 20,
+        default_guidance: float = 3.0,
+        stages: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            text_adapter=text_adapter,
+            noise_predictor=noise_predictor,
+            autoencoder=autoencoder,
+            scheduler=scheduler,
+        )
+        self.register_to_config(
+            resolution=resolution,
+            default_steps=default_steps,
+            default_guidance=default_guidance,
+            stages=dict(stages or {}),
+        )
+
+    @classmethod
+    def from_stages(
+        cls,
+        text_encoder: str | Path | Stage,
+        autoencoder: str | Path | Stage,
+        noise_predictor: str | Path | Stage,
+        scheduler: SchedulerMixin | None = None,
+    ) -> Pipeline:
+        """Join three exported stages (folders, or loaded). Raises ValueError, both hashes named, if they do not fit."""
+        given = {"text_encoder": text_encoder, "autoencoder": autoencoder, "noise_predictor": noise_predictor}
+        stages = {kind: s if isinstance(s, Stage) else load_stage(s, kind) for kind, s in given.items()}
+        text, vae, predictor = stages.values()
+        check_belonging(predictor.contract, text_encoder=text.hash, autoencoder=vae.hash)
+        return cls(
+            **text.parts,
+            **vae.parts,
+            **predictor.parts,
+            scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
+            **predictor.contract["sampling"],
+            stages={kind: stage.hash for kind, stage in stages.items()},
+        )
+
+    @classmethod
+    def from_run(cls, run: str | Path, **kwargs: Any) -> Pipeline:
+        """Join the three exported stages of a run folder, `RUN/STAGE/final`."""
+        return cls.from_stages(*(Path(run) / kind / "final" for kind in _STAGE_ORDER), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Pipeline:
+        """Load what `save_pretrained` wrote. Weights come from safetensors only."""
+        index = Path(folder) / "model_index.json"
+        if Path(folder).exists() and not index.is_file():
+            raise ValueError(f"{folder}: no pipeline here (model_index.json is missing); join one: sd-mini export RUN")
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(folder, **kwargs)
+
+    def save(self, folder: str | Path) -> None:
+        """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one."""
+        with atomic_folder(Path(folder)) as partial:
+            self.save_pretrained(partial)
+
+    @property
+    def text_stage(self) -> TextStage:
+        return TextStage(self.tokenizer, self.text_encoder, self.text_adapter)
+
+    def check_inputs(
+        self, prompt: Any, height: int, width: int, steps: int, guidance_scale: float, prompt_embeds: Any, latents: Any
+    ) -> None:
+        """Raises ValueError, one line, for anything no picture can be made from. Nothing has been computed yet."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("expected either prompt or prompt_embeds, got " + ("neither" if prompt is None else "both"))
+        if prompt is not None and not isinstance(prompt, str | list | tuple):
+            raise ValueError(f"prompt is a {type(prompt).__name__}; expected text or a list of texts")
+        if prompt is not None and len(prompts := _listed(prompt)) == 0:
+            raise ValueError("prompt is an empty list; give at least one text")
+        elif prompt is not None:
+            check_prompts(prompts)
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"num_inference_steps {steps!r}: expected a whole number of at least 1")
+        check_guidance(guidance_scale)
+        self.latent_shape(height, width)
+        if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}; expected (B, {str(self.latent_shape(height, width))[1:]}"
+            )
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
+        patch = getattr(self.noise_predictor.config, "patch_size", 1)
+        cell = self.autoencoder.stride * patch
+        for name, side in (("height", height), ("width", width)):
+            if not isinstance(side, int) or side <= 0 or side % cell:
+                below = max(int(side) // cell, 1) * cell
+                raise ValueError(f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}")
+        return self.autoencoder.latent_shape(height, width)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts, or embeddings made before, => prompt_embeds (B, L, D), prompt_mask (B, L); B counts the pictures."""
+        if prompt_embeds is None:
+            encoded = self.text_stage.encode(_listed(prompt))
+            prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
+        elif prompt_mask is None:
+            prompt_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool)
+        prompt_embeds = prompt_embeds.to(self._execution_device, self.noise_predictor.dtype)
+        prompt_mask = prompt_mask.to(self._execution_device)
+        repeat = num_images_per_prompt
+        return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
+
+    def _encode_negative(self, negative: str | list[str] | None, batch: int, per_prompt: int) -> tuple[Tensor, Tensor]:
+        """The condition that guidance leads away from: the trained null one, or a prompt of the user's."""
+        if negative is None:
+            null: PromptEmbeds = self.text_stage.null(batch)
+            return null.tokens.to(self.noise_predictor.dtype), null.mask
+        texts = _listed(negative)
+        if len(texts) == 1:
+            texts = texts * (batch // per_prompt)
+        if len(texts) * per_prompt != batch:
+            raise ValueError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
+        return self.encode_prompt(texts, per_prompt)
+
+    def prepare_latents(self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None) -> Tensor:
+        """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
+        if latents is not None:
+            if len(latents) != batch:
+                raise ValueError(f"{len(latents)} latents for {batch} pictures; give one each")
+            return latents.to(self._execution_device, self.noise_predictor.dtype)
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for {batch} pictures; give one, or one each")
+        generators = generator if isinstance(generator, list) else [generator] * batch
+        shape = self.latent_shape(height, width)
+        drawn = [torch.randn(shape, generator=g, device=g.device if g else "cpu").cpu() for g in generators]
+        return torch.stack(drawn).to(self._execution_device, self.noise_predictor.dtype)
+
+    def _set_timesteps(self, steps: int) -> Tensor:
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # its own spacing ends one step early: the last would go from sigma 0.001 to 0
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=self._execution_device)
+        else:
+            self.scheduler.set_timesteps(steps, device=self._execution_device)
+        return self.scheduler.timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Make `num_images_per_prompt` pictures of each prompt.
+
+        Args:
+            negative_prompt: what guidance leads away from; without it, the trained null condition.
+            height, width: pixels; the training resolution if left out.
+            guidance_scale: 1 is no guidance (and half the cost); above 1 leans towards the prompt.
+            generator: one for all pictures (they draw from it in order), or one a picture.
+            latents: the starting noise, (B, C, h, w), instead of a draw.
+            prompt_embeds, prompt_mask: (B, L, D), (B, L) from `encode_prompt`, instead of a prompt.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
+
+        Returns:
+            an object with `.images`, or the tuple `(images,)` with `return_dict=False`.
+
+        Raises:
+            ValueError: one line that says what was given, what was expected and how to mend it.
+        """
+        height, width = height or self.config.resolution, width or self.config.resolution
+        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        scale = self.config.default_guidance if guidance_scale is None else guidance_scale
+        self.check_inputs(prompt, height, width, steps, scale, prompt_embeds, latents)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
+
+        embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask)
+        batch = len(embeds)
+        latents = self.prepare_latents(batch, height, width, generator, latents)
+        if scale != 1:
+            null_embeds, null_mask = self._encode_negative(negative_prompt, batch, num_images_per_prompt)
+            embeds, mask = torch.cat([null_embeds, embeds]), torch.cat([null_mask, mask])
+
+        self._interrupt = False
+        timesteps = self._set_timesteps(steps)
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    continue
+                latents = self._denoise(latents, t, embeds, mask, scale)
+                if callback_on_step_end is not None:
+                    named = {"latents": latents, "prompt_embeds": embeds[-batch:]}
+                    wanted = {name: named[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", latents)
+                progress.update()
+        pictures = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _denoise(self, latents: Tensor, t: Tensor, embeds: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """One step of the scheduler from noise level `t`, with both halves of guidance in one pass."""
+        doubled = torch.cat([latents, latents]) if scale != 1 else latents
+        timesteps = (t / self.scheduler.config.num_train_timesteps).to(latents.device, latents.dtype).expand(len(doubled))
+        velocity = noise_predictor.predict(self.noise_predictor, doubled, timesteps, embeds, mask)
+        if scale != 1:
+            unconditional, conditional = velocity.chunk(2)
+            velocity = guide(conditional, unconditional, scale)
+        return self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float().clamp(-1, 1)
+        if output_type == "pil":
+            return images.to_pil(images.to_uint8(pixels))
+        unit = (pixels + 1) / 2
+        return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
+
+
+_STAGE_ORDER = ("text_encoder", "autoencoder", "noise_predictor")
+
+
+def _listed(prompt: str | list[str] | tuple[str, ...]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def stage_hashes(folder: str | Path) -> dict[str, str]:
+    """The hashes of the stages a saved pipeline was joined from, without loading it."""
+    return json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8")).get("stages", {})

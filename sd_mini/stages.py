@@ -1,0 +1,158 @@
+"""A stage's exported folder: weights, config and `stage.json`, the contract that says what it belongs with.
+
+A stage is named by the SHA-256 of its files. Whatever is made from it (a cache, a noise predictor, a pipeline) records
+that name, and is refused where another stage stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+KINDS = ("text_encoder", "autoencoder", "noise_predictor")
+CONTRACT = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A loaded stage: `parts` are its models (and tokenizer) by name, `contract` is its stage.json."""
+
+    folder: Path
+    contract: dict[str, Any]
+    parts: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        return self.contract["hash"]
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; once everything in it is on disk, it takes `target`'s name.
+
+    Whoever looks at `target` sees the whole old folder or the whole new one, whenever the process is killed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            sync(path)
+        sync(partial)
+        retired = target.with_name(f".{target.name}.old")
+        if retired.exists():
+            shutil.rmtree(retired)
+        if target.exists():
+            os.rename(target, retired)
+        os.rename(partial, target)
+        sync(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Force a file's or a folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hashes(folder: Path, leave_out: str) -> dict[str, str]:
+    """SHA-256 of every file below `folder` but the one named `leave_out`, by relative path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != leave_out)
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def combined_hash(values: Any) -> str:
+    """One SHA-256 for any JSON-able value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def export(folder: Path, kind: str, parts: dict[str, Any], contract: dict[str, Any]) -> str:
+    """Write a stage folder in one go: each part by its own `save_pretrained`, then `stage.json`. Returns its hash."""
+    assert kind in KINDS
+    with atomic_folder(folder) as partial:
+        for name, part in parts.items():
+            part.save_pretrained(partial / name)
+        files = file_hashes(partial, CONTRACT)
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        full = {"kind": kind, "hash": combined_hash(files), "files": files, "versions": versions, **contract}
+        (partial / CONTRACT).write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+    return full["hash"]
+
+
+def read_contract(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """The contract of the stage in `folder`. Raises ValueError when there is none or it is of another kind."""
+    path = Path(folder) / CONTRACT
+    if not path.is_file():
+        wanted = f"{kind or 'stage'} stage"
+        raise ValueError(f"{folder}: no {wanted} here ({CONTRACT} is missing); train it first, or give its final/ folder")
+    contract = json.loads(path.read_text(encoding="utf-8"))
+    if kind is not None and contract.get("kind") != kind:
+        raise ValueError(f"{folder}: expected a {kind} stage, this is a {contract.get('kind')} stage")
+    return contract
+
+
+def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
+    """Load a stage's parts in evaluation mode, float32, after its files are checked against `stage.json`.
+
+    Raises ValueError that names the file when one is missing or is not the one that was exported.
+    """
+    folder = Path(folder)
+    contract = read_contract(folder, kind)
+    found = file_hashes(folder, CONTRACT)
+    for name, expected in contract["files"].items():
+        if found.get(name) != expected:
+            what = "is missing" if name not in found else "is not the file that was exported (SHA-256 differs)"
+            raise ValueError(f"{folder / name}: {what}; export the stage again")
+    return Stage(folder, contract, {name: _load_part(folder / name) for name in _part_names(folder)})
+
+
+def _part_names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+
+
+def _load_part(folder: Path) -> Any:
+    """Load by the folder's name and the class its config names; weights from safetensors only."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from sd_mini.autoencoder import Autoencoder
+    from sd_mini.noise_predictor import KINDS as NETWORKS
+    from sd_mini.text_encoder import TextAdapter, load_encoder
+
+    if folder.name == "tokenizer":
+        return AutoTokenizer.from_pretrained(folder)
+    if folder.name == "text_encoder":
+        return load_encoder(folder, tokenizer=False)[1]
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    classes = {cls.__name__: cls for cls in (Autoencoder, TextAdapter, *NETWORKS.values())}
+    if name not in classes:
+        raise ValueError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
+    return classes[name].from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32).eval()
+
+
+def check_belonging(contract: dict[str, Any], **stages: str) -> None:
+    """Refuse stages that do not belong to the one with `contract`: `stages` are the hashes that stand there now."""
+    for name, found in stages.items():
+        expected = contract["trained_against"][name]
+        if found != expected:
+            raise ValueError(
+                f"the {contract['kind']} was trained against {name} {expected[:12]}, but this {name} is {found[:12]}: "
+                f"give the stage it was trained against, or train the {contract['kind']} again"
+            )

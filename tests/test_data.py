@@ -1,0 +1,251 @@
+"""sd_mini.data on tiny real sources of every kind, and what it says of broken ones."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from sd_mini import images, shapes
+from sd_mini.data import CaptionedPictures, DataConfig, load, unique_captions
+
+SIDE = 8
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 8, 7)]
+TEXTS = ["red", "green", "blue", "dark"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+def picture(i: int) -> Image.Image:
+    return Image.new("RGB", (SIDE, SIDE), COLOURS[i])
+
+
+def table(tmp_path, texts=TEXTS, **columns) -> datasets.Dataset:
+    """Rows of encoded pictures with captions and any further columns."""
+    rows = []
+    for i, _ in enumerate(texts):
+        path = tmp_path / f"source_{i}.png"
+        picture(i).save(path)
+        rows.append({"bytes": path.read_bytes(), "path": None})
+    made = datasets.Dataset.from_dict({"image": rows, "text": list(texts), **columns})
+    return made.cast_column("image", datasets.Image())
+
+
+def config(source, **fields) -> DataConfig:
+    return DataConfig(source=str(source), resolution=SIDE, **fields)
+
+
+def folder_of_pictures(folder, lines):
+    folder.mkdir(parents=True)
+    for i in range(len(COLOURS)):
+        picture(i).save(folder / f"{i}.png")
+    if lines is not None:
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder
+
+
+def assert_is_the_four(loaded: CaptionedPictures, texts=TEXTS) -> None:
+    assert len(loaded) == len(texts) and loaded.pictures.dtype == np.uint8
+    assert loaded.captions == [[text] for text in texts]
+    expected = np.array(COLOURS[: len(texts)], dtype=np.uint8)[:, :, None, None]
+    assert (loaded.pictures == np.broadcast_to(expected, (len(texts), 3, SIDE, SIDE))).all()
+    assert loaded.scenes is None
+
+
+def refused(settings: DataConfig, pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern) as caught:
+        load(settings)
+    assert "\n" not in str(caught.value) and "\\n" not in str(caught.value)
+
+
+def test_shapes_are_the_world_s_own_scenes():
+    loaded = load(DataConfig(count=5, resolution=32, seed=3, split="heldout_pairs"))
+    scenes = shapes.sample_scenes(5, "heldout_pairs", 3)
+    assert loaded.scenes == scenes and loaded.name == "shapes:heldout_pairs"
+    assert (loaded.pictures == shapes.draw_batch(scenes, 32)).all()
+    assert loaded.captions == [shapes.captions(scene) for scene in scenes]
+
+
+def test_pixels_are_rows_in_the_range_of_the_network():
+    loaded = load(DataConfig(count=6, resolution=32))
+    for ids in ([4, 1], np.array([4, 1]), torch.tensor([4, 1])):
+        pixels = loaded.pixels(ids)
+        assert pixels.dtype == torch.float32 and pixels.shape == (2, 3, 32, 32)
+        assert (images.to_uint8(pixels).numpy() == loaded.pictures[[4, 1]]).all()
+
+
+def test_a_parquet_file_is_train_and_its_own_name(tmp_path):
+    table(tmp_path).to_parquet(tmp_path / "some.parquet")
+    assert_is_the_four(load(config(tmp_path / "some.parquet")))
+    loaded = load(config(tmp_path / "some.parquet", split="some"))
+    assert_is_the_four(loaded)
+    assert loaded.name == "some:some"
+    refused(config(tmp_path / "some.parquet", split="test"), "no split 'test'; it has train, some$")
+
+
+def test_a_folder_of_parquet_files_has_their_splits(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    table(tmp_path).select([0, 1]).to_parquet(folder / "data" / "train-00000-of-00002.parquet")
+    table(tmp_path).select([2, 3]).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
+    table(tmp_path).select([0]).to_parquet(folder / "data" / "held_out.parquet")
+    assert_is_the_four(load(config(folder)))
+    assert_is_the_four(load(config(folder, split="held_out")), ["red"])
+    refused(config(folder, split="validation"), "no split 'validation'; it has held_out, train$")
+
+
+def test_a_folder_of_pictures_with_metadata(tmp_path):
+    lines = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(TEXTS)]
+    folder = folder_of_pictures(tmp_path / "set", lines)
+    assert_is_the_four(load(config(folder)))
+    refused(config(folder, split="test"), "no split 'test'; it has train$")
+
+
+def test_a_folder_of_pictures_without_captions_is_pictures_alone(tmp_path):
+    loaded = load(config(folder_of_pictures(tmp_path / "set", None)))
+    assert len(loaded) == 4 and loaded.captions == [[], [], [], []]
+    assert unique_captions(loaded.captions) == []
+    refused(config(tmp_path / "set", aliases_column="more"), "got 'more' without a text column")
+
+
+def test_metadata_that_names_no_file_or_no_caption_is_refused(tmp_path):
+    lines = [{"file_name": "0.png", "text": "red"}, {"file_name": "lost.png", "text": "lost"}]
+    refused(config(folder_of_pictures(tmp_path / "a", lines)), r"row 1 of .*lost\.png: no such file")
+    lines = [{"file_name": "0.png", "text": "red"}, {"file_name": "1.png", "text": None}]
+    refused(config(folder_of_pictures(tmp_path / "b", lines)), "row 1 of .*got None for a caption")
+
+
+def test_saved_data_sets(tmp_path):
+    table(tmp_path).save_to_disk(tmp_path / "one")
+    assert_is_the_four(load(config(tmp_path / "one")))
+    refused(config(tmp_path / "one", split="test"), "no split 'test'; it has train$")
+    both = datasets.DatasetDict(train=table(tmp_path), test=table(tmp_path).select([0, 1]))
+    both.save_to_disk(tmp_path / "both")
+    assert_is_the_four(load(config(tmp_path / "both")))
+    assert_is_the_four(load(config(tmp_path / "both", split="test")), TEXTS[:2])
+
+
+def test_every_way_of_naming_the_same_rows_has_the_same_fingerprint(tmp_path):
+    table(tmp_path).to_parquet(tmp_path / "a.parquet")
+    table(tmp_path).save_to_disk(tmp_path / "b")
+    lines = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(TEXTS)]
+    folder_of_pictures(tmp_path / "c", lines)
+    prints = {load(config(tmp_path / name)).fingerprint for name in ("a.parquet", "b", "c")}
+    assert len(prints) == 1 and re.fullmatch("[0-9a-f]{64}", prints.pop())
+
+
+def test_the_fingerprint_changes_with_one_pixel_caption_place_or_size():
+    loaded = load(DataConfig(count=4, resolution=32))
+    one_pixel = loaded.pictures.copy()
+    one_pixel[2, 1, 5, 6] ^= 1
+    other_caption = [*loaded.captions[:3], [*loaded.captions[3][:-1], "another"]]
+    variants = [
+        loaded,
+        CaptionedPictures(one_pixel, loaded.captions, "x"),
+        CaptionedPictures(loaded.pictures, other_caption, "x"),
+        CaptionedPictures(loaded.pictures[::-1], loaded.captions, "x"),
+        CaptionedPictures(loaded.pictures, loaded.captions[::-1], "x"),
+        CaptionedPictures(loaded.pictures.reshape(16, 3, 16, 16), loaded.captions, "x"),
+    ]
+    assert len({variant.fingerprint for variant in variants}) == len(variants)
+    same = CaptionedPictures(loaded.pictures.copy(), loaded.captions, "another name")
+    assert same.fingerprint == loaded.fingerprint
+
+
+def test_aliases_follow_the_main_caption(tmp_path):
+    more = [["crimson", "red"], [], None, ["dim", "dim"]]
+    table(tmp_path, aliases=more).to_parquet(tmp_path / "a.parquet")
+    loaded = load(config(tmp_path / "a.parquet", aliases_column="aliases"))
+    assert loaded.captions == [["red", "crimson"], ["green"], ["blue"], ["dark", "dim"]]
+    assert unique_captions(loaded.captions) == ["red", "crimson", "green", "blue", "dark", "dim"]
+    table(tmp_path, aliases=[["a"], ["b"], ["c", " "], ["d"]]).to_parquet(tmp_path / "b.parquet")
+    refused(config(tmp_path / "b.parquet", aliases_column="aliases"), "row 2 of .*got ' ' for a caption")
+    refused(config(tmp_path / "b.parquet", aliases_column="text"), "row 0 of 'text' holds 'red', expected a list")
+
+
+@pytest.mark.parametrize("bad", [None, "", " \t"])
+def test_a_caption_without_text_is_refused_with_its_row(tmp_path, bad):
+    table(tmp_path, ["red", "green", bad]).to_parquet(tmp_path / "a.parquet")
+    refused(config(tmp_path / "a.parquet"), f"row 2 of .*got {bad!r} for a caption, expected text".replace("\\", r"\\"))
+
+
+def test_captions_that_are_numbers_are_refused(tmp_path):
+    table(tmp_path, [1, 2]).to_parquet(tmp_path / "a.parquet")
+    refused(config(tmp_path / "a.parquet"), "row 0 of .*got 1 for a caption, expected text")
+
+
+def test_missing_columns_are_refused_and_those_there_named(tmp_path):
+    table(tmp_path, aliases=[["a"]] * 4).to_parquet(tmp_path / "a.parquet")
+    for field in ("image_column", "text_column", "aliases_column"):
+        wrong = config(tmp_path / "a.parquet", **{field: "typo"})
+        refused(wrong, f"data.{field}: no column 'typo'; there are image, text, aliases$")
+    assert load(config(tmp_path / "a.parquet", text_column=None)).captions == [[]] * 4
+
+
+def test_pictures_that_cannot_be_read_are_refused_with_their_row(tmp_path):
+    rows = [{"bytes": (b"hello" if i == 1 else None), "path": str(tmp_path / "p.png")} for i in range(2)]
+    picture(0).save(tmp_path / "p.png")
+    broken = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b"]}).cast_column("image", datasets.Image())
+    broken.save_to_disk(tmp_path / "broken")
+    refused(
+        config(tmp_path / "broken"), r"row 1 of .*broken': cannot decode a picture of 5 bytes: not a picture format"
+    )
+    absent = datasets.Dataset.from_dict({"image": [rows[0], None], "text": ["a", "b"]})
+    absent.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "absent")
+    refused(config(tmp_path / "absent"), "row 1 of .*no picture in column 'image'")
+    datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).save_to_disk(tmp_path / "numbers")
+    refused(config(tmp_path / "numbers"), r"column 'image' of .*numbers' as pictures \(it holds Value\('int64'\)\)")
+
+
+def test_transparency_is_put_on_the_background(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.new("RGBA", (30, 20), (1, 2, 3, 0)).save(folder / "0.png")
+    loaded = load(config(folder, background=(10, 20, 30)))
+    assert loaded.pictures.shape == (1, 3, SIDE, SIDE)
+    assert (loaded.pictures == np.array([10, 20, 30])[:, None, None]).all()
+
+
+def test_count_takes_the_first_rows_and_no_more_than_there_are(tmp_path):
+    table(tmp_path).to_parquet(tmp_path / "a.parquet")
+    assert_is_the_four(load(config(tmp_path / "a.parquet", count=2)), TEXTS[:2])
+    refused(config(tmp_path / "a.parquet", count=5), "got 5, but .* has 4 rows")
+
+
+def test_empty_missing_and_broken_sources_are_refused(tmp_path):
+    table(tmp_path).select([]).to_parquet(tmp_path / "empty.parquet")
+    refused(config(tmp_path / "empty.parquet"), r"empty\.parquet' has no rows in split 'train'")
+    table(tmp_path).select([]).save_to_disk(tmp_path / "empty")
+    refused(config(tmp_path / "empty"), "has no rows")
+    (tmp_path / "nothing").mkdir()
+    refused(config(tmp_path / "nothing"), "cannot read .*nothing")
+    refused(config(tmp_path / "lost.parquet"), r"lost\.parquet': no such file or folder")
+    refused(config("lost.parquet"), "no such file or folder")
+    refused(config(tmp_path / "lost"), "no such file or folder")
+    (tmp_path / "broken.parquet").write_bytes(b"hello")
+    refused(config(tmp_path / "broken.parquet"), r"cannot read .*broken\.parquet': Parquet")
+    (tmp_path / "notes.txt").write_text("hello")
+    refused(config(tmp_path / "notes.txt"), "neither a folder nor a .parquet file")
+
+
+def test_a_hub_name_that_cannot_be_reached_is_refused():
+    refused(
+        config("nobody/nothing-here"), "cannot read 'nobody/nothing-here', which is no file or folder here, from the"
+    )
+
+
+def test_wrong_settings_are_refused():
+    refused(DataConfig(split="valid"), "no split 'valid'; it has train, test, heldout_pairs, heldout_relations$")
+    for wrong in ({"resolution": 0}, {"count": 0}, {"background": (0, 0, 256)}, {"sorce": "shapes"}):
+        with pytest.raises(ValidationError):
+            DataConfig(**wrong)

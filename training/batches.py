@@ -1,0 +1,74 @@
+"""Which samples and which randomness make up the global batch of step k: pure functions of (seed, step).
+
+Every process draws the whole batch's randomness and takes its own rows, so neither the number of processes, nor
+accumulation, nor a resume changes what a step sees (the per-step reseed of EDM2's training loop, Karras et al. 2024).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of step `step`'s global batch that one process works on at one time.
+
+    `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here.
+    """
+
+    seed: int
+    step: int
+    ids: np.ndarray
+    rows: slice
+    device: torch.device
+
+    @property
+    def own_ids(self) -> np.ndarray:
+        return self.ids[self.rows]
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """N(0, 1) for each of the own rows, (b, *shape); another `name` is another, independent draw."""
+        return torch.randn(len(self.ids), *shape, generator=self._generator(name))[self.rows].to(self.device)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """U[0, 1) for each of the own rows, (b, *shape)."""
+        return self.uniform_all(name, *shape)[self.rows].to(self.device)
+
+    def uniform_all(self, name: str, *shape: int) -> Tensor:
+        """U[0, 1) for each row of the global batch, (B, *shape), on the CPU."""
+        return torch.rand(len(self.ids), *shape, generator=self._generator(name))
+
+    def _generator(self, name: str) -> torch.Generator:
+        return generator(self.seed, self.step, name)
+
+
+def generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but its arguments."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def batch_ids(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
+    """Sample numbers of step `step`: the concatenated epochs' permutations of `count`, cut into batches."""
+    start = step * batch_size
+    positions = np.arange(start, start + batch_size)
+    epochs, places = positions // count, positions % count
+    return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return torch.randperm(count, generator=generator(seed, epoch, "order")).numpy()
+
+
+def row_slices(batch_size: int, processes: int, accumulation: int) -> list[list[slice]]:
+    """[accumulation][process] => its rows of the global batch; sizes differ by at most one when it does not divide."""
+    edges = [batch_size * i // (processes * accumulation) for i in range(processes * accumulation + 1)]
+    slices = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slices[m * processes : (m + 1) * processes] for m in range(accumulation)]

@@ -1,0 +1,235 @@
+"""Stage 3: the latent noise predictor. It sees nothing but what stages 1 and 2 made of the data, encoded once.
+
+accelerate launch -m training.noise_predictor --config training/configs/shapes/noise_predictor.yaml --run runs/shapes
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from sd_mini import diffusion, images, noise_predictor, stages
+from sd_mini.config import Config, command
+from sd_mini.data import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini.pipeline import Pipeline
+from sd_mini.stages import Stage
+from sd_mini.text_encoder import TextStage
+from training import cache, launch, loop
+from training.batches import Batch, generator
+
+VALID_TIMESTEPS = 10  # noise levels at which the held-out loss is measured
+
+
+class NetworkConfig(Config):
+    kind: Literal["prx", "pixart", "unet"] = "prx"
+    """which diffusers network: PRXTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel"""
+    network: dict[str, Any] = {}
+    """fields of that class; those that the other stages decide are left out"""
+
+
+class ObjectiveConfig(Config):
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """share of samples trained on the null condition"""
+    uniform_share: float = Field(0.1, ge=0, le=1)
+    """share of timesteps drawn uniformly, the others logit-normal"""
+    shift: float = Field(1.0, gt=0)
+    """above 1 trains more on the noisy end"""
+
+
+class SamplingConfig(Config):
+    """The pipeline's defaults, used by the previews too."""
+
+    steps: int = Field(20, ge=1)
+    guidance: float = Field(3.0, ge=0)
+
+
+class PredictorConfig(Config):
+    data: DataConfig = DataConfig()
+    """captioned pictures to train on"""
+    valid: DataConfig = DataConfig(split="test", count=256)
+    """captioned pictures for the held-out loss and the previews"""
+    captions_per_picture: int = Field(2, ge=1)
+    """at most so many of a picture's captions are encoded and drawn from"""
+    network: NetworkConfig = NetworkConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    train: loop.TrainConfig = loop.TrainConfig()
+    text_encoder: str | None = None
+    """folder of the exported text stage; none: RUN/text_encoder/final"""
+    autoencoder: str | None = None
+    """folder of the exported autoencoder; none: RUN/autoencoder/final"""
+
+
+class Objective(nn.Module):
+    """Flow matching: the network learns the velocity from picture to noise."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        noised = diffusion.flow_noise(latents, noise, timesteps)
+        velocity = noise_predictor.predict(self.network, noised, timesteps, prompt_embeds, prompt_mask)
+        return (velocity - diffusion.flow_target(latents, noise)).square().mean((1, 2, 3)), {}
+
+
+class Encoded:
+    """A data set as stage 3 sees it: latents and prompt embeddings, from the caches."""
+
+    def __init__(self, pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path):
+        texts = [c[:captions] for c in pictures.captions]
+        if not texts[0]:
+            raise ValueError(f"data: {pictures.name} has no captions; stage 3 needs them (data.text_column)")
+        unique = unique_captions(texts)
+        number = {text: i for i, text in enumerate(unique)}
+        self.captions = [[number[t] for t in several] for several in texts]
+        autoencoder, stage = vae.parts["autoencoder"], TextStage(**_text_parts(text))
+
+        def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
+            with torch.no_grad():
+                return {"latents": autoencoder.encode(pictures.pixels(range(rows.start, rows.stop))).half().numpy()}
+
+        def encode_texts(rows: slice) -> dict[str, np.ndarray]:
+            with torch.no_grad():
+                encoded = stage.encode(unique[rows])
+            return {"tokens": encoded.tokens.half().numpy(), "mask": encoded.mask.numpy()}
+
+        data = {"data": pictures.fingerprint, "dtype": "float16"}
+        self.latents = cache.encode(
+            folder / "latents", {"stage": vae.hash, **data}, len(pictures), encode_pictures, f"latents of {pictures.name}"
+        )["latents"]
+        words = cache.encode(
+            folder / "prompts",
+            {"stage": text.hash, "captions": captions, **data},
+            len(unique),
+            encode_texts,
+            f"prompts of {pictures.name}",
+        )
+        self.tokens, self.mask = words["tokens"], words["mask"]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, ids: np.ndarray, draw: Sequence[float]) -> dict[str, Tensor]:
+        """Sample numbers, and U[0, 1) that picks a caption of each => latents, prompt_embeds, prompt_mask."""
+        texts = np.array([self.captions[i][int(u * len(self.captions[i]))] for i, u in zip(ids, draw, strict=True)])
+        return {
+            "latents": torch.from_numpy(self.latents[ids]).float(),
+            "prompt_embeds": torch.from_numpy(self.tokens[texts]).float(),
+            "prompt_mask": torch.from_numpy(self.mask[texts]),
+        }
+
+
+class PredictorTask:
+    def __init__(self, config: PredictorConfig, run: Path):
+        self.config = config
+        self.text = stages.load_stage(config.text_encoder or run / "text_encoder" / "final", "text_encoder")
+        self.vae = stages.load_stage(config.autoencoder or run / "autoencoder" / "final", "autoencoder")
+        resolution = config.data.resolution
+        self.latent_shape = self.vae.parts["autoencoder"].latent_shape(resolution, resolution)
+        torch.manual_seed(config.train.seed)
+        length, dim = self.text.contract["conditioning"]
+        network = noise_predictor.build(config.network.kind, config.network.network, self.latent_shape, dim)
+        self.objective = Objective(network)
+        pictures, valid = load(config.data), load(config.valid)
+        self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
+        self.valid_captions = [captions[0] for captions in valid.captions]
+        self.train, self.valid = (
+            Encoded(p, self.text, self.vae, config.captions_per_picture, run / "cache") for p in (pictures, valid)
+        )
+        self.count = len(self.train)
+        with torch.no_grad():
+            null = TextStage(**_text_parts(self.text)).null(1)
+        self.null_tokens, self.null_mask = null.tokens, null.mask
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Latents and one caption each, some replaced by the null condition, with noise and timesteps of this step."""
+        own = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
+        own = {name: value.to(batch.device) for name, value in own.items()}
+        dropped = batch.uniform("dropout") < self.config.objective.caption_dropout
+        own["prompt_embeds"] = torch.where(
+            dropped[:, None, None], self.null_tokens.to(batch.device), own["prompt_embeds"]
+        )
+        own["prompt_mask"] = torch.where(dropped[:, None], self.null_mask.to(batch.device), own["prompt_mask"])
+        timesteps = diffusion.sample_timesteps(
+            batch.normal("timesteps"),
+            batch.uniform("timesteps"),
+            self.config.objective.uniform_share,
+            self.config.objective.shift,
+        )
+        return {**own, "noise": batch.normal("noise", *self.latent_shape), "timesteps": timesteps}
+
+    def validate(self, objective: Objective) -> dict[str, float]:
+        """The held-out loss at fixed noise and fixed timesteps, so that two runs, or two steps, can be compared."""
+        device = next(objective.parameters()).device
+        ids = np.arange(len(self.valid))
+        batch = {k: v.to(device) for k, v in self.valid.take(ids, [0.0] * len(ids)).items()}
+        noise = torch.randn(batch["latents"].shape, generator=generator(0, 0, "validation")).to(device)
+        levels = (torch.arange(VALID_TIMESTEPS) + 0.5) / VALID_TIMESTEPS
+        losses = []
+        for level in levels.to(device):
+            timesteps = level.expand(len(ids))
+            parts = torch.arange(len(ids), device=device).split(256)
+            inputs = {**batch, "noise": noise, "timesteps": timesteps}
+            losses.append(torch.cat([objective(**{k: v[p] for k, v in inputs.items()})[0] for p in parts]).mean().item())
+        return {"loss": float(np.mean(losses))} | {f"loss_t{t:.2f}": v for t, v in zip(levels.tolist(), losses, strict=True)}
+
+    def preview(self, objective: Objective) -> Image.Image:
+        """The first eight held-out captions, each from its own fixed seed, through the real pipeline."""
+        captions = self.valid_captions[:8]
+        made = self._pipeline(objective.network)(
+            captions, generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+        )
+        return images.grid(made.images, columns=4, labels=captions, scale=2)
+
+    def _pipeline(self, network: nn.Module) -> Pipeline:
+        predictor = Stage(Path(), self._contract({}), {"noise_predictor": network})
+        pipeline = Pipeline.from_stages(self.text, self.vae, predictor).to(network.device)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _contract(self, record: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "kind": "noise_predictor",
+            "hash": "",
+            "latent_shape": list(self.latent_shape),
+            "conditioning": self.text.contract["conditioning"],
+            "objective": {"kind": "flow", **self.config.objective.model_dump()},
+            "sampling": {
+                "resolution": self.config.data.resolution,
+                "default_steps": self.config.sampling.steps,
+                "default_guidance": self.config.sampling.guidance,
+            },
+            "trained_against": {"text_encoder": self.text.hash, "autoencoder": self.vae.hash},
+            "data": self.data,
+            **record,
+        }
+
+    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
+        contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
+        stages.export(folder, "noise_predictor", {"noise_predictor": objective.network}, contract)
+
+
+def _text_parts(text: Stage) -> dict[str, Any]:
+    parts = text.parts
+    return {"tokenizer": parts["tokenizer"], "encoder": parts["text_encoder"], "adapter": parts["text_adapter"]}
+
+
+def main(argv: Sequence[str]) -> None:
+    launch.run(
+        PredictorConfig, "noise_predictor", argv, lambda launched: PredictorTask(launched.config, launched.run)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,252 @@
+"""Stage 1: the text encoder's adapter, trained on captions and pictures against a picture tower that is thrown away.
+
+accelerate launch -m training.text_encoder --config training/configs/shapes/text_encoder.yaml --run runs/shapes
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from sd_mini import images, shapes, stages
+from sd_mini.config import Config, command
+from sd_mini.data import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini.text_encoder import TextAdapter, TextStage, clip_tokenizer, load_encoder, small_clip
+from training import launch, loop
+from training.batches import Batch, generator
+
+
+class EncoderConfig(Config):
+    """The text encoder under the adapter."""
+
+    name: str | None = None
+    """hub name or folder of a pretrained one, kept frozen; none: a small CLIP text model trained from scratch"""
+    vocab_size: int = Field(4096, ge=600)
+    """about how many BPE tokens to learn from the captions (from scratch only)"""
+    dim: int = Field(128, ge=8)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+
+
+class AdapterConfig(Config):
+    dim: int = Field(128, ge=8)
+    """width of the prompt embeddings"""
+    depth: int = Field(2, ge=0)
+    """refiner blocks; 0 is a plain projection"""
+    heads: int = Field(4, ge=1)
+    max_length: int = Field(24, ge=4)
+    """tokens a prompt, with the start and end marks"""
+    residual_scale: float = Field(0.3, ge=0)
+    """how much of the refined states is added to each word's own identity and place"""
+
+
+class TowerConfig(Config):
+    """The picture side: a small convolutional tower, not kept."""
+
+    width: int = Field(64, ge=8)
+    patch: int = Field(4, ge=1)
+    """pixels a side that the first layer folds into channels"""
+
+
+class TextConfig(Config):
+    data: DataConfig = DataConfig()
+    """captioned pictures to train on"""
+    valid: DataConfig = DataConfig(split="test", count=500)
+    """captioned pictures to measure retrieval and binding on"""
+    encoder: EncoderConfig = EncoderConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    tower: TowerConfig = TowerConfig()
+    train: loop.TrainConfig = loop.TrainConfig()
+
+
+class PictureTower(nn.Module):
+    """pixels (B, 3, R, R) => (B, dim)."""
+
+    def __init__(self, width: int, patch: int, dim: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(3 * patch**2, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(4),  # keeps where things are, in 4 x 4 cells
+            nn.Flatten(),
+        )
+        self.out = nn.Sequential(nn.Linear(32 * width, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.out(self.features(pixels))
+
+
+# the pairwise sigmoid loss, Zhai et al. 2023 (SigLIP), algorithm 1, with any number of positives a row
+def siglip_losses(logits: Tensor, positive: Tensor) -> Tensor:
+    """logits (B, T), positive (B, T) bool => (B,): the sum over the texts, as the paper's loss is normalised by B."""
+    return -nn.functional.logsigmoid(torch.where(positive, logits, -logits)).sum(1)
+
+
+class Objective(nn.Module):
+    """Captions, hard negatives and pictures => SigLIP losses, one a picture."""
+
+    def __init__(self, stage: TextStage, tower: PictureTower):
+        super().__init__()
+        self.encoder, self.adapter, self.tower = stage.encoder, stage.adapter, tower
+        self.stage = stage
+        # SigLIP's start: logits begin near the log odds of a positive pair
+        self.log_scale, self.bias = nn.Parameter(torch.tensor(10.0).log()), nn.Parameter(torch.tensor(-10.0))
+
+    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.normalize(self.stage_now().encode_ids(ids, mask).pooled, dim=-1)
+
+    def picture_features(self, pixels: Tensor) -> Tensor:
+        return nn.functional.normalize(self.tower(pixels), dim=-1)
+
+    def stage_now(self) -> TextStage:
+        """The stage around this module's own parts (a copy of the module has its own)."""
+        return TextStage(self.stage.tokenizer, self.encoder, self.adapter)
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor, positive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """pixels (b, 3, R, R), ids and mask (T, L), positive (b, T): which of all the batch's texts are true of each."""
+        texts = self.text_features(ids, mask)
+        null = nn.functional.normalize(self.adapter.null(1, ids.shape[1]).pooled, dim=-1)
+        pictures = self.picture_features(pixels)
+        logits = pictures @ torch.cat([texts, null]).T * self.log_scale.exp() + self.bias
+        # saying nothing is true of every picture: that is what trains the null condition
+        positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
+        own = logits[:, : len(positive)]
+        right = (own.argmax(1, keepdim=True) == positive.float().argmax(1, keepdim=True)).float().mean()
+        return siglip_losses(logits, positive), {"in_batch_accuracy": right}
+
+
+class TextTask:
+    def __init__(self, config: TextConfig):
+        self.config = config
+        self.train, self.valid = load(config.data), load(config.valid)
+        if not self.train.captions[0]:
+            raise ValueError(f"data: {self.train.name} has no captions; stage 1 needs them (data.text_column)")
+        self.count = len(self.train)
+        torch.manual_seed(config.train.seed)
+        self.stage = self._new_stage()
+        tower = PictureTower(config.tower.width, config.tower.patch, config.adapter.dim)
+        self.objective = Objective(self.stage, tower)
+        self.texts = TokenTable(self.stage)
+        self.own = [self.texts.add(captions) for captions in self.train.captions]
+        self.negatives = [self.texts.add([hard_negative(self.train, i, seed=0)]) for i in range(self.count)]
+
+    def _new_stage(self) -> TextStage:
+        encoder, adapter = self.config.encoder, self.config.adapter
+        if encoder.name is None:
+            captions = unique_captions(self.train.captions)
+            tokenizer = clip_tokenizer(captions, encoder.vocab_size, adapter.max_length)
+            model = small_clip(tokenizer, encoder.dim, encoder.layers, encoder.heads, adapter.max_length)
+        else:
+            tokenizer, model = load_encoder(encoder.name)
+            model.requires_grad_(False)
+        states, words = model.config.hidden_size, model.get_input_embeddings().embedding_dim
+        return TextStage(tokenizer, model, TextAdapter(states, words, **adapter.model_dump()))
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Each picture with one of its captions, drawn anew; every text of the global batch, and a twist of each."""
+        draw = batch.uniform_all("caption").tolist()
+        chosen = [self.own[i][int(u * len(self.own[i]))] for i, u in zip(batch.ids, draw, strict=True)]
+        twisted = [self.negatives[i][0] for i in batch.ids]
+        texts = list(dict.fromkeys([*chosen, *twisted]))  # a caption that stands twice is one column
+        positive = np.array([[text in self.own[i] for text in texts] for i in batch.own_ids])
+        ids, mask = self.texts.take(texts)
+        pixels = self.train.pixels(batch.own_ids)
+        tensors = {"pixels": pixels, "ids": ids, "mask": mask, "positive": torch.from_numpy(positive)}
+        return {name: value.to(batch.device) for name, value in tensors.items()}
+
+    def validate(self, objective: Objective) -> dict[str, float]:
+        """Retrieval over the held-out pictures and how often the right caption beats its twisted twin."""
+        device = objective.log_scale.device
+        right = [captions[0] for captions in self.valid.captions]
+        wrong = [hard_negative(self.valid, i, seed=1) for i in range(len(right))]
+        pictures = self._features(objective.picture_features, self.valid.pixels(range(len(right))))
+        stage = objective.stage_now()
+        texts, twists = (
+            torch.cat([nn.functional.normalize(stage.encode(t[a : a + 256]).pooled, dim=-1) for a in range(0, len(t), 256)])
+            for t in (right, wrong)
+        )
+        scores = pictures @ texts.T
+        own = scores.diagonal()
+        same = torch.tensor([[a == b for b in right] for a in right], device=device)
+        beaten_by = (scores > own[:, None]).masked_fill(same, False).sum(1)
+        binding = (own > (pictures * twists).sum(1)).float().mean()
+        return {"recall_at_1": (beaten_by == 0).float().mean().item(), "binding": binding.item()}
+
+    def _features(self, network: Any, pixels: Tensor) -> Tensor:
+        device = self.objective.log_scale.device
+        return torch.cat([network(part.to(device)) for part in pixels.split(256)])
+
+    def preview(self, objective: Objective) -> Image.Image:
+        """For eight held-out captions, the held-out picture that each finds."""
+        count = min(256, len(self.valid))
+        captions = [c[0] for c in self.valid.captions[: min(8, count)]]
+        pictures = self._features(objective.picture_features, self.valid.pixels(range(count)))
+        texts = nn.functional.normalize(objective.stage_now().encode(captions).pooled, dim=-1)
+        found = (texts @ pictures.T).argmax(1).tolist()
+        return images.grid([self.valid.pictures[i] for i in found], columns=4, labels=captions, scale=2)
+
+    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
+        contract = {
+            "conditioning": [self.config.adapter.max_length, self.config.adapter.dim],
+            "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
+            **record,
+        }
+        parts = {"tokenizer": self.stage.tokenizer, "text_encoder": objective.encoder, "text_adapter": objective.adapter}
+        stages.export(folder, "text_encoder", parts, contract)
+
+
+class TokenTable:
+    """Texts tokenised once: `add` gives numbers, `take` gives ids and mask for numbers."""
+
+    def __init__(self, stage: TextStage):
+        self.stage = stage
+        self.numbers: dict[str, int] = {}
+
+    def add(self, texts: Sequence[str]) -> list[int]:
+        return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        return self.stage.tokenize(list(self.numbers))
+
+    def take(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(T,) numbers => ids (T, L), mask (T, L)."""
+        ids, mask = self._tokens
+        return ids[list(numbers)], mask[list(numbers)]
+
+
+def hard_negative(pictures: CaptionedPictures, number: int, seed: int) -> str:
+    """A caption that is nearly true of a picture: one typed change of its scene graph, or two of its words swapped."""
+    if pictures.scenes is not None:
+        phrasings = shapes.captions(shapes.swapped(pictures.scenes[number], number + seed)[0])
+        return phrasings[number % len(phrasings)]
+    words = pictures.captions[number][0].split()
+    spots = torch.randperm(len(words), generator=generator(seed, number, "swap")).tolist()
+    pairs = [(a, b) for a in spots for b in spots if a < b and words[a] != words[b]]
+    if not pairs:  # one word, or all alike: another picture's caption has to do
+        return pictures.captions[(number + 1) % len(pictures)][0]
+    a, b = pairs[0]
+    words[a], words[b] = words[b], words[a]
+    return " ".join(words)
+
+
+def main(argv: Sequence[str]) -> None:
+    launch.run(TextConfig, "text_encoder", argv, lambda launched: TextTask(launched.config))
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
