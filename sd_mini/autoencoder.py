@@ -8,15 +8,18 @@ import diffusers
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 
 KINDS = {"dc": AutoencoderDC, "kl": AutoencoderKL}
+_CHANNEL_FIELDS = {"dc": ("in_channels",), "kl": ("in_channels", "out_channels")}
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
     """A diffusers autoencoder, and the per-channel statistics that make its latents mean 0, std 1.
 
-    `kind` is "dc" (AutoencoderDC, space-to-depth) or "kl" (AutoencoderKL); `network_config` holds that class's own fields.
+    `kind` is "dc" (AutoencoderDC) or "kl" (AutoencoderKL); `network_config` holds that class's own fields. With
+    `patch_size` p above 1 the network works on p x p pixels folded into channels (space-to-depth): on a CPU most of a
+    convolutional autoencoder's time goes into its first and last layers at full resolution.
     `latents_mean` and `latents_std` are measured over the training set when training has ended, never copied: the
     noise predictor's unit-variance noise is only right for latents of unit variance.
     """
@@ -26,13 +29,14 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self,
         kind: str = "dc",
         network_config: dict[str, Any] | None = None,
+        patch_size: int = 1,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
     ):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"autoencoder: kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
-        self.network = build(kind, network_config or {})
+        self.network = build(kind, network_config or {}, 3 * patch_size**2)
         channels = self.latent_channels
         self.register_buffer("mean", _per_channel(latents_mean, channels, 0.0), persistent=False)
         self.register_buffer("std", _per_channel(latents_std, channels, 1.0), persistent=False)
@@ -46,7 +50,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Pixels along one side of a latent cell."""
         config = self.network.config
         blocks = config.encoder_block_out_channels if self.config.kind == "dc" else config.block_out_channels
-        return 2 ** (len(blocks) - 1)
+        return self.config.patch_size * 2 ** (len(blocks) - 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Picture size => (C, h, w). Raises ValueError with the two nearest sizes that the stride divides."""
@@ -60,7 +64,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
     def raw_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """pixels => (latents before standardisation, log variance or None). For training and measuring only."""
         self.latent_shape(*pixels.shape[-2:])
-        encoded = self.network.encode(pixels)
+        encoded = self.network.encode(nn.functional.pixel_unshuffle(pixels, self.config.patch_size))
         if self.config.kind == "kl":
             return encoded.latent_dist.mean, encoded.latent_dist.logvar
         return encoded.latent, None
@@ -69,9 +73,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """pixels (B, 3, H, W) in [-1, 1] => latents (B, C, h, w) of mean 0 and std 1 a channel."""
         return (self.raw_latents(pixels)[0] - self.mean) / self.std
 
+    def decode_raw(self, raw: Tensor) -> Tensor:
+        """Latents before standardisation => pixels. For training only."""
+        return nn.functional.pixel_shuffle(self.network.decode(raw).sample, self.config.patch_size)
+
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B, C, h, w), standardised => pixels (B, 3, H, W), about [-1, 1] (not clamped)."""
-        return self.network.decode(latents * self.std + self.mean).sample
+        return self.decode_raw(latents * self.std + self.mean)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the measured statistics of the raw latents, (C,) each, in the config that is saved.
@@ -88,9 +96,13 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.std.copy_(std[None, :, None, None])
 
 
-def build(kind: str, network: dict[str, Any]) -> torch.nn.Module:
-    """Kind and config => the untrained diffusers network. Raises ValueError for a field its class does not know."""
+def build(kind: str, network: dict[str, Any], channels: int = 3) -> nn.Module:
+    """Kind and config => the untrained diffusers network on pictures of so many channels.
+
+    Raises ValueError for a field its class does not know and for widths that do not fit together.
+    """
     cls = KINDS[kind]
+    network = {name: channels for name in _CHANNEL_FIELDS[kind]} | network
     known = set(cls._get_init_keys(cls)) - {"self"}
     if unknown := sorted(set(network) - known):
         raise ValueError(f"autoencoder: network field {unknown[0]!r} is unknown to {cls.__name__}")

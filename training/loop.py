@@ -89,7 +89,7 @@ class Loop:
         self.task, self.config, self.folder = task, config, folder
         self.accelerator = Accelerator()
         if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
+            tune_cpu()
         trained = [p for p in task.objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -289,11 +289,13 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: each step takes the same ones again, and a fresh one costs its page faults.
+def tune_cpu() -> None:
+    """Flush denormals, and let glibc keep large freed blocks instead of giving them back to fault in again each step.
 
-    Measured on two cores: 13 % less time a step of the shapes noise predictor.
+    Measured on two cores: denormal numbers in young gradients and Adam moments halve the speed of the autoencoder;
+    keeping blocks takes 13 % off a step of the shapes noise predictor.
     """
+    torch.set_flush_denormal(True)
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

@@ -1,0 +1,288 @@
+"""The command line: sd-mini generate | inspect | export. Nothing heavy is imported before a subcommand needs it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sd_mini.config import command
+from sd_mini.stages import CONTRACT, KINDS, check_belonging, read_contract
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sd_mini.pipeline import Pipeline
+
+PIPELINE_MARK = "model_index.json"  # the file by which diffusers knows a pipeline folder
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ValueErrors, for `config.command`: one line, without the usage in front.
+
+    Abbreviated options are refused: a later option could change what they mean.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` shows what is expected")
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """An argparse type: text => a whole number of at least `minimum` and at most 18 digits, which fits any seed."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", text) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from {minimum} to 10^18 - 1")
+        return int(text)
+
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`sd-mini ...` => exit code: 0, or 2 after one line on stderr that says what to mend."""
+    return command(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    options = _parser().parse_args(argv)
+    options.run_command(options)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="sd-mini", description="A latent text-to-image model, trained in three stages.")
+    commands = parser.add_subparsers(required=True, metavar="{generate,inspect,export}")
+
+    generate = commands.add_parser("generate", help="make pictures of a prompt")
+    generate.set_defaults(run_command=_generate)
+    generate.add_argument("run", metavar="RUN", type=Path, help="a run folder, or a pipeline folder itself")
+    generate.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
+    generate.add_argument("--out", type=Path, default=Path("picture.png"), help="picture file (%(default)s)")
+    generate.add_argument("--seed", type=whole(0), default=0, help="of the first picture's noise (%(default)s)")
+    generate.add_argument(
+        "--count", type=whole(1), default=1, help="pictures, of seeds SEED, SEED + 1, ... as OUT_0, ..."
+    )
+    generate.add_argument("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
+    generate.add_argument("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
+    generate.add_argument("--height", type=whole(1), help="px; the training resolution if left out")
+    generate.add_argument("--width", type=whole(1), help="px; the training resolution if left out")
+    generate.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
+
+    inspect = commands.add_parser("inspect", help="print what a run holds")
+    inspect.set_defaults(run_command=_inspect)
+    inspect.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+
+    export = commands.add_parser("export", help="join a run's three stages to a pipeline folder")
+    export.set_defaults(run_command=_export)
+    export.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    export.add_argument("--out", type=Path, help="pipeline folder (RUN/pipeline)")
+    return parser
+
+
+def open_pipeline(folder: Path) -> Pipeline:
+    """A pipeline folder, or a run folder => the Pipeline, on the GPU where there is one.
+
+    A run's `pipeline/` is taken if it is there, else its three exported stages are joined.
+
+    Raises ValueError, one line: no such folder, neither of the two, a stage not trained yet, or damaged files.
+    """
+    saved = next((f for f in (folder, folder / "pipeline") if (f / PIPELINE_MARK).is_file()), None)
+    if saved is None:
+        _check_run(folder)
+    import torch
+    from safetensors import SafetensorError
+
+    from sd_mini.pipeline import Pipeline
+
+    _hide_loading_bars()
+    try:
+        pipeline = Pipeline.from_run(folder) if saved is None else Pipeline.from_pretrained(saved)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{saved or folder}: cannot be loaded: {error}; join it again: sd-mini export RUN") from error
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_run(folder: Path) -> None:
+    """Raises ValueError unless `folder` is a run with all three stages exported."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; expected a run folder, or a pipeline folder ({PIPELINE_MARK} in it)"
+        )
+    if not any((folder / kind).is_dir() for kind in KINDS):
+        raise ValueError(
+            f"{folder}: neither a pipeline folder (no {PIPELINE_MARK}) nor a run folder (no {', '.join(KINDS)}); "
+            "give one of these"
+        )
+    for kind in KINDS:
+        read_contract(folder / kind / "final", kind)
+
+
+def _hide_loading_bars() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+
+
+def check_target(folder: Path, mark: str) -> Path:
+    """The `--out` folder, checked before anything is computed.
+
+    A folder that stands there is replaced, so it has to be empty or to hold `mark`, the file by which ours are known.
+
+    Raises ValueError for a file in its place or above it, and for a folder of anything else.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--out {folder}: {nearest} is a file, expected a folder; give another name")
+    if nearest == folder and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise ValueError(f"--out {folder}: holds other files (no {mark}) and would be replaced; give a new folder")
+    return folder
+
+
+def _generate(options: argparse.Namespace) -> None:
+    picture_format = _check_picture_file(options.out)
+    targets = [options.out]
+    if options.count > 1:
+        targets = [options.out.with_stem(f"{options.out.stem}_{i}") for i in range(options.count)]
+    pipeline = open_pipeline(options.run)
+    import torch
+
+    for seed, target in enumerate(targets, options.seed):
+        # one at a time: in a batch the last bits, and so a pixel's rounding, would depend on the neighbours
+        made = pipeline(
+            options.prompt,
+            negative_prompt=options.negative,
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        _save(made.images[0], target, picture_format)
+        print(target)
+
+
+def _check_picture_file(path: Path) -> str:
+    """A file to be written => Pillow's format for its ending. Raises ValueError if no picture can be put there."""
+    from PIL import Image
+
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: no folder {path.parent}; make it, or give another")
+    if path.is_dir():
+        raise ValueError(f"--out {path}: is a folder, expected a picture file such as {path / 'picture.png'}")
+    picture_format = Image.registered_extensions().get(path.suffix.lower(), "none")
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), picture_format)
+    except (KeyError, OSError, ValueError):  # no such format; one that Pillow only reads; one without colours
+        raise ValueError(
+            f"--out {path}: Pillow writes no {path.suffix or 'file without an ending'}; use .png"
+        ) from None
+    return picture_format
+
+
+def _save(picture: Image.Image, path: Path, picture_format: str) -> None:
+    """Write beside `path`, then rename: whoever looks finds a whole picture or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        picture.save(partial, picture_format)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    out = check_target(options.out or options.run / "pipeline", PIPELINE_MARK)
+    _check_run(options.run)
+    from sd_mini.pipeline import Pipeline
+
+    _hide_loading_bars()
+    Pipeline.from_run(options.run).save(out)
+    print(out)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    run: Path = options.run
+    finals = {kind: run / kind / "final" for kind in KINDS}
+    contracts = {k: read_contract(final, k) for k, final in finals.items() if (final / CONTRACT).is_file()}
+    index = _read_json(run / "pipeline" / PIPELINE_MARK)
+    report = _read_json(run / "report" / "report.json")
+    if not contracts and index is None and report is None:
+        raise ValueError(
+            f"{run}: no exported stage, pipeline or report here; expected a run folder, such as runs/shapes"
+        )
+    rows = {kind: _stage_facts(contracts[kind]) if kind in contracts else ["not trained yet"] for kind in KINDS}
+    rows["stages"] = [_belonging(contracts)]
+    rows["pipeline"] = [
+        f"not there; join the stages: sd-mini export {run}" if index is None else _joined(index, contracts)
+    ]
+    rows["report"] = ["not there"] if report is None else _report_facts(report)
+    print(run)
+    for name, facts in rows.items():
+        for i, fact in enumerate(facts):
+            print(f"  {'' if i else name:17}{fact}")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from error
+
+
+_EFFORT = {"steps": "{:,} steps", "seconds": "{:,.0f} s", "parameters": "{:,} parameters"}
+
+
+def _stage_facts(contract: dict[str, Any]) -> list[str]:
+    """A stage's contract => lines: effort, shapes, data, scores. What its training did not record is left out."""
+    effort = [text.format(contract[name]) for name, text in _EFFORT.items() if name in contract]
+    facts = [", ".join([contract["hash"][:12], *effort])]
+    for name, what in (("latent_shape", "latents"), ("conditioning", "prompt embeddings")):
+        if name in contract:
+            facts.append(f"{what} {' x '.join(str(side) for side in contract[name])}")
+    if "data" in contract:
+        facts.append(f"data {contract['data']['name']}, {contract['data']['count']:,} pictures")
+    if "scores" in contract:
+        facts.append(", ".join(f"{name} {value:.4g}" for name, value in contract["scores"].items()))
+    return facts
+
+
+def _belonging(contracts: dict[str, dict[str, Any]]) -> str:
+    hashes = {kind: contract["hash"] for kind, contract in contracts.items()}
+    predictor = contracts.get("noise_predictor")
+    if predictor is None or len(hashes) < len(KINDS):
+        return "whether they belong together shows when all three are trained"
+    try:
+        check_belonging(predictor, text_encoder=hashes["text_encoder"], autoencoder=hashes["autoencoder"])
+    except ValueError as error:
+        return str(error)
+    return "belong together"
+
+
+def _joined(index: dict[str, Any], contracts: dict[str, dict[str, Any]]) -> str:
+    defaults = f"{index['resolution']} px, {index['default_steps']} steps, guidance {index['default_guidance']}"
+    others = [
+        f"{kind} {index['stages'].get(kind, 'none')[:12]}"
+        for kind, contract in contracts.items()
+        if index["stages"].get(kind) != contract["hash"]
+    ]
+    return f"{defaults}; joined from " + (f"other stages: {', '.join(others)}" if others else "these stages")
+
+
+def _report_facts(report: dict[str, Any]) -> list[str]:
+    facts = [
+        f"{split}: exact {100 * categories['all']['exact']:.1f} % of {categories['all']['n']:,}"
+        for split, categories in report.get("composition", {}).items()
+    ]
+    reconstruction, seconds = report["reconstruction"], report["seconds"]
+    facts.append(f"reconstruction {reconstruction['psnr']:.2f} dB over {reconstruction['n']:,}")
+    return [*facts, f"{seconds['total']:,.0f} s in all"]

@@ -1,0 +1,75 @@
+"""The house's own rules: arrows point one way, imports stay light, only sd_mini goes into the wheel."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"eval", "sd_mini"}}
+# inside sd_mini a module may import only modules of a lower layer, or of its own
+LAYERS = [
+    {"config", "images", "diffusion"} | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")},
+    {"text_encoder", "autoencoder", "noise_predictor", "data"},
+    {"stages"},
+    {"pipeline"},
+    {"cli"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything a file imports, at the top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_roots_import_only_what_they_may(root):
+    for path in (ROOT / root).rglob("*.py"):
+        found = {name.split(".")[0] for name in imported(path)} & {"sd_mini", "training", "eval", "tests"}
+        assert found <= ROOTS[root], f"{path} imports {found - ROOTS[root]}"
+
+
+def test_layers_inside_the_library():
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in (ROOT / "sd_mini").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "sd_mini" and len(parts) > 1 and parts[1] in level:
+                assert level[parts[1]] <= level[path.stem], f"{path.name} imports {name} from a higher layer"
+
+
+def test_import_and_help_load_no_torch():
+    code = (
+        "import sys, sd_mini, sd_mini.cli\n"
+        "try: sd_mini.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_only_the_library_goes_into_the_wheel():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["packages"] == ["sd_mini"]
+
+
+def test_nothing_that_is_loaded_can_execute_code():
+    forbidden = {"torch.load", "pickle", "register_for_checkpointing"}
+    for root in ROOTS:
+        for path in (ROOT / root).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            used = imported(path) | {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+            assert not used & forbidden, f"{path} uses {used & forbidden}"
+            assert "allow_pickle" not in {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}

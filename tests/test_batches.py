@@ -1,0 +1,39 @@
+import numpy as np
+import torch
+
+from training.batches import Batch, batch_ids, generator, row_slices
+
+CPU = torch.device("cpu")
+
+
+def test_every_epoch_sees_every_sample_once():
+    ids = np.concatenate([batch_ids(seed=3, step=k, count=10, batch_size=4) for k in range(5)])
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
+    assert list(ids[:10]) != list(ids[10:])
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    ahead = [batch_ids(1, k, 50, 16) for k in range(9)]
+    back = [batch_ids(1, k, 50, 16) for k in reversed(range(9))][::-1]
+    assert all((a == b).all() for a, b in zip(ahead, back, strict=True))
+    assert not (batch_ids(1, 0, 50, 16) == batch_ids(2, 0, 50, 16)).all()
+
+
+def test_a_batch_larger_than_the_data_set_is_several_epochs():
+    assert np.bincount(batch_ids(0, 0, 3, 9)).tolist() == [3, 3, 3]
+
+
+def test_parts_draw_what_the_whole_draws():
+    ids = batch_ids(0, 5, 100, 8)
+    whole = Batch(0, 5, ids, slice(0, 8), CPU)
+    for processes, accumulation in [(2, 1), (1, 4), (2, 2), (1, 5), (3, 1)]:
+        slices = [s for per_pass in row_slices(8, processes, accumulation) for s in per_pass]
+        parts = [Batch(0, 5, ids, s, CPU) for s in slices]
+        assert np.concatenate([p.own_ids for p in parts]).tolist() == ids.tolist()
+        assert torch.equal(torch.cat([p.normal("noise", 3) for p in parts]), whole.normal("noise", 3))
+        assert torch.equal(torch.cat([p.uniform("t") for p in parts]), whole.uniform("t"))
+
+
+def test_names_and_steps_are_independent_draws():
+    draws = [torch.randn(2000, generator=generator(0, *key)) for key in [(0, "a"), (0, "b"), (1, "a")]]
+    assert torch.corrcoef(torch.stack(draws)).fill_diagonal_(0).abs().max() < 0.1

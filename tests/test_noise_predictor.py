@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from sd_mini import noise_predictor
+from training.noise_predictor import Objective
+
+NETWORKS = {
+    "prx": {"hidden_size": 32, "num_heads": 2, "depth": 2},
+    "pixart": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "norm_num_groups": 4},
+    "unet": {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_kind_learns_and_never_sees_padding(kind):
+    torch.manual_seed(0)
+    network = noise_predictor.build(kind, NETWORKS[kind], (4, 8, 8), 24)
+    latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8])
+    tokens, mask = torch.randn(2, 6, 24), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    objective, losses = Objective(network), []
+    for _ in range(12):
+        loss = objective(latents, noise, t, tokens, mask)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        made = noise_predictor.predict(network, latents, t, tokens, mask)
+        assert made.shape == latents.shape
+        torch.testing.assert_close(
+            noise_predictor.predict(network, latents, t, tokens + 9 * ~mask[..., None], mask), made, rtol=0, atol=1e-5
+        )
+        seen = noise_predictor.predict(network, latents, t, tokens + 9 * mask[..., None], mask)
+        assert (seen - made).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "says"),
+    [
+        ("dit", {}, "kind 'dit' is unknown"),
+        ("prx", {"depht": 3}, "'depht' is unknown to PRXTransformer2DModel"),
+        ("prx", {"context_in_dim": 99}, "context_in_dim is 99, but the other stages decide 24"),
+        ("unet", {"in_channels": 3}, "in_channels is 3, but the other stages decide 4"),
+        ("prx", {"patch_size": 3}, "patch_size 3 does not divide"),
+    ],
+)
+def test_networks_that_do_not_fit(kind, network, says):
+    with pytest.raises(ValueError, match=says):
+        noise_predictor.build(kind, NETWORKS.get(kind, {}) | network, (4, 8, 8), 24)

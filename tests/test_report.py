@@ -1,0 +1,324 @@
+"""`python -m eval` on a real tiny run: every number of the report against the same measured by hand, and the page."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.__main__ import main
+from eval.composition import CategoryVerdict, Verdict, judge, summarise
+from eval.measure import PROMPTS, pick_galleries
+from eval.reconstruction import reconstruct
+from eval.report import seconds, table
+from sd_mini import Pipeline, images, shapes
+
+PROMPTS_ASKED, STEPS, SEED = 13, 2, 7
+SPLITS = ("test", "heldout_pairs", "heldout_relations")
+SCORE_FIELDS = {"exact", "soft", "abstain", "n", "low", "high"}
+CAPTIONS = ["a <b>red</b> one", "a green one", "a blue & grey one", "a dark one"]
+
+
+def run(pipeline, out, *options):
+    return main([str(pipeline), "--out", str(out), *options])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_run):
+    loaded = Pipeline.from_pretrained(tiny_run / "pipeline")
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # the command's own choice
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run, tmp_path_factory):
+    """A report on the shapes world."""
+    out = tmp_path_factory.mktemp("shapes") / "report"
+    options = ["--data", "shapes", "--prompts", str(PROMPTS_ASKED), "--seed", str(SEED), "--batch", "8"]
+    assert run(tiny_run / "pipeline", out, *options, "--steps", str(STEPS), "--guidance", "1.5") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Split => scenes and captions, as the protocol says they are drawn."""
+    scenes = {split: shapes.sample_scenes(PROMPTS_ASKED, split, 1000 + SEED) for split in SPLITS}
+    return {split: (drawn, [shapes.captions(s)[i % 6] for i, s in enumerate(drawn)]) for split, drawn in scenes.items()}
+
+
+@pytest.fixture(scope="module")
+def made(pipeline, asked):
+    """The test split's pictures, (N, 3, 32, 32) uint8, in batches of 8 like the report's."""
+    captions = asked["test"][1]
+    pictures = []
+    for start in range(0, len(captions), 8):
+        generators = [torch.Generator().manual_seed(i) for i in range(start, min(start + 8, len(captions)))]
+        part = captions[start : start + 8]
+        pictures += pipeline(part, num_inference_steps=STEPS, guidance_scale=1.5, generator=generators).images
+    return np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in pictures])
+
+
+def verdicts_of(pictures, scenes):
+    return [judge(np.ascontiguousarray(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+
+
+def test_report_has_every_field_and_no_other(report, tiny_run):
+    assert set(report) == {"composition", "ceiling", "reconstruction", "seconds", "protocol"}
+    for part in ("composition", "ceiling"):
+        assert tuple(report[part]) == SPLITS
+        for split, categories in report[part].items():
+            two_objects_only = split == "heldout_relations"
+            expected = {"two_objects", "colour", "size", "relation", "binding", "all"}
+            assert set(categories) == expected | (set() if two_objects_only else {"one_object", "count", "place"})
+            assert all(set(score) == SCORE_FIELDS for score in categories.values())
+            assert categories["all"]["n"] == PROMPTS_ASKED
+    assert set(report["reconstruction"]) == {"psnr", "n"}
+    hashes = {
+        k: json.loads((tiny_run / k / "final" / "stage.json").read_text())["hash"] for k in report["protocol"]["stages"]
+    }
+    protocol = dict(report["protocol"])
+    assert set(protocol.pop("versions")) == {"torch", "diffusers", "transformers"}
+    assert protocol.pop("device") in ("cpu", "cuda:0") and len(hashes) == 3
+    assert protocol == {
+        "data": "shapes",
+        "prompts": dict.fromkeys(SPLITS, PROMPTS_ASKED),
+        "generator_seed": "the picture's index within its split",
+        "scene_seed": 1000 + SEED,
+        "phrasing": "the index modulo their number",
+        "steps": STEPS,
+        "guidance": 1.5,
+        "batch": 8,
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+        "resolution": 32,
+        "stages": hashes,
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def test_enough_prompts_are_asked_by_default():
+    assert all(n >= 300 for n in PROMPTS.values())
+    kinds = [scene.kind for scene in shapes.sample_scenes(PROMPTS["test"], "test", 1000)]
+    assert min(kinds.count("one_object"), kinds.count("two_objects")) >= 150
+
+
+def test_composition_is_the_verdict_on_the_pipelines_pictures(report, asked, made):
+    assert report["composition"]["test"] == summarise(verdicts_of(made, asked["test"][0]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_ceiling_is_the_verdict_on_true_drawings_through_the_autoencoder(split, report, asked, pipeline):
+    scenes = asked[split][0]
+    pixels = images.to_pixels(shapes.draw_batch(scenes, 32)).to(pipeline.device)
+    vae = pipeline.autoencoder
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(part)) for part in pixels.split(8)]).cpu()
+    expected = summarise(verdicts_of(images.to_uint8(decoded).numpy(), scenes))
+    found = report["ceiling"][split]
+    for category, score in expected.items():
+        assert found[category] == pytest.approx(score), category
+    assert 0 < found["all"]["soft"] < 1  # some facts outlive the tiny autoencoder and some do not
+
+
+def test_intervals_are_wilsons(report):
+    for score in report["ceiling"]["test"].values():
+        n, p, z = score["n"], score["exact"], 1.959964
+        for bound in (score["low"], score["high"]):  # both solve (p - b)^2 = z^2 b (1 - b) / n
+            assert (p - bound) ** 2 == pytest.approx(z * z * bound * (1 - bound) / n, abs=1e-6)
+
+
+def test_reconstruction_is_over_the_test_scenes(report, asked, pipeline):
+    drawn = shapes.draw_batch(asked["test"][0], 32).astype(float)
+    error = drawn - reconstruct(pipeline.autoencoder, drawn.astype(np.uint8), 8)
+    expected = [10 * math.log10(255**2 / np.mean(one**2)) for one in error]
+    assert report["reconstruction"] == {"psnr": pytest.approx(np.mean(expected)), "n": PROMPTS_ASKED}
+
+
+def test_seconds_are_those_of_the_stages_that_were_joined(report, tiny_run, tmp_path):
+    spent = report["seconds"]
+    trained = {"text_encoder": 1.5, "autoencoder": 2.25, "noise_predictor": 3.0}
+    assert spent == {**trained, "evaluation": spent["evaluation"], "total": spent["total"]}
+    assert spent["evaluation"] > 0 and spent["total"] == pytest.approx(
+        sum(trained.values()) + spent["evaluation"], abs=0.1
+    )
+    stages = report["protocol"]["stages"]
+    assert seconds(tiny_run, stages, 1.0) == seconds(tiny_run / "pipeline", stages, 1.0)
+    other = seconds(tiny_run / "pipeline", {**stages, "autoencoder": "0" * 64}, 1.0)
+    assert other == {"text_encoder": 1.5, "noise_predictor": 3.0, "evaluation": 1.0, "total": 5.5}
+    assert seconds(tmp_path, stages, 1.0) == {"evaluation": 1.0, "total": 1.0}
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch or run, its embedded pictures and its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.addresses, self.alternatives, self.text = set(), [], [], ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        self.alternatives += [value for name, value in attributes if name == "alt"]
+
+    def handle_data(self, data):
+        self.text += data
+
+    def pictures(self):
+        encoded = [address.removeprefix("data:image/png;base64,") for address in self.addresses]
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part, validate=True)))) for part in encoded]
+
+
+def test_the_page_stands_alone_and_shows_the_first_prompts(folder, asked, made):
+    page = Page(folder / "report.html")
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    without_pictures = re.sub(r"base64,[\w+/=]+", "", (folder / "report.html").read_text())
+    assert "http" not in without_pictures and "@import" not in without_pictures and "url(" not in without_pictures
+    assert page.alternatives[:PROMPTS_ASKED] == asked["test"][1]
+    for shown, picture in zip(page.pictures(), made, strict=False):
+        assert np.array_equal(shown.transpose(2, 0, 1), picture)
+    for words in (
+        "Ceiling",
+        "heldout_relations",
+        "Failures",
+        "in order, whatever came of them",
+        "scheduler",
+        "dB PSNR",
+    ):
+        assert words in page.text
+
+
+def test_the_grid_is_saved(folder, asked, made):
+    expected = images.grid(list(made), 6, asked["test"][1], 2)
+    assert np.array_equal(np.asarray(Image.open(folder / "grid.png")), np.asarray(expected))
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "report.html", "report.json"]
+
+
+def test_galleries_take_the_first_prompts_and_the_first_failures():
+    right, wrong = (Verdict(e, s, False, {"all": CategoryVerdict(e, s)}) for e, s in ((True, 1.0), (False, 0.5)))
+    unread = Verdict(False, 0.0, True, {"all": CategoryVerdict(False, 0.0)})
+    verdicts = [right, wrong, unread, *[right] * 30, *[wrong] * 30]
+    pictures = np.zeros((len(verdicts), 3, 32, 32), dtype=np.uint8)
+    first, failures = pick_galleries(pictures, [f"prompt {i}" for i in range(len(verdicts))], verdicts)
+    assert [tile.prompt for tile in first.tiles] == [f"prompt {i}" for i in range(24)]
+    assert [tile.note for tile in first.tiles[:3]] == ["exact", "50% of the facts hold", "cannot be read"]
+    assert [tile.prompt for tile in failures.tiles] == [f"prompt {i}" for i in (1, 2, *range(33, 43))]
+    assert "12 of the 32 test pictures, of 63" in failures.rule
+    assert len(pick_galleries(pictures[:1], ["prompt"], [right])) == 1  # nothing failed, so there is no such grid
+
+
+def test_the_table_has_every_number(report):
+    lines = table(report).splitlines()
+    assert [line[:13].strip() for line in lines[2:11]] == [
+        "one object", "two objects", "count", "colour", "size", "place", "relation", "binding", "all",
+    ]  # fmt: skip
+    assert lines[1].split() == list(SPLITS)
+    assert lines[2].split()[-1] == "-"  # no single objects among the held-out relations
+    score, ceiling = (report[part]["test"]["all"] for part in ("composition", "ceiling"))
+    interval = f"[{100 * score['low']:.1f}-{100 * score['high']:.1f}]"
+    expected = [f"{100 * score['exact']:.1f}", interval, str(PROMPTS_ASKED), f"{100 * ceiling['exact']:.1f}"]
+    assert lines[10].split()[1:5] == expected
+    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[11]
+    assert "noise predictor 3.0" in lines[12] and f"total {report['seconds']['total']:.1f}" in lines[12]
+
+
+def test_the_same_seed_gives_the_same_report(folder, report, tiny_run, tmp_path, capsys):
+    options = ["--data", "shapes", "--prompts", str(PROMPTS_ASKED), "--seed", str(SEED), "--batch", "8"]
+    options += ["--steps", str(STEPS), "--guidance", "1.5"]
+    out = tmp_path / "report"
+    shutil.copytree(folder, out)  # an older report is replaced
+    (out / "report.json").write_text("old")
+    assert run(tiny_run / "pipeline", out, *options) == 0
+    again = json.loads((out / "report.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in report.items() if k != "seconds"}
+    assert (out / "grid.png").read_bytes() == (folder / "grid.png").read_bytes()
+    assert capsys.readouterr().out == f"{table(again)}\n{out / 'report.html'}\n"
+
+
+@pytest.fixture
+def captioned(tmp_path, monkeypatch):
+    """A folder with test.parquet: four captioned pictures of 40 px."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()  # so that stderr holds the error alone
+    rows = []
+    for shade in range(len(CAPTIONS)):
+        encoded = io.BytesIO()
+        Image.new("RGB", (40, 40), (60 * shade, 40, 90)).save(encoded, "PNG")
+        rows.append({"bytes": encoded.getvalue(), "path": None})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"image": rows, "text": CAPTIONS}).to_parquet(tmp_path / "data" / "test.parquet")
+    yield tmp_path / "data"
+    datasets.enable_progress_bars()
+
+
+def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_run, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert run(tiny_run / "pipeline", out, "--data", str(captioned), "--prompts", "3") == 0
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) == {"reconstruction", "seconds", "protocol"}
+    assert report["reconstruction"]["n"] == len(CAPTIONS)
+    assert report["protocol"]["prompts"] == {"test": 3} and "scene_seed" not in report["protocol"]
+    page = Page(out / "report.html")
+    assert page.alternatives == CAPTIONS[:3] and "b" not in page.tags  # a caption's markup is text
+    assert "no composition scores" in page.text
+    assert (out / "grid.png").is_file()
+    assert len(capsys.readouterr().out.splitlines()) == 3  # PSNR, seconds, the page's path
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--data", "shapes", "--prompts", "0"], ["--prompts", "'0'"]),
+        (["--data", "shapes", "--split", "train"], ["--split train", "all its splits"]),
+        (["--data", "shapes", "--guidance", "-1"], ["guidance", "-1"]),
+        (["--data", "shapes", "--batch", "none"], ["--batch", "'none'"]),
+        (["--data", "missing.parquet"], ["missing.parquet", "no such file"]),
+        (["--data", "data", "--split", "valid"], ["'valid'", "test"]),
+        (["--data", "data", "--prompts", "5"], ["--prompts 5", "4"]),
+        ([], ["--data"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, parts, captioned, tiny_run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(capfd, parts, tiny_run / "pipeline", tmp_path / "report", *options)
+
+
+def assert_refused(capfd, parts, pipeline, out, *options):
+    """Exit code 2, one line on stderr that has all `parts` in it, and no report."""
+    assert run(pipeline, out, *options) == 2
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert all(part in shown.err for part in parts)
+    assert not list(out.parent.glob("*report*")) or out.is_file()
+
+
+def test_folders_that_are_not_what_they_should_be_are_refused(tiny_run, tmp_path, capfd):
+    shapes_data = ["--data", "shapes", "--prompts", "1"]
+    assert_refused(capfd, ["neither a pipeline"], tmp_path, tmp_path / "report", *shapes_data)
+    assert_refused(capfd, ["no such folder"], tmp_path / "none", tmp_path / "report", *shapes_data)
+    (tmp_path / "report").write_text("a file")
+    assert_refused(capfd, ["report is a file"], tiny_run / "pipeline", tmp_path / "report", *shapes_data)
+    assert_refused(capfd, ["other files"], tiny_run / "pipeline", tmp_path, *shapes_data)
+    assert (tmp_path / "report").read_text() == "a file"
+
+
+def test_pictures_too_small_to_be_judged_are_refused(tiny_run, tmp_path, capfd):
+    small = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    index = json.loads((small / "model_index.json").read_text())
+    (small / "model_index.json").write_text(json.dumps({**index, "resolution": 16}))
+    assert_refused(capfd, ["16 px", "32 px"], small, tmp_path / "report", "--data", "shapes")
