@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -111,18 +110,6 @@ def build(kind: str, network: dict[str, Any], channels: int = 3) -> nn.Module:
     except (AssertionError, IndexError, TypeError) as error:
         shown = ", ".join(f"{k}={v}" for k, v in network.items())
         raise ValueError(f"autoencoder: {cls.__name__}({shown}) cannot be built: {error or 'widths do not fit'}") from None
-
-
-def from_diffusers(network: diffusers.ModelMixin) -> Autoencoder:
-    """A trained diffusers autoencoder => ours around it, its statistics still to be measured."""
-    for kind, cls in KINDS.items():
-        if isinstance(network, cls):
-            config = {k: v for k, v in network.config.items() if not k.startswith("_")}
-            autoencoder = Autoencoder(kind, config)
-            autoencoder.network.load_state_dict(network.state_dict())
-            return autoencoder
-    names = ", ".join(cls.__name__ for cls in KINDS.values())
-    raise ValueError(f"autoencoder: got a {type(network).__name__}; expected one of {names}")
 
 
 def _per_channel(values: list[float] | None, channels: int, default: float) -> Tensor:

@@ -21,11 +21,6 @@ def flow_target(latents: Tensor, noise: Tensor) -> Tensor:
     return noise - latents
 
 
-def flow_to_latents(noised: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
-    """What the network thinks the picture is: x_0 = x_t - t v."""
-    return noised - _per_sample(timesteps, noised) * velocity
-
-
 # logit-normal time sampling, Esser et al. 2024, eq. 19, mixed with a share of uniform so that no t is left untrained
 def sample_timesteps(normal: Tensor, uniform: Tensor, uniform_share: float, shift: float = 1.0) -> Tensor:
     """`normal`, `uniform` (B,): independent draws N(0, 1) and U(0, 1) => timesteps (B,) in (0, 1).

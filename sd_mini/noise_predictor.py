@@ -66,7 +66,3 @@ def predict(network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embe
     return network(
         latents, timesteps * 1000, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
     )[0]
-
-
-def count_parameters(network: torch.nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())

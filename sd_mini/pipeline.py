@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,15 @@ class Pipeline(DiffusionPipeline):
         return TextStage(self.tokenizer, self.text_encoder, self.text_adapter)
 
     def check_inputs(
-        self, prompt: Any, height: int, width: int, steps: int, guidance_scale: float, prompt_embeds: Any, latents: Any
+        self,
+        prompt: Any,
+        height: int,
+        width: int,
+        steps: int,
+        guidance_scale: float,
+        prompt_embeds: Tensor | None,
+        latents: Tensor | None,
+        num_images_per_prompt: int = 1,
     ) -> None:
         """Raises ValueError, one line, for anything no picture can be made from. Nothing has been computed yet."""
         if (prompt is None) == (prompt_embeds is None):
@@ -118,8 +125,9 @@ class Pipeline(DiffusionPipeline):
             raise ValueError("prompt is an empty list; give at least one text")
         elif prompt is not None:
             check_prompts(prompts)
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"num_inference_steps {steps!r}: expected a whole number of at least 1")
+        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
         check_guidance(guidance_scale)
         self.latent_shape(height, width)
         if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
@@ -227,9 +235,9 @@ class Pipeline(DiffusionPipeline):
         height, width = height or self.config.resolution, width or self.config.resolution
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance if guidance_scale is None else guidance_scale
-        self.check_inputs(prompt, height, width, steps, scale, prompt_embeds, latents)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type {output_type!r}: expected pil, np, pt or latent")
+        self.check_inputs(prompt, height, width, steps, scale, prompt_embeds, latents, num_images_per_prompt)
+        _check_choice("output_type", [output_type], ("pil", "np", "pt", "latent"))
+        _check_choice("callback input", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
         embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask)
         batch = len(embeds)
@@ -279,6 +287,7 @@ def _listed(prompt: str | list[str] | tuple[str, ...]) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
-def stage_hashes(folder: str | Path) -> dict[str, str]:
-    """The hashes of the stages a saved pipeline was joined from, without loading it."""
-    return json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8")).get("stages", {})
+def _check_choice(name: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+    for value in given:
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: expected one of {', '.join(known)}")

@@ -1,0 +1,221 @@
+"""Each stage's own launch, in process on the smoke recipes: what it writes, that it goes on where it stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from sd_mini import stages
+from sd_mini.config import command
+from sd_mini.pipeline import Pipeline
+from training import autoencoder, checkpoint, loop, noise_predictor, text_encoder
+
+ROOT = Path(__file__).parent.parent
+SMOKE = ROOT / "training" / "configs" / "smoke"
+MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
+
+
+def launch(stage: str, run: Path, *more: str) -> int:
+    return command(MAINS[stage], ["--config", str(SMOKE / f"{stage}.yaml"), "--run", str(run), *more])
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("smoke")
+    assert [launch(stage, run) for stage in MAINS] == [0, 0, 0]
+    return run
+
+
+def lines(folder: Path) -> list[dict]:
+    """metrics.jsonl without the timings, which no two runs share."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest, complaints = checkpoint.newest(folder / "checkpoints")
+    assert not complaints
+    return {f"{p.stem}/{k}": v for p in newest.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert lines(a) == lines(b)
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_what_a_stage_writes(smoke_run, stage):
+    folder = smoke_run / stage
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
+    assert [line["step"] for line in lines(folder)] == [2, 4, 6, 6]
+    assert [p.name for p in sorted((folder / "samples").iterdir())] == ["step-00000003.png", "step-00000006.png"]
+    assert Image.open(folder / "samples" / "step-00000006.png").width > 64
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    contract = stages.read_contract(folder / "final", stage)
+    assert contract["steps"] == 6 and contract["data"]["count"] == 64 and contract["seconds"] > 0
+
+
+def test_the_three_join_into_a_pipeline(smoke_run):
+    pipeline = Pipeline.from_run(smoke_run)
+    made = pipeline("a small red circle at the top left", generator=torch.Generator().manual_seed(0))
+    assert made.images[0].size == (32, 32)
+
+
+def test_latents_are_standardised(smoke_run):
+    from sd_mini.data import DataConfig, load
+
+    vae = stages.load_stage(smoke_run / "autoencoder" / "final").parts["autoencoder"]
+    with torch.no_grad():
+        latents = vae.encode(load(DataConfig(count=64, resolution=32)).pixels(range(64)))
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(4), rtol=0, atol=1e-4)
+
+
+def test_what_is_exported_is_the_average(smoke_run):
+    folder = smoke_run / "noise_predictor"
+    exported = load_file(folder / "final" / "noise_predictor" / "diffusion_pytorch_model.safetensors")
+    kept = weights(folder)
+    for name, value in exported.items():
+        assert torch.equal(value, kept[f"ema/network.{name}"])
+    assert any(not torch.equal(v, kept[f"model/network.{n}"]) for n, v in exported.items())
+
+
+@pytest.mark.parametrize("stage", MAINS)
+def test_stopped_and_started_again_equals_straight_through(smoke_run, tmp_path, stage, monkeypatch):
+    """Killed after step 3 with the last checkpoint at 2: the same command again gives every bit of the straight run."""
+    for name in {"text_encoder", "autoencoder"} - {stage}:
+        shutil.copytree(smoke_run / name, tmp_path / name)
+
+    class Killed(BaseException):
+        pass
+
+    update = loop.Loop.update
+
+    def dies_in_step_3(self):
+        if self.step == 3:
+            raise Killed
+        update(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop.Loop, "update", dies_in_step_3)
+        launch(stage, tmp_path)
+    assert launch(stage, tmp_path) == 0
+    assert_equal_runs(tmp_path / stage, smoke_run / stage)
+
+
+def test_accumulation_changes_nothing_but_rounding(smoke_run, tmp_path):
+    for name in ("text_encoder", "autoencoder"):
+        shutil.copytree(smoke_run / name, tmp_path / name)
+    assert launch("noise_predictor", tmp_path, "--train.accumulation", "3") == 0
+    whole, parts = lines(smoke_run / "noise_predictor"), lines(tmp_path / "noise_predictor")
+    for a, b in zip(whole, parts, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, smoke_run):
+    command_line = [
+        sys.executable, "-m", "training.autoencoder", "--config", str(SMOKE / "autoencoder.yaml"), "--run", str(tmp_path),
+        "--steps", "100000", "--train.checkpoint_every", "100000", "--train.preview_every", "100000",
+    ]
+    process = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "autoencoder" / "metrics.jsonl"
+    while not (log.is_file() and log.stat().st_size) and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on from here" in process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    assert checkpoint.newest(tmp_path / "autoencoder" / "checkpoints")[0] is not None
+
+
+def test_a_finished_stage_is_left_as_it_is(smoke_run, capsys):
+    before = stages.read_contract(smoke_run / "autoencoder" / "final")
+    assert launch("autoencoder", smoke_run) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert stages.read_contract(smoke_run / "autoencoder" / "final") == before
+
+
+def test_a_damaged_checkpoint_is_skipped(smoke_run, tmp_path, capsys):
+    folder = shutil.copytree(smoke_run / "autoencoder", tmp_path / "autoencoder")
+    shutil.rmtree(folder / "final")
+    (folder / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"")
+    assert launch("autoencoder", tmp_path) == 0
+    assert "step-00000006: model.safetensors is damaged" in capsys.readouterr().err
+    assert lines(folder) == lines(smoke_run / "autoencoder")
+
+
+def test_other_data_is_another_cache(smoke_run, tmp_path):
+    for name in ("text_encoder", "autoencoder"):
+        shutil.copytree(smoke_run / name, tmp_path / name)
+    before = set(os.listdir(smoke_run / "cache" / "latents"))
+    shutil.copytree(smoke_run / "cache", tmp_path / "cache")
+    assert launch("noise_predictor", tmp_path, "--data.seed", "5") == 0
+    assert before < set(os.listdir(tmp_path / "cache" / "latents"))
+
+
+def test_not_finite_stops_with_the_samples_named(tmp_path, monkeypatch, capsys):
+    def poisoned(self, batch):
+        return original(self, batch) | {"noise": torch.full((8, 4, 8, 8), float("nan"))}
+
+    original = autoencoder.AutoencoderTask.inputs
+    monkeypatch.setattr(autoencoder.AutoencoderTask, "inputs", poisoned)
+    assert launch("autoencoder", tmp_path) == 2
+    assert "step 0: the gradient is not finite; samples [" in capsys.readouterr().err
+    assert not (tmp_path / "autoencoder" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "says"),
+    [
+        ("autoencoder", ["--train.stepz", "3"], "did you mean 'steps'"),
+        ("autoencoder", ["--train.lr", "fast"], "train.lr: got 'fast'"),
+        ("autoencoder", ["--steps", "-4"], "train.steps: got -4"),
+        ("autoencoder", ["--data.source", "nowhere.parquet"], "nowhere.parquet"),
+        ("autoencoder", ["--data.split", "dev"], "'dev'"),
+        ("autoencoder", ["--data.resolution", "30"], "expected a multiple of 4; the nearest are 28 or 32"),
+        ("autoencoder", ["--model.network.latent_chanels", "4"], "'latent_chanels' is unknown"),
+        ("autoencoder", ["--train.ema_width", "0.9"], "ema_width 0.9"),
+        ("text_encoder", ["--encoder.name", "no/such-model"], "text encoder 'no/such-model'"),
+        ("text_encoder", ["--adapter.heads", "5"], "dim 32 is not a multiple of heads 5"),
+        ("text_encoder", ["--adapter.max_length", "8"], "at most 8 fit"),
+        ("noise_predictor", [], "no text_encoder stage here"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, monkeypatch, stage, more, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = tmp_path / "run"
+    assert launch(stage, run, *more) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and says in error[0]
+    assert not run.exists()
+
+
+def test_another_config_is_refused_with_its_fields(smoke_run, capsys):
+    assert launch("autoencoder", smoke_run, "--train.lr", "0.5") == 2
+    assert "train.lr was 0.002, now 0.5" in capsys.readouterr().err
+
+
+def test_a_stage_of_another_run_is_refused(smoke_run, tmp_path):
+    assert launch("autoencoder", tmp_path, "--train.seed", "1") == 0
+    for name in ("text_encoder", "noise_predictor"):
+        shutil.copytree(smoke_run / name, tmp_path / name)
+    with pytest.raises(ValueError, match="was trained against autoencoder"):
+        Pipeline.from_run(tmp_path)
+
+
+def test_help_lists_every_field(capsys):
+    assert command(MAINS["noise_predictor"], ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--train.batch_size" in out and "--objective.caption_dropout" in out and "accelerate launch" in out
