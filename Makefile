@@ -1,22 +1,30 @@
-# Three commands, each from a fresh checkout: `make demo`, `make test`, `make setup`.
+# From a fresh checkout: `make demo` trains, joins, generates and judges; `make test` runs the tests. Both set up .venv.
 PYTHON ?= python3
 RUN ?= runs/shapes
+RECIPE ?= training/configs/shapes
 BIN := .venv/bin
 READY := .venv/ready
+# every value that Accelerate would otherwise guess and warn about, for one process on the CPU or one GPU
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup demo test lint clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sd_mini needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sd_mini needs Python 3.11 or newer, for example: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+# the same launches a user makes; each goes on where an interrupted one stopped, and leaves a finished stage alone
 demo: $(READY)
-	$(BIN)/python -m training.demo --run $(RUN)
+	$(LAUNCH) -m training.autoencoder --config $(RECIPE)/autoencoder.yaml --run $(RUN)
+	$(LAUNCH) -m training.text_encoder --config $(RECIPE)/text_encoder.yaml --run $(RUN)
+	$(LAUNCH) -m training.noise_predictor --config $(RECIPE)/noise_predictor.yaml --run $(RUN)
+	$(BIN)/sd-mini export $(RUN)
+	$(BIN)/python -m eval $(RUN)/pipeline --data shapes --out $(RUN)/report
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

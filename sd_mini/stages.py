@@ -134,6 +134,7 @@ def _load_part(folder: Path) -> Any:
 
     from sd_mini.autoencoder import Autoencoder
     from sd_mini.noise_predictor import KINDS as NETWORKS
+    from sd_mini.noise_predictor import speed_up
     from sd_mini.text_encoder import TextAdapter, load_encoder
 
     if folder.name == "tokenizer":
@@ -144,7 +145,7 @@ def _load_part(folder: Path) -> Any:
     classes = {cls.__name__: cls for cls in (Autoencoder, TextAdapter, *NETWORKS.values())}
     if name not in classes:
         raise ValueError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
-    return classes[name].from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32).eval()
+    return speed_up(classes[name].from_pretrained(folder, use_safetensors=True, dtype=torch.float32)).eval()
 
 
 def check_belonging(contract: dict[str, Any], **stages: str) -> None:

@@ -89,7 +89,7 @@ class Loop:
         self.task, self.config, self.folder = task, config, folder
         self.accelerator = Accelerator()
         if self.accelerator.device.type == "cpu":
-            tune_cpu()
+            tune_cpu(self.accelerator.num_processes)
         trained = [p for p in task.objective.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -289,12 +289,14 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def tune_cpu() -> None:
-    """Flush denormals, and let glibc keep large freed blocks instead of giving them back to fault in again each step.
+def tune_cpu(processes: int) -> None:
+    """Use every core, flush denormals, and let glibc keep large freed blocks instead of faulting them in each step.
 
+    `accelerate launch` sets OMP_NUM_THREADS to 1 when it is not told otherwise, which leaves all cores but one idle.
     Measured on two cores: denormal numbers in young gradients and Adam moments halve the speed of the autoencoder;
     keeping blocks takes 13 % off a step of the shapes noise predictor.
     """
+    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // processes, 1))
     torch.set_flush_denormal(True)
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

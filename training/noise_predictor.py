@@ -97,7 +97,8 @@ class Encoded:
 
         def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
-                return {"latents": autoencoder.encode(pictures.pixels(range(rows.start, rows.stop))).half().numpy()}
+                pixels = pictures.pixels(range(rows.start, rows.stop))
+                return {"latents": autoencoder.encode(pixels).half().contiguous().numpy()}
 
         def encode_texts(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
