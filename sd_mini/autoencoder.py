@@ -101,15 +101,17 @@ def build(kind: str, network: dict[str, Any], channels: int = 3) -> nn.Module:
     Raises ValueError for a field its class does not know and for widths that do not fit together.
     """
     cls = KINDS[kind]
-    network = {name: channels for name in _CHANNEL_FIELDS[kind]} | network
+    network = dict.fromkeys(_CHANNEL_FIELDS[kind], channels) | network
     known = set(cls._get_init_keys(cls)) - {"self"}
     if unknown := sorted(set(network) - known):
         raise ValueError(f"autoencoder: network field {unknown[0]!r} is unknown to {cls.__name__}")
     try:
         return cls(**network)
-    except (AssertionError, IndexError, TypeError) as error:
+    except (AssertionError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
         shown = ", ".join(f"{k}={v}" for k, v in network.items())
-        raise ValueError(f"autoencoder: {cls.__name__}({shown}) cannot be built: {error or 'widths do not fit'}") from None
+        raise ValueError(
+            f"autoencoder: {cls.__name__}({shown}) cannot be built: {error or 'widths do not fit'}"
+        ) from None
 
 
 def _per_channel(values: list[float] | None, channels: int, default: float) -> Tensor:

@@ -111,6 +111,30 @@ def load(config: DataConfig) -> CaptionedPictures:
     )
 
 
+def load_captioned(train: DataConfig, valid: DataConfig) -> tuple[CaptionedPictures, CaptionedPictures]:
+    """`load` for both parts of a training on captions. Raises ValueError also where one has no captions."""
+    check_alike(train, valid)
+    parts = load(train), load(valid)
+    for name, part in zip(("data", "valid"), parts, strict=True):
+        if not all(part.captions):
+            raise ValueError(
+                f"{name}: {part.name} has no captions, expected a text for each picture; see {name}.text_column"
+            )
+    return parts
+
+
+def check_alike(train: DataConfig, valid: DataConfig) -> None:
+    """Raises ValueError where the pictures measured on could not stand for those trained on."""
+    if train.resolution != valid.resolution:
+        raise ValueError(
+            f"data.resolution is {train.resolution}, valid.resolution {valid.resolution}; give both the same"
+        )
+    if (train.source == "shapes") != (valid.source == "shapes"):
+        raise ValueError(
+            f"data.source is {train.source!r}, valid.source {valid.source!r}; give both, from the same data"
+        )
+
+
 def unique_captions(captions: Iterable[Iterable[str]]) -> list[str]:
     """The captions of many pictures => each one once, in the order first seen."""
     return list(dict.fromkeys(caption for several in captions for caption in several))

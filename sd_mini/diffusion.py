@@ -10,7 +10,7 @@ from torch import Tensor
 
 # x_t = (1 - t) x_0 + t eps: the linear path of rectified flow. Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 22
 def flow_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """latents, noise (B, C, h, w), timesteps (B,) in [0, 1] => noised latents; t = 0 is the picture, t = 1 the noise."""
+    """latents, noise (B, C, h, w), timesteps (B,) in [0, 1] => noised latents; t 0 is the picture, 1 the noise."""
     t = _per_sample(timesteps, latents)
     return (1 - t) * latents + t * noise
 
@@ -43,8 +43,8 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 def check_guidance(scale: float) -> None:
     """Raises ValueError for a scale that no picture comes out of."""
-    if not math.isfinite(scale) or scale < 0:
-        raise ValueError(f"guidance_scale {scale}: expected a finite number of at least 0 (1 is no guidance)")
+    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(f"guidance_scale {scale!r}: expected a finite number of at least 0 (1 is no guidance)")
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

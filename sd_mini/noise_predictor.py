@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,19 +21,31 @@ def build(kind: str, network: dict[str, Any], latent_shape: tuple[int, int, int]
     """
     if kind not in KINDS:
         raise ValueError(f"noise predictor: kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
-    given, cls = dict(network), KINDS[kind]
+    cls = KINDS[kind]
+    known = inspect.signature(cls.__init__).parameters
+    if unknown := sorted(set(network) - set(known)):
+        raise ValueError(f"noise predictor: network field {unknown[0]!r} is unknown to {cls.__name__}")
+    try:
+        return speed_up(_build(kind, network, latent_shape, dim, known))
+    except (AssertionError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        shown = ", ".join(f"{k}={v}" for k, v in network.items())
+        reason = " ".join(str(error).split()) or "the fields do not fit together"
+        raise ValueError(f"noise predictor: {cls.__name__}({shown}) cannot be built: {reason}") from error
+
+
+def _build(
+    kind: str, network: dict[str, Any], latent_shape: tuple[int, int, int], dim: int, known: Mapping[str, Any]
+) -> ModelMixin:
+    given = dict(network)
     for field, value in _decided(kind, given, latent_shape, dim).items():
         if given.setdefault(field, value) != value:
             raise ValueError(
                 f"noise predictor: {field} is {given[field]}, but the other stages decide {value}; leave the field out"
             )
-    known = inspect.signature(cls.__init__).parameters
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"noise predictor: network field {unknown[0]!r} is unknown to {cls.__name__}")
     patch = given.get("patch_size", known["patch_size"].default) if "patch_size" in known else 1
     if any(side % patch for side in latent_shape[1:]):
         raise ValueError(f"noise predictor: patch_size {patch} does not divide the latent grid {latent_shape[1:]}")
-    return speed_up(cls(**given))
+    return KINDS[kind](**given)
 
 
 class FusedPRXAttention:
@@ -92,7 +105,9 @@ def _decided(kind: str, network: dict[str, Any], latent_shape: tuple[int, int, i
     return grid | {"caption_channels": dim, "cross_attention_dim": width, "use_additional_conditions": False}
 
 
-def predict(network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
+def predict(
+    network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
+) -> Tensor:
     """latents (B, C, h, w), timesteps (B,) in [0, 1], prompt_embeds (B, L, D), prompt_mask (B, L) bool => (B, C, h, w).
 
     The networks count time differently: PRX in [0, 1], PixArt and the UNet in [0, 1000].
@@ -108,6 +123,4 @@ def predict(network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embe
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-    return network(
-        latents, timesteps * 1000, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False
-    )[0]
+    return network(latents, timesteps * 1000, prompt_embeds, encoder_attention_mask=prompt_mask, return_dict=False)[0]

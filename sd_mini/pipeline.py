@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini import images, noise_predictor
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.diffusion import check_guidance, guide
+from sd_mini.noise_predictor import speed_up
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage, check_prompts
 
@@ -28,8 +35,7 @@ class Pipeline(DiffusionPipeline):
     `default_guidance` are the recipe's own; `stages` holds the hashes of the stages this was joined from.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_adapter->noise_predictor->autoencoder"
-    _callback_tensor_inputs = ("latents", "prompt_embeds")
+    _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
@@ -49,7 +55,7 @@ class Pipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             text_adapter=text_adapter,
-            noise_predictor=noise_predictor,
+            noise_predictor=speed_up(noise_predictor),
             autoencoder=autoencoder,
             scheduler=scheduler,
         )
@@ -91,7 +97,7 @@ class Pipeline(DiffusionPipeline):
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Pipeline:
         """Load what `save_pretrained` wrote. Weights come from safetensors only."""
         index = Path(folder) / "model_index.json"
-        if Path(folder).exists() and not index.is_file():
+        if not index.is_file():
             raise ValueError(f"{folder}: no pipeline here (model_index.json is missing); join one: sd-mini export RUN")
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(folder, **kwargs)
@@ -115,16 +121,21 @@ class Pipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None,
         latents: Tensor | None,
         num_images_per_prompt: int = 1,
+        negative_prompt: Any = None,
+        prompt_mask: Tensor | None = None,
     ) -> None:
         """Raises ValueError, one line, for anything no picture can be made from. Nothing has been computed yet."""
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("expected either prompt or prompt_embeds, got " + ("neither" if prompt is None else "both"))
-        if prompt is not None and not isinstance(prompt, str | list | tuple):
-            raise ValueError(f"prompt is a {type(prompt).__name__}; expected text or a list of texts")
-        if prompt is not None and len(prompts := _listed(prompt)) == 0:
-            raise ValueError("prompt is an empty list; give at least one text")
-        elif prompt is not None:
-            check_prompts(prompts)
+            raise ValueError(
+                "expected either prompt or prompt_embeds, got " + ("neither" if prompt is None else "both")
+            )
+        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if texts is not None and not isinstance(texts, str | list | tuple):
+                raise ValueError(f"{name} is a {type(texts).__name__}; expected text or a list of texts")
+            if texts is not None and len(texts := _listed(texts)) == 0:
+                raise ValueError(f"{name} is an empty list; give at least one text")
+            check_prompts(texts or [])
+        self._check_embeds(prompt_embeds, prompt_mask)
         for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
@@ -135,6 +146,15 @@ class Pipeline(DiffusionPipeline):
                 f"latents are {tuple(latents.shape)}; expected (B, {str(self.latent_shape(height, width))[1:]}"
             )
 
+    def _check_embeds(self, prompt_embeds: Tensor | None, prompt_mask: Tensor | None) -> None:
+        if (prompt_embeds is None) != (prompt_mask is None):
+            raise ValueError("prompt_embeds and prompt_mask: expected both, as encode_prompt gives them, or neither")
+        expected = (self.text_adapter.config.max_length, self.text_adapter.config.dim)
+        if prompt_embeds is not None and tuple(prompt_embeds.shape[1:]) != expected:
+            raise ValueError(
+                f"prompt_embeds are {tuple(prompt_embeds.shape)}; expected (B, {expected[0]}, {expected[1]})"
+            )
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
         patch = getattr(self.noise_predictor.config, "patch_size", 1)
@@ -142,7 +162,9 @@ class Pipeline(DiffusionPipeline):
         for name, side in (("height", height), ("width", width)):
             if not isinstance(side, int) or side <= 0 or side % cell:
                 below = max(int(side) // cell, 1) * cell
-                raise ValueError(f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}")
+                raise ValueError(
+                    f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}"
+                )
         return self.autoencoder.latent_shape(height, width)
 
     def encode_prompt(
@@ -156,8 +178,6 @@ class Pipeline(DiffusionPipeline):
         if prompt_embeds is None:
             encoded = self.text_stage.encode(_listed(prompt))
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
-        elif prompt_mask is None:
-            prompt_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool)
         prompt_embeds = prompt_embeds.to(self._execution_device, self.noise_predictor.dtype)
         prompt_mask = prompt_mask.to(self._execution_device)
         repeat = num_images_per_prompt
@@ -175,7 +195,9 @@ class Pipeline(DiffusionPipeline):
             raise ValueError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
         return self.encode_prompt(texts, per_prompt)
 
-    def prepare_latents(self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None) -> Tensor:
+    def prepare_latents(
+        self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
+    ) -> Tensor:
         """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
         if latents is not None:
             if len(latents) != batch:
@@ -232,10 +254,22 @@ class Pipeline(DiffusionPipeline):
         Raises:
             ValueError: one line that says what was given, what was expected and how to mend it.
         """
-        height, width = height or self.config.resolution, width or self.config.resolution
+        height = self.config.resolution if height is None else height
+        width = self.config.resolution if width is None else width
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance if guidance_scale is None else guidance_scale
-        self.check_inputs(prompt, height, width, steps, scale, prompt_embeds, latents, num_images_per_prompt)
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            steps,
+            scale,
+            prompt_embeds,
+            latents,
+            num_images_per_prompt,
+            negative_prompt,
+            prompt_mask,
+        )
         _check_choice("output_type", [output_type], ("pil", "np", "pt", "latent"))
         _check_choice("callback input", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
@@ -254,9 +288,8 @@ class Pipeline(DiffusionPipeline):
                     continue
                 latents = self._denoise(latents, t, embeds, mask, scale)
                 if callback_on_step_end is not None:
-                    named = {"latents": latents, "prompt_embeds": embeds[-batch:]}
-                    wanted = {name: named[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", latents)
+                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
                 progress.update()
         pictures = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -265,7 +298,9 @@ class Pipeline(DiffusionPipeline):
     def _denoise(self, latents: Tensor, t: Tensor, embeds: Tensor, mask: Tensor, scale: float) -> Tensor:
         """One step of the scheduler from noise level `t`, with both halves of guidance in one pass."""
         doubled = torch.cat([latents, latents]) if scale != 1 else latents
-        timesteps = (t / self.scheduler.config.num_train_timesteps).to(latents.device, latents.dtype).expand(len(doubled))
+        timesteps = (
+            (t / self.scheduler.config.num_train_timesteps).to(latents.device, latents.dtype).expand(len(doubled))
+        )
         velocity = noise_predictor.predict(self.noise_predictor, doubled, timesteps, embeds, mask)
         if scale != 1:
             unconditional, conditional = velocity.chunk(2)

@@ -38,10 +38,13 @@ class Stage:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; once everything in it is on disk, it takes `target`'s name.
 
-    Whoever looks at `target` sees the whole old folder or the whole new one, whenever the process is killed.
+    `target` is never half written. A folder that it replaces is moved aside first; if the process is killed between the
+    two renames, the next call moves it back.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    partial, retired = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    if retired.exists() and not target.exists():
+        os.rename(retired, target)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
@@ -50,7 +53,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         for path in sorted(partial.rglob("*")):
             sync(path)
         sync(partial)
-        retired = target.with_name(f".{target.name}.old")
         if retired.exists():
             shutil.rmtree(retired)
         if target.exists():
@@ -101,8 +103,13 @@ def read_contract(folder: Path, kind: str | None = None) -> dict[str, Any]:
     path = Path(folder) / CONTRACT
     if not path.is_file():
         wanted = f"{kind or 'stage'} stage"
-        raise ValueError(f"{folder}: no {wanted} here ({CONTRACT} is missing); train it first, or give its final/ folder")
-    contract = json.loads(path.read_text(encoding="utf-8"))
+        raise ValueError(
+            f"{folder}: no {wanted} here ({CONTRACT} is missing); train it first, or give its final/ folder"
+        )
+    try:
+        contract = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); export the stage again") from error
     if kind is not None and contract.get("kind") != kind:
         raise ValueError(f"{folder}: expected a {kind} stage, this is a {contract.get('kind')} stage")
     return contract
@@ -134,7 +141,6 @@ def _load_part(folder: Path) -> Any:
 
     from sd_mini.autoencoder import Autoencoder
     from sd_mini.noise_predictor import KINDS as NETWORKS
-    from sd_mini.noise_predictor import speed_up
     from sd_mini.text_encoder import TextAdapter, load_encoder
 
     if folder.name == "tokenizer":
@@ -145,7 +151,7 @@ def _load_part(folder: Path) -> Any:
     classes = {cls.__name__: cls for cls in (Autoencoder, TextAdapter, *NETWORKS.values())}
     if name not in classes:
         raise ValueError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
-    return speed_up(classes[name].from_pretrained(folder, use_safetensors=True, dtype=torch.float32)).eval()
+    return classes[name].from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
 
 
 def check_belonging(contract: dict[str, Any], **stages: str) -> None:

@@ -199,9 +199,7 @@ def small_clip(tokenizer: CLIPTokenizer, dim: int, layers: int, heads: int, max_
     return model
 
 
-def load_encoder(
-    name: str | Path, tokenizer: bool = True
-) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel]:
+def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel]:
     """A hub name or a local folder => (tokenizer, text encoder): CLIP, T5, or what AutoModelForTextEncoding knows.
 
     `tokenizer=False` leaves it out (None), for a folder that holds the model alone.

@@ -5,15 +5,28 @@ from diffusers import AutoencoderKL
 from sd_mini.autoencoder import Autoencoder
 from training.autoencoder import LossConfig, Objective, kl_term, reconstruction_terms
 
-DC = {f"{half}_{field}": value for half in ("encoder", "decoder") for field, value in
-      {"block_out_channels": [8, 16], "layers_per_block": [1, 1], "qkv_multiscales": [[], []]}.items()}
-KL = {"block_out_channels": [8, 16], "latent_channels": 4, "norm_num_groups": 4,
-      "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+DC = {
+    f"{half}_{field}": value
+    for half in ("encoder", "decoder")
+    for field, value in {"block_out_channels": [8, 16], "layers_per_block": [1, 1], "qkv_multiscales": [[], []]}.items()
+}
+KL = {
+    "block_out_channels": [8, 16],
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "patch", "stride"), [("dc", {"latent_channels": 4, **DC}, 1, 2),
-                                           ("dc", {"latent_channels": 4, **DC}, 4, 8), ("kl", KL, 1, 2), ("kl", KL, 2, 4)],
+    ("kind", "fields", "patch", "stride"),
+    [
+        ("dc", {"latent_channels": 4, **DC}, 1, 2),
+        ("dc", {"latent_channels": 4, **DC}, 4, 8),
+        ("kl", KL, 1, 2),
+        ("kl", KL, 2, 4),
+    ],
 )
 def test_every_kind_has_the_same_interface(tmp_path, kind, fields, patch, stride):
     torch.manual_seed(0)
@@ -54,8 +67,11 @@ def test_sizes_that_do_not_fit_name_the_nearest():
 
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
-    [("vae", {}, "kind 'vae' is unknown"), ("dc", {"channels": 3}, "'channels' is unknown to AutoencoderDC"),
-     ("dc", {"encoder_block_out_channels": [8, 16]}, "cannot be built")],
+    [
+        ("vae", {}, "kind 'vae' is unknown"),
+        ("dc", {"channels": 3}, "'channels' is unknown to AutoencoderDC"),
+        ("dc", {"encoder_block_out_channels": [8, 16]}, "cannot be built"),
+    ],
 )
 def test_bad_configs(kind, fields, says):
     with pytest.raises(ValueError, match=says):

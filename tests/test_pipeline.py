@@ -50,7 +50,9 @@ def test_save_load_keeps_every_bit(pipeline, tmp_path):
     pipeline.save(tmp_path / "p")
     again = Pipeline.from_pretrained(tmp_path / "p")
     again.set_progress_bar_config(disable=True)
-    a, b = (p(PROMPTS, num_inference_steps=2, generator=seeded(1, 2, 3), output_type="np").images for p in (pipeline, again))
+    a, b = (
+        p(PROMPTS, num_inference_steps=2, generator=seeded(1, 2, 3), output_type="np").images for p in (pipeline, again)
+    )
     assert np.array_equal(a, b)
     assert again.config.stages == pipeline.config.stages and not again.noise_predictor.training
 
@@ -86,9 +88,12 @@ def test_callback_sees_each_step_and_may_change_it(pipeline):
             pipe._interrupt = True
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    wanted = ["latents", "prompt_embeds"]
+    wanted = ["latents"]
     out = pipeline(
-        PROMPTS[0], num_inference_steps=4, output_type="latent", callback_on_step_end=callback,
+        PROMPTS[0],
+        num_inference_steps=4,
+        output_type="latent",
+        callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=wanted,
     )
     assert seen == [(0, wanted), (1, wanted)] and not out.images.any()
@@ -103,21 +108,40 @@ def test_same_latents_as_stock_prx(pipeline, tiny_run):
     stock = PRXPipeline(pipeline.noise_predictor, scheduler, text_encoder=None, tokenizer=None, vae=None)
     stock.set_progress_bar_config(disable=True)
     expected = stock(
-        prompt_embeds=tokens, prompt_attention_mask=mask, negative_prompt_embeds=null,
-        negative_prompt_attention_mask=null_mask, latents=latents, num_inference_steps=5, guidance_scale=3.0,
-        height=latents.shape[-2] * 8, width=latents.shape[-1] * 8, output_type="latent", use_resolution_binning=False,
+        prompt_embeds=tokens,
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=null,
+        negative_prompt_attention_mask=null_mask,
+        latents=latents,
+        num_inference_steps=5,
+        guidance_scale=3.0,
+        height=latents.shape[-2] * 8,
+        width=latents.shape[-1] * 8,
+        output_type="latent",
+        use_resolution_binning=False,
     ).images
-    ours = Pipeline(**pipeline.components | {"scheduler": UniPCMultistepScheduler.from_config(scheduler.config)}, resolution=32)
+    ours = Pipeline(
+        **pipeline.components | {"scheduler": UniPCMultistepScheduler.from_config(scheduler.config)}, resolution=32
+    )
     ours.set_progress_bar_config(disable=True)
     made = ours(
-        prompt_embeds=tokens, prompt_mask=mask, latents=latents, num_inference_steps=5, guidance_scale=3.0,
+        prompt_embeds=tokens,
+        prompt_mask=mask,
+        latents=latents,
+        num_inference_steps=5,
+        guidance_scale=3.0,
         output_type="latent",
     ).images
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(), DPMSolverMultistepScheduler(
-    prediction_type="flow_prediction", use_flow_sigmas=True)])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+)
 def test_samplers_reach_the_data_of_a_known_velocity(pipeline, scheduler, monkeypatch):
     """All data at one point c: the velocity at (x, t) is (x - c) / t exactly, and every sampler has to end in c."""
     centre = 0.7
@@ -137,6 +161,11 @@ def test_samplers_reach_the_data_of_a_known_velocity(pipeline, scheduler, monkey
         ({"prompt": []}, "empty list"),
         ({}, "neither"),
         ({"prompt": "red " * 60}, "at most 24 fit"),
+        ({"prompt": "a", "height": 0}, "height 0: expected a multiple of 4"),
+        ({"prompt": "a", "negative_prompt": 3}, "negative_prompt is a int"),
+        ({"prompt": "a", "guidance_scale": "x"}, "guidance_scale 'x'"),
+        ({"prompt_embeds": torch.zeros(1, 24, 32)}, "expected both"),
+        ({"prompt_embeds": torch.zeros(1, 9, 32), "prompt_mask": torch.ones(1, 9) > 0}, "expected (B, 24, 32)"),
         ({"prompt": "a", "height": 33}, "height 33: expected a multiple of 4; the nearest are 32, 36"),
         ({"prompt": "a", "num_inference_steps": -1}, "num_inference_steps -1"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps 0"),

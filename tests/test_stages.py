@@ -40,7 +40,9 @@ def test_stages_that_do_not_belong_together_are_refused(tiny_run, tmp_path):
     contract = {k: v for k, v in vae.contract.items() if k not in ("kind", "hash", "files", "versions")}
     other = stages.export(tmp_path / "other", "autoencoder", vae.parts, contract)
     with pytest.raises(ValueError, match="was trained against autoencoder") as error:
-        Pipeline.from_stages(tiny_run / "text_encoder" / "final", tmp_path / "other", tiny_run / "noise_predictor" / "final")
+        Pipeline.from_stages(
+            tiny_run / "text_encoder" / "final", tmp_path / "other", tiny_run / "noise_predictor" / "final"
+        )
     assert vae.hash[:12] in str(error.value) and other[:12] in str(error.value)
 
 

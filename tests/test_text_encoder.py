@@ -91,7 +91,9 @@ def test_bad_prompts_are_refused(stage, prompt, says):
 def test_clip_and_t5_folders_load_as_the_stock_classes(tmp_path, stage):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(stage.tokenizer)}
-    clip = CLIPTextModel(CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **sizes))
+    clip = CLIPTextModel(
+        CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    )
     t5 = T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **sizes))
     for model in (clip.eval(), t5.eval()):
         folder = tmp_path / type(model).__name__

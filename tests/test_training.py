@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,10 @@ def assert_equal_runs(a: Path, b: Path) -> None:
 def test_what_a_stage_writes(smoke_run, stage):
     folder = smoke_run / stage
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["steps"] == 6
-    assert [line["step"] for line in lines(folder)] == [2, 4, 6, 6]
+    assert [line["step"] for line in lines(folder)] == [4, 6, 6]
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["step-00000003.png", "step-00000006.png"]
     assert Image.open(folder / "samples" / "step-00000006.png").width > 64
-    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
     contract = stages.read_contract(folder / "final", stage)
     assert contract["steps"] == 6 and contract["data"]["count"] == 64 and contract["seconds"] > 0
 
@@ -94,7 +95,7 @@ def test_what_is_exported_is_the_average(smoke_run):
 
 @pytest.mark.parametrize("stage", MAINS)
 def test_stopped_and_started_again_equals_straight_through(smoke_run, tmp_path, stage, monkeypatch):
-    """Killed after step 3 with the last checkpoint at 2: the same command again gives every bit of the straight run."""
+    """Killed in step 5, the last checkpoint at 3, between two log lines: again gives every bit of the straight run."""
     for name in {"text_encoder", "autoencoder"} - {stage}:
         shutil.copytree(smoke_run / name, tmp_path / name)
 
@@ -103,13 +104,13 @@ def test_stopped_and_started_again_equals_straight_through(smoke_run, tmp_path, 
 
     update = loop.Loop.update
 
-    def dies_in_step_3(self):
-        if self.step == 3:
+    def dies_in_step_5(self):
+        if self.step == 4:
             raise Killed
         update(self)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Loop, "update", dies_in_step_3)
+        patch.setattr(loop.Loop, "update", dies_in_step_5)
         launch(stage, tmp_path)
     assert launch(stage, tmp_path) == 0
     assert_equal_runs(tmp_path / stage, smoke_run / stage)
@@ -125,15 +126,43 @@ def test_accumulation_changes_nothing_but_rounding(smoke_run, tmp_path):
         assert all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
 
 
+@pytest.mark.parametrize("stage", ["text_encoder", "noise_predictor"])
+def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, stage):
+    if stage == "noise_predictor":
+        for name in ("text_encoder", "autoencoder"):
+            shutil.copytree(smoke_run / name, tmp_path / name)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    stage_line = ["-m", f"training.{stage}", "--config", str(SMOKE / f"{stage}.yaml"), "--run", str(tmp_path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    subprocess.run(torchrun + stage_line, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
+    one, two = lines(smoke_run / stage), lines(tmp_path / stage)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, smoke_run):
     command_line = [
-        sys.executable, "-m", "training.autoencoder", "--config", str(SMOKE / "autoencoder.yaml"), "--run", str(tmp_path),
-        "--steps", "100000", "--train.checkpoint_every", "100000", "--train.preview_every", "100000",
+        sys.executable,
+        "-m",
+        "training.autoencoder",
+        "--config",
+        str(SMOKE / "autoencoder.yaml"),
+        "--run",
+        str(tmp_path),
+        "--steps",
+        "100000",
+        "--train.checkpoint_every",
+        "100000",
+        "--train.preview_every",
+        "100000",
     ]
     process = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "autoencoder" / "metrics.jsonl"
-    while not (log.is_file() and log.stat().st_size) and process.poll() is None:
-        pass
+    started = time.monotonic()
+    while not (log.is_file() and log.stat().st_size) and process.poll() is None and time.monotonic() < started + 120:
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on from here" in process.communicate(timeout=60)[1]
     assert process.returncode == 0
@@ -154,6 +183,16 @@ def test_a_damaged_checkpoint_is_skipped(smoke_run, tmp_path, capsys):
     assert launch("autoencoder", tmp_path) == 0
     assert "step-00000006: model.safetensors is damaged" in capsys.readouterr().err
     assert lines(folder) == lines(smoke_run / "autoencoder")
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(smoke_run, tmp_path, capsys):
+    """Another autoencoder under the same path, halfway: going on would export weights under a false contract."""
+    for name in ("text_encoder", "noise_predictor"):
+        shutil.copytree(smoke_run / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "noise_predictor" / "final")
+    assert launch("autoencoder", tmp_path, "--train.seed", "1") == 0
+    assert launch("noise_predictor", tmp_path) == 2
+    assert "was trained on autoencoder" in capsys.readouterr().err
 
 
 def test_other_data_is_another_cache(smoke_run, tmp_path):
@@ -184,12 +223,21 @@ def test_not_finite_stops_with_the_samples_named(tmp_path, monkeypatch, capsys):
         ("autoencoder", ["--steps", "-4"], "train.steps: got -4"),
         ("autoencoder", ["--data.source", "nowhere.parquet"], "nowhere.parquet"),
         ("autoencoder", ["--data.split", "dev"], "'dev'"),
-        ("autoencoder", ["--data.resolution", "30"], "expected a multiple of 4; the nearest are 28 or 32"),
+        (
+            "autoencoder",
+            ["--data.resolution", "30", "--valid.resolution", "30"],
+            "expected a multiple of 4; the nearest are 28 or 32",
+        ),
         ("autoencoder", ["--model.network.latent_chanels", "4"], "'latent_chanels' is unknown"),
-        ("autoencoder", ["--train.ema_width", "0.9"], "ema_width 0.9"),
+        ("autoencoder", ["--train.ema_width", "0.9"], "train.ema_width: got 0.9"),
         ("text_encoder", ["--encoder.name", "no/such-model"], "text encoder 'no/such-model'"),
         ("text_encoder", ["--adapter.heads", "5"], "dim 32 is not a multiple of heads 5"),
         ("text_encoder", ["--adapter.max_length", "8"], "at most 8 fit"),
+        ("text_encoder", ["--tower.patch", "5"], "tower.patch 5 does not divide"),
+        ("text_encoder", ["--data.text_column", "null", "--data.source", "x"], "give both, from the same data"),
+        ("autoencoder", ["--data.resolution", "64"], "valid.resolution 32; give both the same"),
+        ("autoencoder", ["--train.accumulation", "9"], "at least one for each of 9 passes"),
+        ("autoencoder", ["--model.network.latent_channels", "-4"], "cannot be built"),
         ("noise_predictor", [], "no text_encoder stage here"),
     ],
 )

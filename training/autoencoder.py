@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sd_mini import images, stages
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import Config, command
-from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.data import CaptionedPictures, DataConfig, check_alike, load
 from training import launch, loop
 from training.batches import Batch, generator
 
@@ -29,7 +29,7 @@ class ModelConfig(Config):
     """dc: AutoencoderDC (the fewest FLOPs); kl: AutoencoderKL"""
     patch_size: int = Field(1, ge=1)
     """pixels a side that are folded into channels before the network (space-to-depth) and unfolded behind it"""
-    network: dict[str, Any] = {}
+    network: dict[str, Any] = Field(default_factory=dict)
     """fields of that diffusers class"""
 
 
@@ -65,11 +65,11 @@ class Objective(nn.Module):
         super().__init__()
         self.autoencoder, self.weights = autoencoder, weights
 
-    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         raw, log_variance = self.autoencoder.raw_latents(pixels)
         noised = raw + self.weights.latent_noise * noise
         if log_variance is not None:
-            noised = noised + (0.5 * log_variance).exp() * noise
+            noised = noised + (0.5 * log_variance).exp() * posterior_noise
         decoded = self.autoencoder.decode_raw(noised)
         terms = reconstruction_terms(decoded, pixels) | {"kl": kl_term(raw, log_variance)}
         total = sum(getattr(self.weights, name) * term for name, term in terms.items())
@@ -99,7 +99,9 @@ def kl_term(mean: Tensor, log_variance: Tensor | None) -> Tensor:
 class AutoencoderTask:
     def __init__(self, config: AutoencoderConfig):
         self.config = config
+        check_alike(config.data, config.valid)
         self.train, self.valid = load(config.data), load(config.valid)
+        self.identity = {"data": self.train.fingerprint}
         self.count = len(self.train)
         torch.manual_seed(config.train.seed)
         # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
@@ -110,7 +112,8 @@ class AutoencoderTask:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         pixels = self.train.pixels(batch.own_ids).to(batch.device)
-        return {"pixels": pixels, "noise": batch.normal("latents", *self.latent_shape)}
+        names = ("noise", "posterior_noise")
+        return {"pixels": pixels, **{name: batch.normal(name, *self.latent_shape) for name in names}}
 
     def validate(self, objective: Objective) -> dict[str, float]:
         """PSNR on held-out pictures, per picture and then averaged, from 8-bit reconstructions."""
@@ -146,7 +149,7 @@ class AutoencoderTask:
         total = square = torch.zeros(self.latent_shape[0], dtype=torch.float64)
         values = 0
         for ids in chosen[: self.config.statistics_count].split(256):
-            raw = autoencoder.raw_latents(self.train.pixels(ids).to(autoencoder.device))[0].double().cpu()
+            raw = autoencoder.raw_latents(self.train.pixels(ids).to(autoencoder.device))[0].cpu().double()
             total, square = total + raw.sum((0, 2, 3)), square + raw.square().sum((0, 2, 3))
             values += raw[:, 0].numel()
         mean = total / values

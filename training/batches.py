@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -70,5 +71,5 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 def row_slices(batch_size: int, processes: int, accumulation: int) -> list[list[slice]]:
     """[accumulation][process] => its rows of the global batch; sizes differ by at most one when it does not divide."""
     edges = [batch_size * i // (processes * accumulation) for i in range(processes * accumulation + 1)]
-    slices = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    slices = [slice(a, b) for a, b in pairwise(edges)]
     return [slices[m * processes : (m + 1) * processes] for m in range(accumulation)]

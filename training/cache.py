@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from sd_mini.stages import combined_hash, sync
 
 SHARD_ROWS = 4096
+VERSION = 1  # part of every key: raise it when what is encoded, or how it lies in the shards, changes
 
 
 class Rows:

@@ -29,7 +29,7 @@ def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: di
         files = file_hashes(partial, MANIFEST)
         manifest = {"step": step, "torch": torch.__version__, "hash": combined_hash(files), "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for old in _folders(root)[:-keep_last]:
+    for old in [f for f in _folders(root) if f.name <= folder.name][:-keep_last]:
         shutil.rmtree(old)
     return folder
 

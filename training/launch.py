@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import yaml
+from accelerate import PartialState
 
-from sd_mini.config import Config, check, read
+from sd_mini.config import Config, read
 from training import loop
 
 C = TypeVar("C", bound=Config)
@@ -39,11 +41,17 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
     if steps is not None:
         argv += ["--train.steps", steps]
     config = read(cls, config_file, argv)
+    nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"--run {run}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another folder"
+        )
     return Launch(config, Path(run), Path(run) / stage)
 
 
 def run(cls: type[C], stage: str, argv: Sequence[str], make_task: Callable[[Launch[C]], loop.Task]) -> None:
     """A stage's whole main: read, check, train, export. Nothing is written before config and data are known good."""
+    started = time.perf_counter()
     launched = parse(cls, stage, argv)
     if launched is None:
         return
@@ -51,11 +59,15 @@ def run(cls: type[C], stage: str, argv: Sequence[str], make_task: Callable[[Laun
     if (launched.folder / "final" / "stage.json").is_file():
         print(f"{launched.folder}: already trained and exported")
         return
-    task = make_task(launched)
-    if not claimed:
+    processes = PartialState()
+    with processes.main_process_first():  # the first encodes the caches, the others read them
+        task = make_task(launched)
+    training = loop.Loop(task, launched.config.train, launched.folder, started)
+    if processes.is_main_process and not claimed:
         launched.folder.mkdir(parents=True, exist_ok=True)
         (launched.folder / "config.yaml").write_text(launched.config.to_yaml(), encoding="utf-8")
-    loop.fit(task, launched.config.train, launched.folder)
+    processes.wait_for_everyone()
+    training.run()
 
 
 def _check_folder(launched: Launch[C]) -> bool:
@@ -63,7 +75,7 @@ def _check_folder(launched: Launch[C]) -> bool:
     path = launched.folder / "config.yaml"
     if not path.is_file():
         return False
-    before = check(type(launched.config), yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path))
+    before = read(type(launched.config), path)
     now, then = _flat(launched.config.model_dump()), _flat(before.model_dump())
     changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in _FREE)
     if changed:
@@ -73,7 +85,7 @@ def _check_folder(launched: Launch[C]) -> bool:
 
 
 def help_text(cls: type[Config], stage: str) -> str:
-    """Every field with its type, default and docstring."""
+    """Every field with its type and docstring."""
     lines = [
         f"accelerate launch -m training.{stage} --config FILE --run RUN [--steps N] [--any.field value]",
         "",

@@ -6,9 +6,7 @@ A stage brings a `Task`: `inputs` gathers a batch, `objective` is the nn.Module 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
-import os
 import signal
 import sys
 import time
@@ -26,8 +24,9 @@ from tqdm.auto import tqdm
 
 from sd_mini.config import Config
 from training import checkpoint
-from training.batches import Batch, batch_ids, row_slices
+from training.batches import Batch, batch_ids, generator, row_slices
 from training.ema import PowerEMA
+from training.process import evaluating, tune_cpu
 
 
 class TrainConfig(Config):
@@ -48,7 +47,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     """gradients are scaled down to this L2 norm"""
-    ema_width: float | None = None
+    ema_width: float | None = Field(None, gt=0, le=0.28)
     """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; none: off"""
     seed: int = 0
     log_every: int = Field(20, ge=1)
@@ -65,6 +64,8 @@ class Task(Protocol):
     """forward(**inputs) => (losses (b,), {name: scalar tensor})"""
     count: int
     """training samples"""
+    identity: dict[str, str]
+    """hashes of what it is trained on; a checkpoint of anything else is refused"""
 
     def inputs(self, batch: Batch) -> dict[str, Any]: ...
 
@@ -75,19 +76,23 @@ class Task(Protocol):
     def export(self, objective: nn.Module, folder: Path, record: dict[str, Any]) -> None: ...
 
 
-def fit(task: Task, config: TrainConfig, folder: Path) -> None:
+class Loop:
     """Train to `config.steps` from the newest checkpoint in `folder`, or from the start; then export `folder/final`.
 
-    A finished stage is left as it is. SIGTERM and Ctrl-C save a checkpoint at the next step's end and exit 0 and 130.
+    `started`: when the work began, by `time.perf_counter`. SIGTERM and Ctrl-C save a checkpoint at the next step's end
+    and exit 0 and 130.
     """
-    Loop(task, config, folder).run()
 
-
-class Loop:
-    def __init__(self, task: Task, config: TrainConfig, folder: Path):
-        started = time.perf_counter()
+    def __init__(self, task: Task, config: TrainConfig, folder: Path, started: float):
         self.task, self.config, self.folder = task, config, folder
         self.accelerator = Accelerator()
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
+        if config.accumulation * self.accelerator.num_processes > config.batch_size:
+            raise ValueError(
+                f"train.batch_size {config.batch_size}: expected at least one for each of {config.accumulation} "
+                f"passes on {self.accelerator.num_processes} processes"
+            )
         if self.accelerator.device.type == "cpu":
             tune_cpu(self.accelerator.num_processes)
         trained = [p for p in task.objective.parameters() if p.requires_grad]
@@ -105,6 +110,7 @@ class Loop:
         self.step, self.seconds, self.stop_signal = 0, 0.0, None
         self.clock = started
         self.sums: dict[str, Tensor] = {}
+        self.summed = 0  # updates in `sums`
         self.log_path = folder / "metrics.jsonl"
 
     @property
@@ -123,9 +129,10 @@ class Loop:
                     self.log(bar)
                 if main and (self.step % config.preview_every == 0 or self.step == config.steps):
                     self.preview()
-                if self.step % config.checkpoint_every == 0 or self.step == config.steps or self.stop_signal:
+                stopping = self._asked_to_stop()
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping:
                     self.save()
-                if self.stop_signal and self.step < config.steps:
+                if stopping and self.step < config.steps:
                     self._say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
                     sys.exit(0 if self.stop_signal == signal.SIGTERM else 130)
         if main:
@@ -139,6 +146,8 @@ class Loop:
         passes = row_slices(config.batch_size, processes, config.accumulation)
         for number, rows in enumerate(passes, start=1):
             batch = Batch(config.seed, self.step, ids, rows[self.accelerator.process_index], self.accelerator.device)
+            # whatever the network draws itself (dropout) depends on the step and the rows alone
+            torch.manual_seed(generator(config.seed, self.step, f"network/{batch.rows.start}").initial_seed())
             sync = contextlib.nullcontext() if number == len(passes) else self.accelerator.no_sync(self.objective)
             with sync:
                 with self.accelerator.autocast():
@@ -150,9 +159,10 @@ class Loop:
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
             raise ValueError(
-                f"step {self.step}: the gradient is not finite; samples {ids.tolist()}; look at those, or lower train.lr"
+                f"step {self.step}: the gradient is not finite; samples {ids.tolist()}; look at those or lower train.lr"
             )
         self._add({"grad_norm": norm}, 1)
+        self.summed += 1
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -168,10 +178,8 @@ class Loop:
 
     def log(self, bar: tqdm) -> None:
         """One line of metrics.jsonl: means since the last line, over all processes."""
-        every = self.config.log_every
-        steps = self.step % every or every
-        means = {k: self.accelerator.reduce(torch.as_tensor(v), "mean").item() / steps for k, v in self.sums.items()}
-        self.sums = {}
+        means = {k: self.accelerator.reduce(v, "mean").item() / self.summed for k, v in self.sums.items()}
+        self.sums, self.summed = {}, 0
         self._tick()
         lr = self.schedule.get_last_lr()[0]
         self._write({"step": self.step, **means, "lr": lr, "seconds": round(self.seconds, 2)})
@@ -182,7 +190,7 @@ class Loop:
         """A grid of what the weights make now, `samples/step-NNNNNNNN.png`."""
         path = self.folder / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), _evaluating(self.averaged):
+        with torch.no_grad(), evaluating(self.averaged):
             self.task.preview(self.averaged).save(path)
 
     def save(self) -> None:
@@ -194,7 +202,10 @@ class Loop:
             }
             if self.ema:
                 tensors["ema"] = self.ema.module.state_dict()
-            state = {"step": self.step, "seconds": self.seconds, "schedule": {"last_epoch": self.step}}
+            if self.sums:
+                tensors["sums"] = {name: value.float().reshape(1) for name, value in self.sums.items()}
+            identity = self.task.identity
+            state = {"step": self.step, "seconds": self.seconds, "summed": self.summed, "identity": identity}
             checkpoint.save(self.folder / "checkpoints", self.step, tensors, state, self.config.keep_last)
         self.accelerator.wait_for_everyone()
 
@@ -208,11 +219,19 @@ class Loop:
                 raise ValueError(f"{self.folder}: no valid checkpoint is left; delete the folder to start again")
             return self._keep_log_up_to(0)
         tensors, state = checkpoint.load(folder)
+        for name, now in self.task.identity.items():
+            if state["identity"].get(name) != now:
+                then = str(state["identity"].get(name))
+                raise ValueError(
+                    f"{folder} was trained on {name} {then[:12]}, which is now {now[:12]}; put the old one back, or "
+                    f"delete {self.folder} to start again"
+                )
         self.task.objective.load_state_dict(tensors["model"])
         checkpoint.load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         if self.ema:
             self.ema.module.load_state_dict(tensors["ema"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.summed = state["step"], state["seconds"], state["summed"]
+        self.sums = {k: v[0].to(self.accelerator.device) for k, v in tensors.get("sums", {}).items()}
         self.schedule.last_epoch = self.step - 1
         self.schedule.step()
         self._keep_log_up_to(self.step)
@@ -220,7 +239,7 @@ class Loop:
 
     def finish(self) -> None:
         """Validate, then export the stage, with what it cost."""
-        with torch.no_grad(), _evaluating(self.averaged):
+        with torch.no_grad(), evaluating(self.averaged):
             scores = self.task.validate(self.averaged)
             self._tick()
             self._write({"step": self.step, **{f"valid/{k}": v for k, v in scores.items()}})
@@ -233,6 +252,14 @@ class Loop:
             self.task.export(self.averaged, self.folder / "final", record)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
         self._say(f"{self.step} steps in {self.seconds:.0f} s; {shown}; exported to {self.folder / 'final'}")
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was: all have to stop at the same step, or the others would wait for ever."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_signal is not None
+        noted = torch.tensor(self.stop_signal or 0, device=self.accelerator.device)
+        self.stop_signal = int(self.accelerator.gather(noted.view(1)).max()) or None
+        return self.stop_signal is not None
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -252,7 +279,9 @@ class Loop:
         if not self.accelerator.is_main_process or not self.log_path.is_file():
             return
         lines = self.log_path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [
+            line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step and "valid/" not in line
+        ]
         self.log_path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _progress(self) -> tqdm:
@@ -276,28 +305,3 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, training mode as before outside."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
-def tune_cpu(processes: int) -> None:
-    """Use every core, flush denormals, and let glibc keep large freed blocks instead of faulting them in each step.
-
-    `accelerate launch` sets OMP_NUM_THREADS to 1 when it is not told otherwise, which leaves all cores but one idle.
-    Measured on two cores: denormal numbers in young gradients and Adam moments halve the speed of the autoencoder;
-    keeping blocks takes 13 % off a step of the shapes noise predictor.
-    """
-    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // processes, 1))
-    torch.set_flush_denormal(True)
-    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

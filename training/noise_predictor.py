@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sd_mini import diffusion, images, noise_predictor, stages
 from sd_mini.config import Config, command
-from sd_mini.data import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini.data import CaptionedPictures, DataConfig, load_captioned, unique_captions
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import Stage
 from sd_mini.text_encoder import TextStage
@@ -31,7 +31,7 @@ VALID_TIMESTEPS = 10  # noise levels at which the held-out loss is measured
 class NetworkConfig(Config):
     kind: Literal["prx", "pixart", "unet"] = "prx"
     """which diffusers network: PRXTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel"""
-    network: dict[str, Any] = {}
+    network: dict[str, Any] = Field(default_factory=dict)
     """fields of that class; those that the other stages decide are left out"""
 
 
@@ -87,9 +87,7 @@ class Encoded:
     """A data set as stage 3 sees it: latents and prompt embeddings, from the caches."""
 
     def __init__(self, pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path):
-        texts = [c[:captions] for c in pictures.captions]
-        if not texts[0]:
-            raise ValueError(f"data: {pictures.name} has no captions; stage 3 needs them (data.text_column)")
+        texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
         unique = unique_captions(texts)
         number = {text: i for i, text in enumerate(unique)}
         self.captions = [[number[t] for t in several] for several in texts]
@@ -105,13 +103,17 @@ class Encoded:
                 encoded = stage.encode(unique[rows])
             return {"tokens": encoded.tokens.half().numpy(), "mask": encoded.mask.numpy()}
 
-        data = {"data": pictures.fingerprint, "dtype": "float16"}
+        kept = {"dtype": "float16", "version": cache.VERSION}
         self.latents = cache.encode(
-            folder / "latents", {"stage": vae.hash, **data}, len(pictures), encode_pictures, f"latents of {pictures.name}"
+            folder / "latents",
+            {"stage": vae.hash, "data": pictures.fingerprint, **kept},
+            len(pictures),
+            encode_pictures,
+            f"latents of {pictures.name}",
         )["latents"]
         words = cache.encode(
             folder / "prompts",
-            {"stage": text.hash, "captions": captions, **data},
+            {"stage": text.hash, "texts": stages.combined_hash(unique), **kept},
             len(unique),
             encode_texts,
             f"prompts of {pictures.name}",
@@ -139,16 +141,17 @@ class PredictorTask:
         resolution = config.data.resolution
         self.latent_shape = self.vae.parts["autoencoder"].latent_shape(resolution, resolution)
         torch.manual_seed(config.train.seed)
-        length, dim = self.text.contract["conditioning"]
+        _, dim = self.text.contract["conditioning"]
         network = noise_predictor.build(config.network.kind, config.network.network, self.latent_shape, dim)
         self.objective = Objective(network)
-        pictures, valid = load(config.data), load(config.valid)
+        pictures, valid = load_captioned(config.data, config.valid)
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
         self.train, self.valid = (
             Encoded(p, self.text, self.vae, config.captions_per_picture, run / "cache") for p in (pictures, valid)
         )
         self.count = len(self.train)
+        self.identity = {**self._contract({})["trained_against"], "data": pictures.fingerprint}
         with torch.no_grad():
             null = TextStage(**_text_parts(self.text)).null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
@@ -182,8 +185,12 @@ class PredictorTask:
             timesteps = level.expand(len(ids))
             parts = torch.arange(len(ids), device=device).split(256)
             inputs = {**batch, "noise": noise, "timesteps": timesteps}
-            losses.append(torch.cat([objective(**{k: v[p] for k, v in inputs.items()})[0] for p in parts]).mean().item())
-        return {"loss": float(np.mean(losses))} | {f"loss_t{t:.2f}": v for t, v in zip(levels.tolist(), losses, strict=True)}
+            losses.append(
+                torch.cat([objective(**{k: v[p] for k, v in inputs.items()})[0] for p in parts]).mean().item()
+            )
+        return {"loss": float(np.mean(losses))} | {
+            f"loss_t{t:.2f}": v for t, v in zip(levels.tolist(), losses, strict=True)
+        }
 
     def preview(self, objective: Objective) -> Image.Image:
         """The first eight held-out captions, each from its own fixed seed, through the real pipeline."""
@@ -221,15 +228,19 @@ class PredictorTask:
         stages.export(folder, "noise_predictor", {"noise_predictor": objective.network}, contract)
 
 
+def _some(captions: list[str], at_most: int, number: int) -> list[str]:
+    """`at_most` of a picture's captions, neighbours taking different ones, so that every phrasing is seen."""
+    start = number % len(captions)
+    return (captions[start:] + captions[:start])[:at_most]
+
+
 def _text_parts(text: Stage) -> dict[str, Any]:
     parts = text.parts
     return {"tokenizer": parts["tokenizer"], "encoder": parts["text_encoder"], "adapter": parts["text_adapter"]}
 
 
 def main(argv: Sequence[str]) -> None:
-    launch.run(
-        PredictorConfig, "noise_predictor", argv, lambda launched: PredictorTask(launched.config, launched.run)
-    )
+    launch.run(PredictorConfig, "noise_predictor", argv, lambda launched: PredictorTask(launched.config, launched.run))
 
 
 if __name__ == "__main__":

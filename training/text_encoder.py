@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from sd_mini import images, shapes, stages
 from sd_mini.config import Config, command
-from sd_mini.data import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini.data import CaptionedPictures, DataConfig, load_captioned, unique_captions
 from sd_mini.text_encoder import TextAdapter, TextStage, clip_tokenizer, load_encoder, small_clip
 from training import launch, loop
 from training.batches import Batch, generator
@@ -117,24 +116,27 @@ class Objective(nn.Module):
         return TextStage(self.stage.tokenizer, self.encoder, self.adapter)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor, positive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """pixels (b, 3, R, R), ids and mask (T, L), positive (b, T): which of all the batch's texts are true of each."""
+        """pixels (b, 3, R, R), ids and mask (T, L), positive (b, T): which of all texts are true of each."""
         texts = self.text_features(ids, mask)
         null = nn.functional.normalize(self.adapter.null(1, ids.shape[1]).pooled, dim=-1)
         pictures = self.picture_features(pixels)
         logits = pictures @ torch.cat([texts, null]).T * self.log_scale.exp() + self.bias
         # saying nothing is true of every picture: that is what trains the null condition
         positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
-        own = logits[:, : len(positive)]
-        right = (own.argmax(1, keepdim=True) == positive.float().argmax(1, keepdim=True)).float().mean()
+        best = logits[:, :-1].argmax(1, keepdim=True)
+        right = positive.gather(1, best).float().mean()
         return siglip_losses(logits, positive), {"in_batch_accuracy": right}
 
 
 class TextTask:
     def __init__(self, config: TextConfig):
         self.config = config
-        self.train, self.valid = load(config.data), load(config.valid)
-        if not self.train.captions[0]:
-            raise ValueError(f"data: {self.train.name} has no captions; stage 1 needs them (data.text_column)")
+        if config.data.resolution % config.tower.patch:
+            raise ValueError(
+                f"tower.patch {config.tower.patch} does not divide data.resolution {config.data.resolution}"
+            )
+        self.train, self.valid = load_captioned(config.data, config.valid)
+        self.identity = {"data": self.train.fingerprint}
         self.count = len(self.train)
         torch.manual_seed(config.train.seed)
         self.stage = self._new_stage()
@@ -143,6 +145,10 @@ class TextTask:
         self.texts = TokenTable(self.stage)
         self.own = [self.texts.add(captions) for captions in self.train.captions]
         self.negatives = [self.texts.add([hard_negative(self.train, i, seed=0)]) for i in range(self.count)]
+        self.texts.tokenize()
+        self.stage.tokenize(
+            unique_captions(self.valid.captions)
+        )  # too long a caption is refused now, not after training
 
     def _new_stage(self) -> TextStage:
         encoder, adapter = self.config.encoder, self.config.adapter
@@ -176,7 +182,9 @@ class TextTask:
         pictures = self._features(objective.picture_features, self.valid.pixels(range(len(right))))
         stage = objective.stage_now()
         texts, twists = (
-            torch.cat([nn.functional.normalize(stage.encode(t[a : a + 256]).pooled, dim=-1) for a in range(0, len(t), 256)])
+            torch.cat(
+                [nn.functional.normalize(stage.encode(t[a : a + 256]).pooled, dim=-1) for a in range(0, len(t), 256)]
+            )
             for t in (right, wrong)
         )
         scores = pictures @ texts.T
@@ -205,7 +213,11 @@ class TextTask:
             "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
             **record,
         }
-        parts = {"tokenizer": self.stage.tokenizer, "text_encoder": objective.encoder, "text_adapter": objective.adapter}
+        parts = {
+            "tokenizer": self.stage.tokenizer,
+            "text_encoder": objective.encoder,
+            "text_adapter": objective.adapter,
+        }
         stages.export(folder, "text_encoder", parts, contract)
 
 
@@ -219,13 +231,13 @@ class TokenTable:
     def add(self, texts: Sequence[str]) -> list[int]:
         return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
 
-    @cached_property
-    def _tokens(self) -> tuple[Tensor, Tensor]:
-        return self.stage.tokenize(list(self.numbers))
+    def tokenize(self) -> None:
+        """Call once, when all texts are in. Raises ValueError for the first that does not fit."""
+        self.tokens = self.stage.tokenize(list(self.numbers))
 
     def take(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(T,) numbers => ids (T, L), mask (T, L)."""
-        ids, mask = self._tokens
+        ids, mask = self.tokens
         return ids[list(numbers)], mask[list(numbers)]
 
 
