@@ -56,6 +56,15 @@ class TowerConfig(Config):
     """pixels a side that the first layer folds into channels"""
 
 
+class LossConfig(Config):
+    """Weights of the terms; 0 leaves a term out."""
+
+    siglip: float = Field(1.0, ge=0)
+    """which caption goes with which picture, from the pooled vectors"""
+    layout: float = Field(20.0, ge=0)
+    """the picture in 8 x 8 pixels, from the token vectors: what makes them say which word belongs where"""
+
+
 class TextConfig(Config):
     data: DataConfig = DataConfig()
     """captioned pictures to train on"""
@@ -64,6 +73,7 @@ class TextConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     adapter: AdapterConfig = AdapterConfig()
     tower: TowerConfig = TowerConfig()
+    loss: LossConfig = LossConfig()
     train: loop.TrainConfig = loop.TrainConfig()
 
 
@@ -89,6 +99,24 @@ class PictureTower(nn.Module):
         return self.out(self.features(pixels))
 
 
+class LayoutHead(nn.Module):
+    """Token vectors (B, L, dim) and mask (B, L) => a guess at the picture in 8 x 8 pixels, (B, 3, 8, 8). Not kept.
+
+    A caption does not determine its picture, so the guess is the mean of those it fits: blurred, but in place.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(16, dim))  # each answers for 2 x 2 pixels
+        self.block = nn.TransformerDecoderLayer(dim, heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.out = nn.Linear(dim, 12)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        cells = self.block(self.queries.expand(len(tokens), -1, -1), tokens, memory_key_padding_mask=~mask)
+        folded = self.out(cells).view(-1, 4, 4, 12).permute(0, 3, 1, 2)  # (B, 16, 12) => (B, 12, 4, 4)
+        return nn.functional.pixel_shuffle(folded, 2)
+
+
 # the pairwise sigmoid loss, Zhai et al. 2023 (SigLIP), algorithm 1, with any number of positives a row
 def siglip_losses(logits: Tensor, positive: Tensor) -> Tensor:
     """logits (B, T), positive (B, T) bool => (B,): the sum over the texts, as the paper's loss is normalised by B."""
@@ -96,17 +124,15 @@ def siglip_losses(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Captions, hard negatives and pictures => SigLIP losses, one a picture."""
+    """Captions, hard negatives and pictures => the weighted sum of the terms, one a picture."""
 
-    def __init__(self, stage: TextStage, tower: PictureTower):
+    def __init__(self, stage: TextStage, tower: PictureTower, layout: LayoutHead, weights: LossConfig):
         super().__init__()
         self.encoder, self.adapter, self.tower = stage.encoder, stage.adapter, tower
+        self.layout, self.weights = layout, weights
         self.stage = stage
         # SigLIP's start: logits begin near the log odds of a positive pair
         self.log_scale, self.bias = nn.Parameter(torch.tensor(10.0).log()), nn.Parameter(torch.tensor(-10.0))
-
-    def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return nn.functional.normalize(self.stage_now().encode_ids(ids, mask).pooled, dim=-1)
 
     def picture_features(self, pixels: Tensor) -> Tensor:
         return nn.functional.normalize(self.tower(pixels), dim=-1)
@@ -115,17 +141,23 @@ class Objective(nn.Module):
         """The stage around this module's own parts (a copy of the module has its own)."""
         return TextStage(self.stage.tokenizer, self.encoder, self.adapter)
 
-    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor, positive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """pixels (b, 3, R, R), ids and mask (T, L), positive (b, T): which of all texts are true of each."""
-        texts = self.text_features(ids, mask)
-        null = nn.functional.normalize(self.adapter.null(1, ids.shape[1]).pooled, dim=-1)
-        pictures = self.picture_features(pixels)
-        logits = pictures @ torch.cat([texts, null]).T * self.log_scale.exp() + self.bias
+    def forward(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, own: Tensor, positive: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """pixels (b, 3, R, R); ids, mask (T, L) of all the batch's texts; own (b,): the column of each picture's
+        caption; positive (b, T) bool: which texts are true of it."""
+        encoded = self.stage_now().encode_ids(ids, mask)
+        null = self.adapter.null(1, ids.shape[1])
+        texts = nn.functional.normalize(torch.cat([encoded.pooled, null.pooled]), dim=-1)
+        logits = self.picture_features(pixels) @ texts.T * self.log_scale.exp() + self.bias
         # saying nothing is true of every picture: that is what trains the null condition
-        positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
+        siglip = siglip_losses(logits, torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1))
+        guess = self.layout(encoded.tokens[own], mask[own])
+        layout = (guess - nn.functional.adaptive_avg_pool2d(pixels, 8)).square().mean((1, 2, 3))
         best = logits[:, :-1].argmax(1, keepdim=True)
-        right = positive.gather(1, best).float().mean()
-        return siglip_losses(logits, positive), {"in_batch_accuracy": right}
+        metrics = {"siglip": siglip.mean(), "layout": layout.mean()}
+        metrics["in_batch_accuracy"] = positive.gather(1, best).float().mean()
+        return self.weights.siglip * siglip + self.weights.layout * layout, metrics
 
 
 class TextTask:
@@ -141,7 +173,8 @@ class TextTask:
         torch.manual_seed(config.train.seed)
         self.stage = self._new_stage()
         tower = PictureTower(config.tower.width, config.tower.patch, config.adapter.dim)
-        self.objective = Objective(self.stage, tower)
+        layout = LayoutHead(config.adapter.dim, config.adapter.heads)
+        self.objective = Objective(self.stage, tower, layout, config.loss)
         self.texts = TokenTable(self.stage)
         self.own = [self.texts.add(captions) for captions in self.train.captions]
         self.negatives = [self.texts.add([hard_negative(self.train, i, seed=0)]) for i in range(self.count)]
@@ -169,9 +202,11 @@ class TextTask:
         twisted = [self.negatives[i][0] for i in batch.ids]
         texts = list(dict.fromkeys([*chosen, *twisted]))  # a caption that stands twice is one column
         positive = np.array([[text in self.own[i] for text in texts] for i in batch.own_ids])
+        column = {text: i for i, text in enumerate(texts)}
+        own = torch.tensor([column[text] for text in chosen[batch.rows]])
         ids, mask = self.texts.take(texts)
         pixels = self.train.pixels(batch.own_ids)
-        tensors = {"pixels": pixels, "ids": ids, "mask": mask, "positive": torch.from_numpy(positive)}
+        tensors = {"pixels": pixels, "ids": ids, "mask": mask, "own": own, "positive": torch.from_numpy(positive)}
         return {name: value.to(batch.device) for name, value in tensors.items()}
 
     def validate(self, objective: Objective) -> dict[str, float]:
