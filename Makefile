@@ -33,4 +33,4 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv

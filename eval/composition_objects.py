@@ -23,6 +23,7 @@ COLOUR_REACH = 26.0
 BACKGROUND_REACH = 15.0
 FRINGE = 2  # px around an object that its anti-aliased and blurred edge may reach
 MIN_CORE = 2  # px that must survive the erosion: a small cross keeps 5 or more, an edge none
+MIN_MARK = 9  # px of one connected mark away from all objects that make it an object too: specks and thin lines
 MIN_BACKGROUND = 0.45  # share of the picture; a world's picture is never less than 0.59 background
 MAX_UNEXPLAINED = 0.10  # share of the picture that is neither background nor an object
 MAX_OBJECTS = 12  # more is texture, not a scene
@@ -85,8 +86,12 @@ def find_objects(picture: np.ndarray) -> list[FoundObject] | None:
     foreign = _regions(marked & ~_with_fringe([region for _, region in regions]))
     regions += [(_OTHER_LABEL, region) for region in foreign]
     masks = [region for _, region in regions]
-    if len(regions) > MAX_OBJECTS or np.mean(marked & ~_with_fringe(masks)) > MAX_UNEXPLAINED:
+    unexplained = marked & ~_with_fringe(masks)
+    marks = _marks(unexplained)
+    if len(regions) + len(marks) > MAX_OBJECTS or np.mean(unexplained) > MAX_UNEXPLAINED:
         return None
+    regions += [(_OTHER_LABEL, mark) for mark in marks]
+    masks += marks
     claimed = np.any(masks, axis=0)
     return [_read_object(pixels, label, region, claimed) for label, region in regions]
 
@@ -126,6 +131,13 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
     core = component[ndimage.binary_erosion(mask, _CROSS, border_value=1)]
     core_sizes = np.bincount(core, minlength=n + 1)
     return [component == i for i in range(1, n + 1) if core_sizes[i] >= MIN_CORE]
+
+
+def _marks(mask: np.ndarray) -> list[np.ndarray]:
+    """(H, W) bool => the (H, W) masks of its connected components of MIN_MARK pixels or more, however thin."""
+    component, n = ndimage.label(mask, _BLOCK)
+    sizes = np.bincount(component.ravel(), minlength=n + 1)
+    return [component == i for i in range(1, n + 1) if sizes[i] >= MIN_MARK]
 
 
 def _read_object(pixels: np.ndarray, label: int, region: np.ndarray, claimed: np.ndarray) -> FoundObject:

@@ -96,6 +96,8 @@ def open_pipeline(folder: Path) -> Pipeline:
     saved = next((f for f in (folder, folder / "pipeline") if (f / PIPELINE_MARK).is_file()), None)
     if saved is None:
         _check_run(folder)
+    elif saved != folder:
+        _check_current(folder, saved)
     import torch
     from safetensors import SafetensorError
 
@@ -107,6 +109,17 @@ def open_pipeline(folder: Path) -> Pipeline:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{saved or folder}: cannot be loaded: {error}; join it again: sd-mini export RUN") from error
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_current(run: Path, saved: Path) -> None:
+    """Raises ValueError if a stage of the run was trained anew after its pipeline was joined."""
+    joined = (_read_json(saved / PIPELINE_MARK) or {}).get("stages", {})
+    for kind in KINDS:
+        final = run / kind / "final"
+        if (final / CONTRACT).is_file() and read_contract(final, kind)["hash"] != joined.get(kind):
+            raise ValueError(
+                f"{saved}: was joined from another {kind} than {final}; join it again: sd-mini export {run}"
+            )
 
 
 def _check_run(folder: Path) -> None:

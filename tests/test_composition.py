@@ -138,6 +138,14 @@ def test_an_extra_object_of_any_colour_fails(rgb, radius):
     assert 0.7 < verdict.soft < 1  # where the extra one equals an asked one, it may be taken for it
 
 
+def test_specks_and_thin_lines_are_extra():
+    scene = two_objects()
+    for mark in (np.s_[:, 4:7, 4:7], np.s_[:, 2:4, :], np.s_[:, :, 61:62]):
+        picture = draw(scene)
+        picture[mark] = np.array(COLOURS["red"], dtype=np.uint8)[:, None, None]
+        assert not judge(picture, scene).exact
+
+
 @pytest.mark.parametrize("missing", ["left", "right", "top", "bottom"])
 def test_half_drawn_objects_fail(scenes, missing):
     for scene in [scene for scene in scenes if scene.kind == "one_object"][:100]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -91,17 +92,18 @@ class Encoded:
         unique = unique_captions(texts)
         number = {text: i for i, text in enumerate(unique)}
         self.captions = [[number[t] for t in several] for several in texts]
-        autoencoder, stage = vae.parts["autoencoder"], TextStage(**_text_parts(text))
+        device = PartialState().device
+        autoencoder, stage = vae.parts["autoencoder"].to(device), TextStage(**_text_parts(text, device))
 
         def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
-                pixels = pictures.pixels(range(rows.start, rows.stop))
-                return {"latents": autoencoder.encode(pixels).half().contiguous().numpy()}
+                pixels = pictures.pixels(range(rows.start, rows.stop)).to(device)
+                return {"latents": autoencoder.encode(pixels).half().contiguous().cpu().numpy()}
 
         def encode_texts(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
                 encoded = stage.encode(unique[rows])
-            return {"tokens": encoded.tokens.half().numpy(), "mask": encoded.mask.numpy()}
+            return {"tokens": encoded.tokens.half().cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
 
         kept = {"dtype": "float16", "version": cache.VERSION}
         self.latents = cache.encode(
@@ -153,7 +155,7 @@ class PredictorTask:
         self.count = len(self.train)
         self.identity = {**self._contract({})["trained_against"], "data": pictures.fingerprint}
         with torch.no_grad():
-            null = TextStage(**_text_parts(self.text)).null(1)
+            null = TextStage(**_text_parts(self.text, "cpu")).null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -234,9 +236,9 @@ def _some(captions: list[str], at_most: int, number: int) -> list[str]:
     return (captions[start:] + captions[:start])[:at_most]
 
 
-def _text_parts(text: Stage) -> dict[str, Any]:
-    parts = text.parts
-    return {"tokenizer": parts["tokenizer"], "encoder": parts["text_encoder"], "adapter": parts["text_adapter"]}
+def _text_parts(text: Stage, device: torch.device | str) -> dict[str, Any]:
+    models = {"encoder": text.parts["text_encoder"].to(device), "adapter": text.parts["text_adapter"].to(device)}
+    return {"tokenizer": text.parts["tokenizer"], **models}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -179,9 +179,8 @@ class TextTask:
         self.own = [self.texts.add(captions) for captions in self.train.captions]
         self.negatives = [self.texts.add([hard_negative(self.train, i, seed=0)]) for i in range(self.count)]
         self.texts.tokenize()
-        self.stage.tokenize(
-            unique_captions(self.valid.captions)
-        )  # too long a caption is refused now, not after training
+        # a held-out caption that is too long is refused now, not after training
+        self.stage.tokenize(unique_captions(self.valid.captions))
 
     def _new_stage(self) -> TextStage:
         encoder, adapter = self.config.encoder, self.config.adapter

@@ -9,7 +9,6 @@ or from a clone of googlefonts/noto-emoji, names from the `emoji` package.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 import datasets
 from PIL import Image, UnidentifiedImageError
 
+from sd_mini.cli import Parser
 from sd_mini.config import command
 
 try:
@@ -45,7 +45,7 @@ _FEATURES = datasets.Features(
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.configs.emoji.build", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m training.configs.emoji.build", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--from", dest="source", required=True, help="a clone of noto-emoji, a font file, or `font`: the installed one"
     )
