@@ -1,6 +1,9 @@
 """A whole run, small enough to be made anew for every round of tests."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: a test that asks a hub has to fail at once
 
 import pytest
 import torch

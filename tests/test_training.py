@@ -132,7 +132,8 @@ def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, sta
         for name in ("text_encoder", "autoencoder"):
             shutil.copytree(smoke_run / name, tmp_path / name)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    stage_line = ["-m", f"training.{stage}", "--config", str(SMOKE / f"{stage}.yaml"), "--run", str(tmp_path)]
+    # `--`, as torchrun would take our --run for an abbreviation of its own --run-path
+    stage_line = ["-m", "--", f"training.{stage}", "--config", str(SMOKE / f"{stage}.yaml"), "--run", str(tmp_path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     subprocess.run(torchrun + stage_line, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
     one, two = lines(smoke_run / stage), lines(tmp_path / stage)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from sd_mini.config import Config, read
 from training import loop
@@ -59,7 +60,8 @@ def run(cls: type[C], stage: str, argv: Sequence[str], make_task: Callable[[Laun
     if (launched.folder / "final" / "stage.json").is_file():
         print(f"{launched.folder}: already trained and exported")
         return
-    processes = PartialState()
+    # as Accelerator would ask: without it two CPU processes would not find each other
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with processes.main_process_first():  # the first encodes the caches, the others read them
         task = make_task(launched)
     training = loop.Loop(task, launched.config.train, launched.folder, started)

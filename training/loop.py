@@ -205,7 +205,10 @@ class Loop:
             if self.sums:
                 tensors["sums"] = {name: value.float().reshape(1) for name, value in self.sums.items()}
             identity = self.task.identity
-            state = {"step": self.step, "seconds": self.seconds, "summed": self.summed, "identity": identity}
+            # what LambdaLR keeps beside the functions that the config makes anew
+            schedule = {k: v for k, v in self.schedule.state_dict().items() if k in ("last_epoch", "_last_lr")}
+            state = {"step": self.step, "seconds": self.seconds, "summed": self.summed, "schedule": schedule}
+            state["identity"] = identity
             checkpoint.save(self.folder / "checkpoints", self.step, tensors, state, self.config.keep_last)
         self.accelerator.wait_for_everyone()
 
@@ -232,8 +235,9 @@ class Loop:
             self.ema.module.load_state_dict(tensors["ema"])
         self.step, self.seconds, self.summed = state["step"], state["seconds"], state["summed"]
         self.sums = {k: v[0].to(self.accelerator.device) for k, v in tensors.get("sums", {}).items()}
-        self.schedule.last_epoch = self.step - 1
-        self.schedule.step()
+        self.schedule.load_state_dict(self.schedule.state_dict() | state["schedule"])
+        for group, lr in zip(self.optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
+            group["lr"] = lr
         self._keep_log_up_to(self.step)
         self._say(f"goes on from step {self.step} of {self.config.steps}")
 
