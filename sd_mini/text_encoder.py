@@ -80,7 +80,8 @@ class TextAdapter(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(RefinerBlock(dim, heads) for _ in range(depth))
         self.norm_out = nn.RMSNorm(dim, elementwise_affine=False)
         self.pool = nn.Linear(dim, dim)
-        self.null_word = nn.Parameter(torch.randn(word_dim))
+        # like every word's, the null word's identity is drawn once and kept; what it says is learned
+        self.register_buffer("null_word", torch.randn(word_dim))
         self.null_state = nn.Parameter(torch.randn(encoder_dim))
 
     def forward(self, states: Tensor, words: Tensor, mask: Tensor) -> PromptEmbeds:

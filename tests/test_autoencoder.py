@@ -40,8 +40,9 @@ def test_every_kind_has_the_same_interface(tmp_path, kind, fields, patch, stride
         assert autoencoder.decode(latents).shape == pixels.shape
         autoencoder.save_pretrained(tmp_path)
         again = Autoencoder.from_pretrained(tmp_path, use_safetensors=True)
-        assert torch.equal(again.encode(pixels), latents)
-        assert torch.equal(again.decode(latents), autoencoder.decode(latents))
+        # not bit for bit: oneDNN picks its kernels by where the weights lie in memory
+        torch.testing.assert_close(again.encode(pixels), latents, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again.decode(latents), autoencoder.decode(latents), rtol=0, atol=1e-5)
 
 
 def test_latents_are_the_stock_autoencoders_standardised():
@@ -70,7 +71,7 @@ def test_sizes_that_do_not_fit_name_the_nearest():
     [
         ("vae", {}, "kind 'vae' is unknown"),
         ("dc", {"channels": 3}, "'channels' is unknown to AutoencoderDC"),
-        ("dc", {"encoder_block_out_channels": [8, 16]}, "cannot be built"),
+        ("dc", {"latent_channels": -4}, "cannot be built"),
     ],
 )
 def test_bad_configs(kind, fields, says):
@@ -103,5 +104,6 @@ def test_each_weight_turns_its_own_term(term):
     weights = dict.fromkeys(("l1", "l2", "gradient", "kl"), 0.0) | {term: 2.0}
     objective = Objective(autoencoder, LossConfig(**weights))
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
-    losses, metrics = objective(pixels, torch.zeros(3, *autoencoder.latent_shape(16, 16)))
+    noise = torch.zeros(3, *autoencoder.latent_shape(16, 16))
+    losses, metrics = objective(pixels, noise, noise)
     assert losses.mean().item() == pytest.approx(2 * metrics[term].item(), rel=1e-5)
