@@ -15,7 +15,7 @@ from sd_mini.text_encoder import TextAdapter, clip_tokenizer, small_clip
 
 SIDE = 32  # px, the least that the judge of the shapes world reads
 LENGTH, DIM = 24, 32  # tokens, width of the prompt embeddings
-AUTOENCODER_STEPS = 100  # enough for some facts of a scene to outlive the autoencoder, and for some to be lost
+AUTOENCODER_STEPS = 150  # enough for some facts of a scene to outlive the autoencoder, and for some to be lost
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def _export_autoencoder(run: Path, pixels: torch.Tensor) -> tuple[str, tuple[int
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=5e-3)
     for _ in range(AUTOENCODER_STEPS):
         batch = pixels[torch.randint(len(pixels), (16,))]
-        loss = (autoencoder.decode(autoencoder.encode(batch)) - batch).abs().mean()
+        loss = (autoencoder.decode(autoencoder.encode(batch)) - batch).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
