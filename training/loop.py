@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sd_mini.config import Config
-from training import checkpoint
+from training import checkpoint, optimizer
 from training.batches import Batch, batch_ids, generator, row_slices
 from training.ema import PowerEMA
 from training.process import evaluating, tune_cpu
@@ -40,6 +40,8 @@ class TrainConfig(Config):
     """forward/backward passes that share one update"""
     lr: float = Field(1e-3, gt=0)
     """peak learning rate"""
+    muon_lr: float | None = Field(None, gt=0)
+    """peak learning rate of Muon, which then trains the matrices of the blocks; none: AdamW trains everything"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """how the learning rate goes down to 0 after the warm-up ("constant" does not)"""
     warmup_steps: int = Field(50, ge=0)
@@ -95,10 +97,7 @@ class Loop:
             )
         if self.accelerator.device.type == "cpu":
             tune_cpu(self.accelerator.num_processes)
-        trained = [p for p in task.objective.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = optimizer.build(task.objective, config.lr, config.muon_lr, config.betas, config.weight_decay)
         schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
         # not prepared by Accelerate, which would step it once a process instead of once an update
         self.schedule = get_scheduler(

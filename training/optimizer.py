@@ -1,0 +1,123 @@
+"""The optimizer: AdamW, and by config Muon for the matrices of the repeated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# the quintic of the Newton-Schulz iteration that drives every singular value towards 1: Jordan et al. 2024
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+_MOMENTUM = 0.95  # Nesterov's
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(N, m, n) => the nearest semi-orthogonal matrices up to singular values within about [0.7, 1.2], in their dtype.
+
+    The zeroth power of each matrix by Newton-Schulz, Jordan et al. 2024 ("Muon"); all N in one product.
+    """
+    a, b, c = _QUINTIC
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(_ITERATIONS):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups that say `muon=True`, fused AdamW for the others, under one learning rate schedule.
+
+    The matrices of a Muon group are of one shape and are orthogonalised together, in float32. `torch.optim.Muon` takes
+    them one by one in bfloat16, which two CPU cores without matrix units pay for twice.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], weight_decay: float):
+        super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if trained and group["muon"]:
+                self._muon(group, trained)
+            elif trained:
+                self._adamw(group, trained)
+        return loss
+
+    def _muon(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
+        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in trained]
+        gradients = [p.grad for p in trained]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
+        updates = orthogonalise(torch.stack(ahead)).unbind()
+        rows, columns = trained[0].shape
+        # so that a tall matrix changes its outputs as much as a wide one: Jordan et al. 2024
+        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+        torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(trained, updates, alpha=-rate)
+
+    def _adamw(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
+        states = [self.state[p] for p in trained]
+        for parameter, state in zip(trained, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        adamw(
+            trained,
+            [p.grad for p in trained],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def build(
+    module: nn.Module, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer of what `module` trains; with `muon_lr` the matrices of its blocks go by Muon at that rate."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for parameter in block_matrices(module) if muon_lr is not None else []:
+        by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+    taken = {id(p) for group in by_shape.values() for p in group}
+    groups = [{"params": [p for p in trained if id(p) not in taken], "lr": lr}]
+    groups += [{"params": group, "lr": muon_lr, "muon": True} for group in by_shape.values()]
+    return MuonAdamW([group for group in groups if group["params"]], betas, weight_decay)
+
+
+def block_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon is meant for: of linear layers inside repeated blocks (an `nn.ModuleList`).
+
+    Not what turns time into modulation, and neither embeddings nor the layers before and behind the blocks, whose rows
+    are no directions in the blocks' space.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for blocks in module.modules():
+        if not isinstance(blocks, nn.ModuleList):
+            continue
+        for name, layer in blocks.named_modules():
+            modulates = any(word in name for word in ("modulation", "emb", "norm"))
+            if isinstance(layer, nn.Linear) and layer.weight.requires_grad and not modulates:
+                found[id(layer.weight)] = layer.weight
+    return list(found.values())
