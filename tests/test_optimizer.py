@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import optimizer
+from training import checkpoint, optimizer
 
 
 def gradients(parameters, step):
@@ -56,6 +56,7 @@ def test_muon_gets_the_blocks_matrices_and_nothing_else():
             super().__init__()
             self.qkv, self.modulation, self.norm = nn.Linear(8, 24), nn.Linear(8, 16), nn.LayerNorm(8)
             self.frozen = nn.Linear(8, 8).requires_grad_(False)
+            self.time_emb = nn.ModuleList([nn.Linear(8, 8)])
 
     network = nn.Module()
     network.embedding, network.head = nn.Embedding(9, 8), nn.Linear(8, 3)
@@ -67,3 +68,18 @@ def test_muon_gets_the_blocks_matrices_and_nothing_else():
     everything = [p for group in groups for p in group["params"]]
     assert len(everything) == len({id(p) for p in everything}) == sum(p.requires_grad for p in network.parameters())
     assert not any(group["muon"] for group in optimizer.build(network, 1e-3, None, (0.9, 0.95), 0.0).param_groups)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_state_lies_on_its_parameters_device(muon):
+    def made(device):
+        weight = nn.Parameter(torch.ones(4, 3, device=device))
+        return weight, optimizer.MuonAdamW([{"params": [weight], "lr": 0.01, "muon": muon}], (0.9, 0.95), 0.0)
+
+    weight, saved = made("cpu")
+    gradients([weight], 0)
+    saved.step()
+    moved, resumed = made("meta")  # stands for any device that is not the one a checkpoint is read to
+    checkpoint.load_optimizer_tensors(resumed, checkpoint.optimizer_tensors(saved))
+    state = resumed.state[moved]
+    assert set(state) == set(saved.state[weight]) and {value.device.type for value in state.values()} == {"meta"}

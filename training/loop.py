@@ -180,8 +180,9 @@ class Loop:
         means = {k: self.accelerator.reduce(v, "mean").item() / self.summed for k, v in self.sums.items()}
         self.sums, self.summed = {}, 0
         self._tick()
-        lr = self.schedule.get_last_lr()[0]
-        self._write({"step": self.step, **means, "lr": lr, "seconds": round(self.seconds, 2)})
+        lr = self.schedule.get_last_lr()
+        rates = {"lr": lr[0]} if self.config.muon_lr is None else {"lr": lr[0], "muon_lr": lr[-1]}
+        self._write({"step": self.step, **means, **rates, "seconds": round(self.seconds, 2)})
         speed = (bar.format_dict["rate"] or 0) * self.config.batch_size
         bar.set_postfix({"loss": f"{means['loss']:.4f}", "img/s": f"{speed:.0f}"}, refresh=False)
 

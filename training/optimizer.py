@@ -39,7 +39,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], weight_decay: float):
-        super().__init__(groups, {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8, "muon": False})
+        shared = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
+        # "fused" tells Optimizer.load_state_dict that AdamW's step count lives on the parameter's device
+        super().__init__(groups, {**shared, "fused": True, "muon": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -56,7 +58,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in trained]
+        for parameter in trained:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[p]["momentum"] for p in trained]
         gradients = [p.grad for p in trained]
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
@@ -81,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
             [s["exp_avg_sq"] for s in states],
             [],
             [s["step"] for s in states],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -112,12 +117,13 @@ def block_matrices(module: nn.Module) -> list[nn.Parameter]:
     Not what turns time into modulation, and neither embeddings nor the layers before and behind the blocks, whose rows
     are no directions in the blocks' space.
     """
+    lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
     found: dict[int, nn.Parameter] = {}
-    for blocks in module.modules():
-        if not isinstance(blocks, nn.ModuleList):
+    for name, layer in module.named_modules():
+        around = [blocks for blocks in lists if name.startswith(f"{blocks}.")]
+        if not around or not isinstance(layer, nn.Linear) or not layer.weight.requires_grad:
             continue
-        for name, layer in blocks.named_modules():
-            modulates = any(word in name for word in ("modulation", "emb", "norm"))
-            if isinstance(layer, nn.Linear) and layer.weight.requires_grad and not modulates:
-                found[id(layer.weight)] = layer.weight
+        within = name.removeprefix(min(around, key=len))  # its name from the outermost list on
+        if not any(word in within for word in ("modulation", "emb", "norm")):
+            found[id(layer.weight)] = layer.weight
     return list(found.values())
