@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -127,3 +127,10 @@ def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raises ValueError where `value` is not one of `choices`, naming both."""
+    known = tuple(choices)
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {known}: use one of these")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini import images, noise_predictor
 from sd_mini.autoencoder import Autoencoder
+from sd_mini.config import check_choice
 from sd_mini.diffusion import check_guidance, guide
 from sd_mini.noise_predictor import speed_up
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
@@ -270,8 +271,9 @@ class Pipeline(DiffusionPipeline):
             negative_prompt,
             prompt_mask,
         )
-        _check_choice("output_type", [output_type], ("pil", "np", "pt", "latent"))
-        _check_choice("callback input", callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
         embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask)
         batch = len(embeds)
@@ -320,9 +322,3 @@ _STAGE_ORDER = ("text_encoder", "autoencoder", "noise_predictor")
 
 def _listed(prompt: str | list[str] | tuple[str, ...]) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
-
-
-def _check_choice(name: str, given: Iterable[str], known: tuple[str, ...]) -> None:
-    for value in given:
-        if value not in known:
-            raise ValueError(f"{name} {value!r}: expected one of {', '.join(known)}")

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
+from sd_mini.config import check_choice
+
 SHAPES = ("circle", "square", "triangle", "cross")
 # Chosen so that no mixture of a colour with the background, which is what an anti-aliased edge is,
 # comes within 37 units of CIELAB of a third colour: an edge cannot be taken for another object.
@@ -132,12 +134,6 @@ def _check_keys(values: dict, of: type, name: str) -> None:
     if not isinstance(values, dict) or set(values) != expected:
         given = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{name}: got {given}, expected the keys {sorted(expected)}: add or remove keys to match")
-
-
-def check_choice(name: str, value: object, choices) -> None:
-    """Raises ValueError where `value` is not one of `choices`, naming both."""
-    if value not in tuple(choices):
-        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}: use one of these")
 
 
 def check_scene(scene: Scene) -> None:

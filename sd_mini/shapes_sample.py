@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from sd_mini.config import check_choice
 from sd_mini.shapes_graph import (
     COLOURS,
     COUNTS,
@@ -22,7 +23,6 @@ from sd_mini.shapes_graph import (
     SPLITS,
     Group,
     Scene,
-    check_choice,
     heldout_split,
 )
 from sd_mini.shapes_layout import count_layouts, one_object_layouts, radii, two_object_layouts

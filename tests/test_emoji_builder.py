@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -148,13 +149,18 @@ def test_an_existing_folder_and_a_font_without_bitmaps_are_refused(clone, tmp_pa
     assert "is not a font with colour bitmaps" in capsys.readouterr().err
 
 
+def missing(what: str) -> NoReturn:
+    """What only the system's packages bring: a failure where `.ci/run` installs them, else skipped with their name."""
+    if os.environ.get("CI"):
+        pytest.fail(what)
+    pytest.skip(what)  # the one skip of the suite; `what` says which package to install
+
+
 def installed_font() -> Path:
     try:
         return build._find_font()
     except ValueError as error:
-        if os.environ.get("CI"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))  # the error names the font's package; with CI set it is a failure, above
+        missing(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +197,7 @@ def test_font_and_clone_split_and_name_alike(from_font, clone, tmp_path):
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_font_s_pictures_are_what_harfbuzz_draws(from_font, joined):
     if joined and not features.check("raqm"):
-        pytest.skip("Pillow finds no FriBiDi, without which it cannot join sequences: apt-get install libfribidi0")
+        missing("Pillow finds no FriBiDi, without which it cannot join sequences: apt-get install libfribidi0")
     engine = ImageFont.Layout.RAQM if joined else ImageFont.Layout.BASIC
     font = ImageFont.truetype(installed_font(), 109, layout_engine=engine)  # 109: its only size
     characters = [character for character in from_font if (len(character) > 1) == joined]

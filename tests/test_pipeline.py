@@ -170,7 +170,10 @@ def test_samplers_reach_the_data_of_a_known_velocity(pipeline, scheduler, monkey
         ({"prompt": "a", "num_inference_steps": -1}, "num_inference_steps -1"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps 0"),
         ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale nan"),
-        ({"prompt": "a", "output_type": "jpg"}, "output_type 'jpg'"),
+        (
+            {"prompt": "a", "output_type": "jpg"},
+            "output_type: got 'jpg', expected one of ('pil', 'np', 'pt', 'latent')",
+        ),
         ({"prompt": "a", "generator": seeded(1, 2)}, "2 generators for 1 pictures"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c", "d", "e"]}, "3 negative prompts for 2"),
         ({"prompt": "a", "latents": torch.zeros(1, 3, 2, 2)}, "expected (B, 8"),

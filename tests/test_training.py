@@ -231,6 +231,7 @@ def test_not_finite_stops_with_the_samples_named(tmp_path, monkeypatch, capsys):
         ),
         ("autoencoder", ["--model.network.latent_chanels", "4"], "'latent_chanels' is unknown"),
         ("autoencoder", ["--train.ema_width", "0.9"], "train.ema_width: got 0.9"),
+        ("autoencoder", ["--train.muon_lr", "0.02"], "train.muon_lr 0.02: expected a network with linear layers"),
         ("text_encoder", ["--encoder.name", "no/such-model"], "text encoder 'no/such-model'"),
         ("text_encoder", ["--adapter.heads", "5"], "dim 32 is not a multiple of heads 5"),
         ("text_encoder", ["--adapter.max_length", "8"], "at most 8 fit"),

@@ -100,11 +100,19 @@ class MuonAdamW(torch.optim.Optimizer):
 def build(
     module: nn.Module, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer of what `module` trains; with `muon_lr` the matrices of its blocks go by Muon at that rate."""
+    """The optimizer of what `module` trains; with `muon_lr` the matrices of its blocks go by Muon at that rate.
+
+    Raises ValueError for a `muon_lr` without any such matrix.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for parameter in block_matrices(module) if muon_lr is not None else []:
         by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+    if muon_lr is not None and not by_shape:
+        raise ValueError(
+            f"train.muon_lr {muon_lr:g}: expected a network with linear layers in its blocks, and here are none to "
+            "train by Muon; leave it out"
+        )
     taken = {id(p) for group in by_shape.values() for p in group}
     groups = [{"params": [p for p in trained if id(p) not in taken], "lr": lr}]
     groups += [{"params": group, "lr": muon_lr, "muon": True} for group in by_shape.values()]
