@@ -77,7 +77,13 @@ def sync(path: Path) -> None:
 def file_hashes(folder: Path, leave_out: str) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the one named `leave_out`, by relative path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != leave_out)
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+    return {p.relative_to(folder).as_posix(): file_hash(p) for p in paths}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def combined_hash(values: Any) -> str:
@@ -127,7 +133,13 @@ def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
         if found.get(name) != expected:
             what = "is missing" if name not in found else "is not the file that was exported (SHA-256 differs)"
             raise ValueError(f"{folder / name}: {what}; export the stage again")
-    return Stage(folder, contract, {name: _load_part(folder / name) for name in _part_names(folder)})
+    parts = {}
+    for name in _part_names(folder):
+        try:
+            parts[name] = _load_part(folder / name)
+        except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
+            raise ValueError(f"{folder / name}: cannot be loaded ({error}); export the stage again") from error
+    return Stage(folder, contract, parts)
 
 
 def _part_names(folder: Path) -> list[str]:

@@ -3,8 +3,6 @@ import torch
 
 from training.batches import Batch, batch_ids, generator, row_slices
 
-CPU = torch.device("cpu")
-
 
 def test_every_epoch_sees_every_sample_once():
     ids = np.concatenate([batch_ids(seed=3, step=k, count=10, batch_size=4) for k in range(5)])
@@ -25,10 +23,10 @@ def test_a_batch_larger_than_the_data_set_is_several_epochs():
 
 def test_parts_draw_what_the_whole_draws():
     ids = batch_ids(0, 5, 100, 8)
-    whole = Batch(0, 5, ids, slice(0, 8), CPU)
+    whole = Batch(0, 5, ids, slice(0, 8))
     for processes, accumulation in [(2, 1), (1, 4), (2, 2), (1, 5), (3, 1)]:
         slices = [s for per_pass in row_slices(8, processes, accumulation) for s in per_pass]
-        parts = [Batch(0, 5, ids, s, CPU) for s in slices]
+        parts = [Batch(0, 5, ids, s) for s in slices]
         assert np.concatenate([p.own_ids for p in parts]).tolist() == ids.tolist()
         assert torch.equal(torch.cat([p.normal("noise", 3) for p in parts]), whole.normal("noise", 3))
         assert torch.equal(torch.cat([p.uniform("t") for p in parts]), whole.uniform("t"))

@@ -53,26 +53,39 @@ def test_a_failed_save_leaves_the_old_one(tmp_path):
     assert checkpoint.damage(tmp_path / "step-00000001") is None
 
 
-def test_optimizer_state_survives_bit_for_bit(tmp_path):
-    def trained(steps, optimizer, weight):
-        for _ in range(steps):
-            weight.square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    straight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
-    first = torch.optim.AdamW([straight], lr=0.1)
-    trained(2, first, straight)
-    copy = torch.nn.Parameter(straight.detach().clone())
-    second = torch.optim.AdamW([copy], lr=0.1)
-    folder = checkpoint.save(tmp_path, 2, {"optimizer": checkpoint.optimizer_tensors(first)}, {}, 1)
-    checkpoint.load_optimizer_tensors(second, checkpoint.load(folder)[0]["optimizer"])
-    trained(2, first, straight)
-    trained(2, second, copy)
-    assert torch.equal(straight, copy)
-
-
 def test_manifest_lists_every_file(tmp_path):
     folder = write(tmp_path, 7)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 7 and set(manifest["files"]) == {"model.safetensors", "state.json"}
+
+
+def test_keep_every_spares_some_for_good(tmp_path):
+    for step in range(1, 8):
+        tensors = {"model": {"a": torch.tensor([float(step)])}}
+        checkpoint.save(tmp_path, step, tensors, {}, keep_last=2, keep_every=3)
+    assert [p.name[-1] for p in sorted(tmp_path.iterdir())] == ["3", "6", "7"]
+
+
+def test_a_damaged_one_stays_when_its_step_is_saved_anew(tmp_path):
+    harmed = write(tmp_path, 1) / "model.safetensors"
+    harmed.write_bytes(b"rotten")
+    write(tmp_path, 1)
+    assert checkpoint.damage(tmp_path / "step-00000001") is None
+    assert (tmp_path / "step-00000001.damaged" / "model.safetensors").read_bytes() == b"rotten"
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-00000001", [])
+
+
+def test_tied_and_strided_tensors_come_back(tmp_path):
+    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    tensors = {"model": {"a": weight, "tied": weight, "row": weight[0], "empty": torch.empty(0)}}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, tensors, {}))[0]["model"]
+    assert all(torch.equal(loaded[name], value) for name, value in tensors["model"].items())
+
+
+def test_every_names_a_damaged_one(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    assert [path.name for path in checkpoint.every(tmp_path)] == ["step-00000001", "step-00000002"]
+    (tmp_path / "step-00000001" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step-00000001: state\.json is damaged"):
+        checkpoint.every(tmp_path)

@@ -3,7 +3,13 @@ import pytest
 import torch
 from torch import nn
 
-from training.ema import PowerEMA, gamma_of_width
+from training.ema import WIDTHS, PowerEMA, gamma_of_width, nearest_width, posthoc_coefficients
+from training.snapshots import due
+
+
+def profile(steps: int, width: float) -> np.ndarray:
+    """EDM2's power-function profile over updates 1..steps, in closed form: what each update's weights weigh."""
+    return np.diff((np.arange(steps + 1) / steps) ** (gamma_of_width(width) + 1))
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
@@ -12,27 +18,58 @@ def test_exponent_of_the_paper(width, gamma):
     assert gamma_of_width(width) == pytest.approx(gamma, abs=0.01)
 
 
-def test_average_is_the_power_function_profile():
-    """After n updates w_t weighs (t / n)^(g + 1) - ((t - 1) / n)^(g + 1): EDM2's profile, in closed form."""
-    module, width = nn.Linear(1, 1, bias=False).double(), 0.1
-    ema, values = PowerEMA(module, width), np.random.default_rng(0).normal(size=40)
+def test_averages_are_the_power_function_profiles():
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    ema, values = PowerEMA([weight]), np.random.default_rng(0).normal(size=40)
     for step, value in enumerate(values, start=1):
-        module.weight.data.fill_(value)
-        ema.update(module, step)
-    edges = (np.arange(41) / 40) ** (gamma_of_width(width) + 1)
-    assert ema.module.weight.item() == pytest.approx((np.diff(edges) * values).sum(), rel=1e-12)
-    assert module.weight.item() == values[-1]
+        weight.data.fill_(value)
+        ema.update([weight], step)
+    for width in WIDTHS:
+        assert ema.averages[width][0].item() == pytest.approx((profile(40, width) * values).sum(), rel=1e-12)
+    assert weight.item() == values[-1]
 
 
 def test_the_random_start_is_forgotten_at_once():
-    module = nn.Linear(3, 3)
-    ema = PowerEMA(module, 0.1)
+    weight = nn.Parameter(torch.randn(3, 3))
+    ema = PowerEMA([weight])
     with torch.no_grad():
-        module.weight.add_(1)
-    ema.update(module, 1)
-    assert torch.equal(ema.module.weight, module.weight)
+        weight.add_(1)
+    ema.update([weight], 1)
+    assert all(torch.equal(average, weight) for (average,) in ema.averages.values())
 
 
 def test_refused_width():
     with pytest.raises(ValueError, match=r"ema_width 0\.5"):
         gamma_of_width(0.5)
+    assert nearest_width(0.03) == 0.05 and nearest_width(0.2) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "within"),
+    [(8, 0.05, 1e-6), (8, 0.1, 1e-6), (8, 0.07, 0.04), (8, 0.2, 0.07), (16, 0.03, 0.05), (16, 0.2, 0.01)],
+)
+def test_any_width_from_snapshots(count, width, within):
+    """Against the average of that width itself, over random walks: the error as a part of what the nearest tracked
+    width would have been wrong by."""
+    steps = 1000
+    walk = np.random.default_rng(1).normal(size=(steps, 500)).cumsum(0)
+    taken = [step for step in range(1, steps + 1) if due(step, steps, count)]
+    snapshots = [(step, tracked) for step in taken for tracked in WIDTHS]
+    values = np.stack([profile(step, tracked) @ walk[:step] for step, tracked in snapshots])
+    wanted = profile(steps, width) @ walk
+    error = posthoc_coefficients(snapshots, steps, width) @ values - wanted
+    nearest = profile(steps, nearest_width(width)) @ walk - wanted
+    assert np.square(error).mean() ** 0.5 < within * np.square(nearest).mean() ** 0.5 + 1e-9
+
+
+def test_no_snapshot_of_the_step_is_refused():
+    with pytest.raises(ValueError, match="expected a snapshot of that step"):
+        posthoc_coefficients([(10, 0.05), (10, 0.1)], 12, 0.07)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(6, 2), (100, 8), (7, 8), (2000, 8), (10, 0), (13, 5)])
+def test_snapshots_are_spread_evenly_to_the_last_step(steps, count):
+    taken = [step for step in range(1, steps + 1) if due(step, steps, count)]
+    assert len(taken) == min(count, steps) and (not count or taken[-1] == steps)
+    gaps = np.diff([0, *taken])
+    assert not count or gaps.max() - gaps.min() <= 1

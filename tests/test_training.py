@@ -1,6 +1,5 @@
 """Each stage's own launch, in process on the smoke recipes: what it writes, that it goes on where it stopped."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,20 +12,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
 
 from sd_mini import stages
 from sd_mini.config import command
 from sd_mini.pipeline import Pipeline
-from training import autoencoder, checkpoint, loop, noise_predictor, text_encoder
-
-ROOT = Path(__file__).parent.parent
-SMOKE = ROOT / "training" / "configs" / "smoke"
-MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-
-
-def launch(stage: str, run: Path, *more: str) -> int:
-    return command(MAINS[stage], ["--config", str(SMOKE / f"{stage}.yaml"), "--run", str(run), *more])
+from tests.launching import MAINS, ROOT, SMOKE, launch, lines
+from training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +25,6 @@ def smoke_run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("smoke")
     assert [launch(stage, run) for stage in MAINS] == [0, 0, 0]
     return run
-
-
-def lines(folder: Path) -> list[dict]:
-    """metrics.jsonl without the timings, which no two runs share."""
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest, complaints = checkpoint.newest(folder / "checkpoints")
-    assert not complaints
-    return {f"{p.stem}/{k}": v for p in newest.glob("*.safetensors") for k, v in load_file(p).items()}
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
-    assert lines(a) == lines(b)
 
 
 @pytest.mark.parametrize("stage", MAINS)
@@ -84,38 +55,6 @@ def test_latents_are_standardised(smoke_run):
     torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(4), rtol=0, atol=1e-4)
 
 
-def test_what_is_exported_is_the_average(smoke_run):
-    folder = smoke_run / "noise_predictor"
-    exported = load_file(folder / "final" / "noise_predictor" / "diffusion_pytorch_model.safetensors")
-    kept = weights(folder)
-    for name, value in exported.items():
-        assert torch.equal(value, kept[f"ema/network.{name}"])
-    assert any(not torch.equal(v, kept[f"model/network.{n}"]) for n, v in exported.items())
-
-
-@pytest.mark.parametrize("stage", MAINS)
-def test_stopped_and_started_again_equals_straight_through(smoke_run, tmp_path, stage, monkeypatch):
-    """Killed in step 5, the last checkpoint at 3, between two log lines: again gives every bit of the straight run."""
-    for name in {"text_encoder", "autoencoder"} - {stage}:
-        shutil.copytree(smoke_run / name, tmp_path / name)
-
-    class Killed(BaseException):
-        pass
-
-    update = loop.Loop.update
-
-    def dies_in_step_5(self):
-        if self.step == 4:
-            raise Killed
-        update(self)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop.Loop, "update", dies_in_step_5)
-        launch(stage, tmp_path)
-    assert launch(stage, tmp_path) == 0
-    assert_equal_runs(tmp_path / stage, smoke_run / stage)
-
-
 def test_accumulation_changes_nothing_but_rounding(smoke_run, tmp_path):
     for name in ("text_encoder", "autoencoder"):
         shutil.copytree(smoke_run / name, tmp_path / name)
@@ -124,23 +63,6 @@ def test_accumulation_changes_nothing_but_rounding(smoke_run, tmp_path):
     for a, b in zip(whole, parts, strict=True):
         assert a.keys() == b.keys()
         assert all(b[k] == pytest.approx(a[k], rel=1e-4) for k in a)
-
-
-@pytest.mark.parametrize("stage", ["text_encoder", "noise_predictor"])
-def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, stage):
-    if stage == "noise_predictor":
-        for name in ("text_encoder", "autoencoder"):
-            shutil.copytree(smoke_run / name, tmp_path / name)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # `--`, as torchrun would take our --run for an abbreviation of its own --run-path
-    stage_line = ["-m", "--", f"training.{stage}", "--config", str(SMOKE / f"{stage}.yaml"), "--run", str(tmp_path)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    subprocess.run(torchrun + stage_line, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=240)
-    one, two = lines(smoke_run / stage), lines(tmp_path / stage)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, smoke_run):
@@ -203,17 +125,6 @@ def test_other_data_is_another_cache(smoke_run, tmp_path):
     shutil.copytree(smoke_run / "cache", tmp_path / "cache")
     assert launch("noise_predictor", tmp_path, "--data.seed", "5") == 0
     assert before < set(os.listdir(tmp_path / "cache" / "latents"))
-
-
-def test_not_finite_stops_with_the_samples_named(tmp_path, monkeypatch, capsys):
-    def poisoned(self, batch):
-        return original(self, batch) | {"noise": torch.full((8, 4, 8, 8), float("nan"))}
-
-    original = autoencoder.AutoencoderTask.inputs
-    monkeypatch.setattr(autoencoder.AutoencoderTask, "inputs", poisoned)
-    assert launch("autoencoder", tmp_path) == 2
-    assert "step 0: the gradient is not finite; samples [" in capsys.readouterr().err
-    assert not (tmp_path / "autoencoder" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ accelerate launch -m training.autoencoder --config training/configs/shapes/autoe
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,12 @@ from torch import Tensor, nn
 from sd_mini import images, stages
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import Config, command
-from sd_mini.data import CaptionedPictures, DataConfig, check_alike, load
-from training import launch, loop
+from sd_mini.data import DataConfig, check_alike, load
+from training import launch
+from training.augment import AugmentConfig, augment
 from training.batches import Batch, generator
+from training.players import Player
+from training.task import TrainConfig
 
 
 class ModelConfig(Config):
@@ -51,9 +53,10 @@ class AutoencoderConfig(Config):
     """pictures to train on"""
     valid: DataConfig = DataConfig(split="test", count=256)
     """pictures to measure on"""
+    augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
-    train: loop.TrainConfig = loop.TrainConfig()
+    train: TrainConfig = TrainConfig()
     statistics_count: int = Field(4096, ge=1)
     """training pictures over which the latents' mean and std are measured"""
 
@@ -102,26 +105,27 @@ class AutoencoderTask:
         check_alike(config.data, config.valid)
         self.train, self.valid = load(config.data), load(config.valid)
         self.identity = {"data": self.train.fingerprint}
-        self.count = len(self.train)
+        self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)
         # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
         autoencoder = Autoencoder(config.model.kind, config.model.network, config.model.patch_size)
         autoencoder.to(memory_format=torch.channels_last)
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
-        self.objective = Objective(autoencoder, config.loss)
+        self.players = {"autoencoder": Player(Objective(autoencoder, config.loss), config.train)}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        pixels = self.train.pixels(batch.own_ids).to(batch.device)
+        pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
         names = ("noise", "posterior_noise")
         return {"pixels": pixels, **{name: batch.normal(name, *self.latent_shape) for name in names}}
 
-    def validate(self, objective: Objective) -> dict[str, float]:
-        """PSNR on held-out pictures, per picture and then averaged, from 8-bit reconstructions."""
-        psnr = [
-            images.psnr(self.valid.pictures[rows], images.to_uint8(reconstruct(objective.autoencoder, pixels)).numpy())
-            for rows, pixels in _batches(self.valid)
-        ]
-        return {"psnr": float(np.concatenate(psnr).mean())}
+    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+        """PSNR of each held-out picture, from its 8-bit reconstruction."""
+        psnr = []
+        for start in range(rows.start, rows.stop, 128):
+            ids = range(start, min(start + 128, rows.stop))
+            decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
+            psnr.append(images.psnr(self.valid.pictures[ids.start : ids.stop], decoded.numpy()))
+        return {"psnr": np.concatenate(psnr)}
 
     def preview(self, objective: Objective) -> Image.Image:
         """Held-out pictures in the upper row, their reconstructions below."""
@@ -162,14 +166,7 @@ def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     return autoencoder.decode_raw(raw).float().cpu()
 
 
-def _batches(pictures: CaptionedPictures, size: int = 128) -> list[tuple[slice, Tensor]]:
-    starts = range(0, len(pictures), size)
-    rows = [slice(a, min(a + size, len(pictures))) for a in starts]
-    return [(r, pictures.pixels(range(r.start, r.stop))) for r in rows]
-
-
-def main(argv: Sequence[str]) -> None:
-    launch.run(AutoencoderConfig, "autoencoder", argv, lambda launched: AutoencoderTask(launched.config))
+main = launch.Program(AutoencoderConfig, "autoencoder", lambda launched: AutoencoderTask(launched.config))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from torch import Tensor
 class Batch:
     """The rows of step `step`'s global batch that one process works on at one time.
 
-    `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here.
+    `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here. All draws are on the CPU,
+    where a generator gives the same numbers on every machine.
     """
 
     seed: int
     step: int
     ids: np.ndarray
     rows: slice
-    device: torch.device
 
     @property
     def own_ids(self) -> np.ndarray:
@@ -35,14 +35,14 @@ class Batch:
 
     def normal(self, name: str, *shape: int) -> Tensor:
         """N(0, 1) for each of the own rows, (b, *shape); another `name` is another, independent draw."""
-        return torch.randn(len(self.ids), *shape, generator=self._generator(name))[self.rows].to(self.device)
+        return torch.randn(len(self.ids), *shape, generator=self._generator(name))[self.rows]
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """U[0, 1) for each of the own rows, (b, *shape)."""
-        return self.uniform_all(name, *shape)[self.rows].to(self.device)
+        return self.uniform_all(name, *shape)[self.rows]
 
     def uniform_all(self, name: str, *shape: int) -> Tensor:
-        """U[0, 1) for each row of the global batch, (B, *shape), on the CPU."""
+        """U[0, 1) for each row of the global batch, (B, *shape)."""
         return torch.rand(len(self.ids), *shape, generator=self._generator(name))
 
     def _generator(self, name: str) -> torch.Generator:

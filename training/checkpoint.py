@@ -6,31 +6,63 @@ Nothing here can execute code when it is loaded.
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd_mini.stages import atomic_folder, combined_hash, file_hashes
+from sd_mini.stages import atomic_folder, combined_hash, file_hash, file_hashes, sync
 
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-\d{8}")
 
 
-def save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep_last: int) -> Path:
-    """Write `root/step-NNNNNNNN`; only when it is complete on disk are checkpoints older than `keep_last` pruned."""
+def save(
+    root: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+) -> Path:
+    """Write `root/step-NNNNNNNN`: a safetensors file for each entry of `tensors`, and `state` as JSON.
+
+    Only when it is complete on disk are older ones pruned, but for the newest `keep_last` (none: all stay) and those
+    whose step `keep_every` divides. Raises ValueError, one line, with nothing changed, where a tensor is not finite or
+    the disk does not take it.
+    """
     folder = root / f"step-{step:08d}"
-    with atomic_folder(folder) as partial:
-        for name, values in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = file_hashes(partial, MANIFEST)
-        manifest = {"step": step, "torch": torch.__version__, "hash": combined_hash(files), "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for old in [f for f in _folders(root) if f.name <= folder.name][:-keep_last]:
-        shutil.rmtree(old)
+    _check_finite(tensors, step)
+    try:
+        _set_aside(folder)
+        with atomic_folder(folder) as partial:
+            for name, values in tensors.items():
+                save_file(_ready(values), partial / f"{name}.safetensors")
+            (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            paths = sorted(partial.iterdir())
+            with ThreadPoolExecutor(4) as pool:  # hashing and fsync both leave the interpreter to the others
+                files = {path.name: digest for path, digest in zip(paths, pool.map(_settle, paths), strict=True)}
+            manifest = {"step": step, "torch": torch.__version__, "sd_mini": version("sd-mini"), "files": files}
+            manifest["hash"] = combined_hash(manifest)
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder}: the checkpoint cannot be written ({_reason(error)}); the older ones are as they were: make "
+            "room, or mend the folder's permissions, and run the same command again"
+        ) from error
+    if keep_last is not None:
+        older = [f for f in _folders(root) if f.name <= folder.name][:-keep_last]
+        for old in older:
+            if keep_every is None or int(old.name[-8:]) % keep_every:
+                shutil.rmtree(old)
     return folder
 
 
@@ -45,45 +77,140 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def find(path: Path, stage: str) -> Path:
+    """A checkpoint's folder, or one that holds `checkpoints/` of a stage or of a run => the newest valid one there.
+
+    Raises ValueError where there is none.
+    """
+    if _NAME.fullmatch(path.name):
+        complaint = damage(path) if path.is_dir() else "no such folder"
+        if complaint is not None:
+            raise ValueError(f"--resume {path}: expected a whole checkpoint, but {complaint}; give another one")
+        return path
+    for root in (path, path / "checkpoints", path / stage / "checkpoints"):
+        folder, complaints = newest(root)
+        if folder is not None:
+            return folder
+        if complaints:
+            raise ValueError(f"--resume {path}: expected a whole checkpoint, but {complaints[0]}; give another folder")
+    raise ValueError(
+        f"--resume {path}: expected a checkpoint (step-NNNNNNNN), or a folder of them; there is none. Leave --resume "
+        "out to start afresh"
+    )
+
+
+def every(root: Path) -> list[Path]:
+    """All valid ones, oldest first. Raises ValueError that names a damaged one."""
+    for folder in _folders(root):
+        if (complaint := damage(folder)) is not None:
+            raise ValueError(f"{folder}: {complaint}; expected it whole, as it was saved")
+    return _folders(root)
+
+
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file has to have the SHA-256 of the manifest."""
+    """What is wrong with a checkpoint, or None: every file, and the manifest, has to have the SHA-256 it was given."""
     try:
-        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, step, expected = manifest["files"], manifest["step"], manifest.pop("hash")
+        sealed = combined_hash(manifest) == expected and folder.name == f"step-{step:08d}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or not readable"
+    if not sealed:
+        return f"{MANIFEST} is damaged, or of another checkpoint"
     found = file_hashes(folder, MANIFEST)
-    wrong = [name for name in expected if found.get(name) != expected[name]]
+    wrong = [name for name in files if found.get(name) != files[name]]
     return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by file, state) of a checkpoint that `newest` has found valid."""
-    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    """(tensors by file, state) of a checkpoint that `damage` finds nothing wrong with.
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as one flat dict, "PARAMETER_NUMBER.NAME" => tensor."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value) for i, inner in state.items() for name, value in inner.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. The hyperparameters stay as the config made them.
-
-    A moment gets its parameter's strides back: fused AdamW walks both by memory, so a channels_last parameter beside
-    a contiguous moment would be updated with other weights' moments.
+    Raises ValueError for a file that is not safetensors or JSON, whatever its hash.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        number, name = key.split(".", 1)
-        parameter = parameters[int(number)]
-        if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    paths = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
+    try:
+        return {path.name.removesuffix(".safetensors"): load_file(path) for path in paths}, load_state(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: expected safetensors, not readable as such ({_reason(error)})") from error
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The `state` that was saved. Raises ValueError where it is no JSON."""
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}/state.json: expected JSON, not readable as such ({_reason(error)})") from error
+
+
+def check_keys(where: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises ValueError that names the first tensor that is missing, not asked for, or of another shape."""
+    for name, tensor in expected.items():
+        if name not in found:
+            extra = sorted(found.keys() - expected.keys())
+            hint = f"; it holds {extra[0]!r}, which has no place here" if extra else ""
+            raise ValueError(f"{where}: {name!r} is missing{hint}; expected a checkpoint of this very network")
+        if found[name].shape != tensor.shape:
+            shapes = f"{tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+            raise ValueError(f"{where}: {name!r} has shape {shapes}: give the checkpoint of this very network")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{where}: {extra[0]!r} has no place here; expected a checkpoint of this very network")
+
+
+def check_identity(folder: Path, state: dict[str, Any], now: dict[str, str]) -> None:
+    """Raises ValueError where what a checkpoint was trained on (the data, the other stages) is not what is here now."""
+    for name, digest in now.items():
+        then = str(state["identity"].get(name))
+        if then != digest:
+            raise ValueError(
+                f"{folder} was trained on {name} {then[:12]}, which is now {digest[:12]}; put the old one back, or "
+                "delete the stage's folder to start again"
+            )
+
+
+def _check_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+    for file, values in tensors.items():
+        for name, tensor in values.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"step {step}: {name!r} of {file} is not finite, so no checkpoint is written; the last one is "
+                    "whole: lower train.lr, or look at the samples since then"
+                )
+
+
+def _ready(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What safetensors asks for: on the CPU, contiguous, no two sharing memory (tied weights do)."""
+    ready: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in values.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        ready[name] = tensor
+    return ready
+
+
+def _settle(path: Path) -> str:
+    """Bring a file to the disk; its SHA-256."""
+    sync(path)
+    return file_hash(path)
+
+
+def _set_aside(folder: Path) -> None:
+    """Remove what killed saves have left; keep a damaged checkpoint that stands where a new one goes."""
+    for partial in folder.parent.glob(".step-*.partial"):
+        shutil.rmtree(partial)
+    if folder.is_dir() and damage(folder) is not None:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(folder, aside)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(root.glob("step-*")) if root.is_dir() else []
+    return sorted(f for f in root.glob("step-*") if _NAME.fullmatch(f.name)) if root.is_dir() else []

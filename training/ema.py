@@ -1,33 +1,46 @@
-"""Exponential moving average of the weights with a power-function profile."""
+"""Averages of the weights with power-function profiles, and any other width made from their snapshots afterwards.
+
+Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), sec. 3 and app. C.
+"""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
+
+from training.sharding import own_part
+
+WIDTHS = (0.05, 0.10)
+"""the relative widths that are tracked; any other is made of their snapshots (EDM2, sec. 3.2)"""
 
 
 class PowerEMA:
-    """`module` is a copy of the trained one whose weights are the average; the trained weights are never touched.
+    """Averages of one set of tensors, one for each of WIDTHS; the trained tensors themselves are never touched.
 
-    The average is as wide, relative to the steps so far, as `width` says (its standard deviation over the step): it
-    forgets the random start by itself and needs no warm-up. Karras et al. 2024 (EDM2), sec. 3.1.
+    An average is as wide, relative to the steps so far, as its width says (its standard deviation over the step): it
+    forgets the random start by itself and needs no warm-up. EDM2, sec. 3.1.
     """
 
-    def __init__(self, module: nn.Module, width: float):
-        self.gamma = gamma_of_width(width)
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.averages = {width: [t.detach().clone() for t in tensors] for width in WIDTHS}
+        self._gammas = {width: gamma_of_width(width) for width in WIDTHS}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Fold in the weights after optimizer update number `step`, counted from 1."""
-        # beta(t) = (1 - 1/t)^(gamma + 1). EDM2, eq. 127
-        beta = (1 - 1 / step) ** (self.gamma + 1)
-        average, new = list(self.module.parameters()), [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(average, new, 1 - beta)
-        for kept, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            kept.copy_(buffer)
+    def update(self, tensors: Sequence[Tensor], step: int) -> None:
+        """Fold in the tensors as they are after optimizer update number `step`, counted from 1."""
+        new = [own_part(t.detach()) for t in tensors]
+        for width, average in self.averages.items():
+            # beta(t) = (1 - 1/t)^(gamma + 1). EDM2, eq. 127
+            beta = (1 - 1 / step) ** (self._gammas[width] + 1)
+            torch._foreach_lerp_([own_part(t) for t in average], new, 1 - beta)
+
+
+def nearest_width(width: float) -> float:
+    """The tracked width that comes closest, for looks during training."""
+    return min(WIDTHS, key=lambda tracked: abs(tracked - width))
 
 
 def gamma_of_width(width: float) -> float:
@@ -43,3 +56,26 @@ def gamma_of_width(width: float) -> float:
         wide = (middle + 1) ** 0.5 / ((middle + 2) * (middle + 3) ** 0.5)
         low, high = (middle, high) if wide > width else (low, middle)
     return (low + high) / 2
+
+
+def posthoc_coefficients(snapshots: Sequence[tuple[int, float]], step: int, width: float) -> np.ndarray:
+    """How much of each snapshot, taken at (step, width), makes up the average of `width` at `step`. (N,) float64.
+
+    The least-squares fit of the profiles, EDM2, sec. 3.2 and algorithm 3. Raises ValueError where no snapshot was
+    taken at `step`: the newest weights would be missing.
+    """
+    if not any(taken == step for taken, _ in snapshots):
+        raise ValueError(f"ema_width {width} at step {step}: expected a snapshot of that step; there is none")
+    steps = np.array([taken for taken, _ in snapshots], dtype=np.float64)
+    gammas = np.array([gamma_of_width(wide) for _, wide in snapshots])
+    gram = _overlap(steps[:, None], gammas[:, None], steps[None, :], gammas[None, :])
+    wanted = _overlap(steps, gammas, np.float64(step), np.float64(gamma_of_width(width)))
+    return np.linalg.lstsq(gram, wanted, rcond=None)[0]
+
+
+def _overlap(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """The inner product over time of two power-function profiles. EDM2, app. C.3."""
+    ratio = step_a / step_b
+    exponent = np.where(step_a < step_b, gamma_b, -gamma_a)
+    numerator = (gamma_a + 1) * (gamma_b + 1) * ratio**exponent
+    return numerator / ((gamma_a + gamma_b + 1) * np.maximum(step_a, step_b))

@@ -7,27 +7,68 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
-
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from typing import Any, Generic, TypeVar
 
 from sd_mini.config import Config, read
-from training import loop
+from training import checkpoint
+from training.loop import Loop
+from training.process import join_processes
+from training.task import Origin, Task
+from training.watch import check_trackers
 
 C = TypeVar("C", bound=Config)
 
 # what may change from one start to the next without making it another training
-_FREE = {"train.log_every", "train.preview_every", "train.checkpoint_every", "train.keep_last"}
+_FREE = {
+    f"train.{name}"
+    for name in ("log_every", "valid_every", "preview_every", "checkpoint_every", "keep_last", "keep_every", "workers")
+} | {"train.trace"}
 
 
 @dataclass(frozen=True)
 class Launch(Generic[C]):
-    """A checked config, and where the run and the stage live."""
+    """A checked command line: the config, where the run and the stage live, where to go on from, who watches."""
 
     config: C
     run: Path
     folder: Path
+    resume: Path | None
+    log_with: list[str]
+
+
+@dataclass(frozen=True)
+class Program(Generic[C]):
+    """A stage as a program: its config, and how its task is made of a launch."""
+
+    config: type[C]
+    stage: str
+    make_task: Callable[[Launch[C]], Task]
+
+    def __call__(self, argv: Sequence[str]) -> None:
+        """The whole main: read, check, train, export. Nothing is written before config and data are known good."""
+        started = time.perf_counter()
+        launched = parse(self.config, self.stage, argv)
+        if launched is None:
+            return
+        claimed = _check_folder(launched)
+        if (launched.folder / "final" / "stage.json").is_file():
+            print(f"{launched.folder}: already trained and exported")
+            return
+        processes = join_processes()
+        task = self.make_task(launched)
+        origin = Origin(started, flat(launched.config.model_dump(mode="json")), launched.resume)
+        loop = Loop(task, launched.config.train, launched.folder, origin, launched.log_with)
+        try:
+            if processes.is_main_process and not claimed:
+                launched.folder.mkdir(parents=True, exist_ok=True)
+                (launched.folder / "config.yaml").write_text(launched.config.to_yaml(), encoding="utf-8")
+            processes.wait_for_everyone()
+            loop.run()
+        except OSError as error:
+            raise ValueError(
+                f"{launched.folder}: cannot be written ({error}); make room, or mend its permissions, and run the same "
+                "command again"
+            ) from error
 
 
 def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
@@ -36,7 +77,9 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, stage))
         return None
-    config_file, run, steps = (_take(argv, name) for name in ("--config", "--run", "--steps"))
+    config_file, run, steps, resume, log_with = (
+        _take(argv, name) for name in ("--config", "--run", "--steps", "--resume", "--log_with")
+    )
     if run is None:
         raise ValueError(f"expected --run FOLDER, for example --run runs/mine ({stage}/ is made in it)")
     if steps is not None:
@@ -47,29 +90,20 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
         raise ValueError(
             f"--run {run}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another folder"
         )
-    return Launch(config, Path(run), Path(run) / stage)
+    folder = Path(run) / stage
+    found = _check_resume(config, folder, checkpoint.find(Path(resume), stage)) if resume is not None else None
+    return Launch(config, Path(run), folder, found, check_trackers((log_with or "tensorboard").split(",")))
 
 
-def run(cls: type[C], stage: str, argv: Sequence[str], make_task: Callable[[Launch[C]], loop.Task]) -> None:
-    """A stage's whole main: read, check, train, export. Nothing is written before config and data are known good."""
-    started = time.perf_counter()
-    launched = parse(cls, stage, argv)
-    if launched is None:
-        return
-    claimed = _check_folder(launched)
-    if (launched.folder / "final" / "stage.json").is_file():
-        print(f"{launched.folder}: already trained and exported")
-        return
-    # as Accelerator would ask: without it two CPU processes would not find each other
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    with processes.main_process_first():  # the first encodes the caches, the others read them
-        task = make_task(launched)
-    training = loop.Loop(task, launched.config.train, launched.folder, started)
-    if processes.is_main_process and not claimed:
-        launched.folder.mkdir(parents=True, exist_ok=True)
-        (launched.folder / "config.yaml").write_text(launched.config.to_yaml(), encoding="utf-8")
-    processes.wait_for_everyone()
-    training.run()
+def _check_resume(config: Config, folder: Path, asked: Path) -> Path:
+    """The checkpoint asked for, if going on from it loses none and is the same training. Raises ValueError."""
+    own = checkpoint.newest(folder / "checkpoints")[0]
+    if own is not None and own.resolve() != asked.resolve():
+        raise ValueError(
+            f"--resume {asked}: {folder} already goes on from {own}; leave --resume out, or give another --run"
+        )
+    _refuse_change(config, checkpoint.load_state(asked)["config"], str(asked), "give the config it was trained with")
+    return asked
 
 
 def _check_folder(launched: Launch[C]) -> bool:
@@ -77,19 +111,25 @@ def _check_folder(launched: Launch[C]) -> bool:
     path = launched.folder / "config.yaml"
     if not path.is_file():
         return False
-    before = read(type(launched.config), path)
-    now, then = _flat(launched.config.model_dump()), _flat(before.model_dump())
+    before = flat(read(type(launched.config), path).model_dump(mode="json"))
+    _refuse_change(launched.config, before, str(launched.folder), "give another --run, or delete it")
+    return True
+
+
+def _refuse_change(config: Config, then: dict[str, Any], where: str, mend: str) -> None:
+    now = flat(config.model_dump(mode="json"))
     changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in _FREE)
     if changed:
         what = ", ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
-        raise ValueError(f"{launched.folder} was started with another config: {what}; give another --run, or delete it")
-    return True
+        raise ValueError(f"{where} was started with another config: {what}; {mend}")
 
 
 def help_text(cls: type[Config], stage: str) -> str:
     """Every field with its type and docstring."""
     lines = [
         f"accelerate launch -m training.{stage} --config FILE --run RUN [--steps N] [--any.field value]",
+        "  --resume PATH: go on from that checkpoint (or the newest in that folder); refused where there is none",
+        "  --log_with NAME[,NAME]: tensorboard (the default), wandb, trackio, mlflow, ... as Accelerate has them; none",
         "",
         *_field_lines(cls, ""),
     ]
@@ -122,11 +162,12 @@ def _take(argv: list[str], name: str) -> str | None:
     return None
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested values => "outer.inner" => value."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -23,10 +23,12 @@ from sd_mini.data import CaptionedPictures, DataConfig, load_captioned, unique_c
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import Stage
 from sd_mini.text_encoder import TextStage
-from training import cache, launch, loop
+from training import cache, launch
 from training.batches import Batch, generator
+from training.players import Player
+from training.task import TrainConfig
 
-VALID_TIMESTEPS = 10  # noise levels at which the held-out loss is measured
+VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
 
 
 class NetworkConfig(Config):
@@ -59,10 +61,12 @@ class PredictorConfig(Config):
     """captioned pictures for the held-out loss and the previews"""
     captions_per_picture: int = Field(2, ge=1)
     """at most so many of a picture's captions are encoded and drawn from"""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """how latents and prompt embeddings lie on disk; float32 takes twice the room, and holds what float16 cannot"""
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampling: SamplingConfig = SamplingConfig()
-    train: loop.TrainConfig = loop.TrainConfig()
+    train: TrainConfig = TrainConfig()
     text_encoder: str | None = None
     """folder of the exported text stage; none: RUN/text_encoder/final"""
     autoencoder: str | None = None
@@ -87,7 +91,7 @@ class Objective(nn.Module):
 class Encoded:
     """A data set as stage 3 sees it: latents and prompt embeddings, from the caches."""
 
-    def __init__(self, pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path):
+    def __init__(self, pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path, dtype: str):
         texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
         unique = unique_captions(texts)
         number = {text: i for i, text in enumerate(unique)}
@@ -98,27 +102,28 @@ class Encoded:
         def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
                 pixels = pictures.pixels(range(rows.start, rows.stop)).to(device)
-                return {"latents": autoencoder.encode(pixels).half().contiguous().cpu().numpy()}
+                return {"latents": autoencoder.encode(pixels).float().contiguous().cpu().numpy()}
 
         def encode_texts(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
                 encoded = stage.encode(unique[rows])
-            return {"tokens": encoded.tokens.half().cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
+            return {"tokens": encoded.tokens.float().cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
 
-        kept = {"dtype": "float16", "version": cache.VERSION}
         self.latents = cache.encode(
             folder / "latents",
-            {"stage": vae.hash, "data": pictures.fingerprint, **kept},
+            {"stage": vae.hash, "data": pictures.fingerprint},
             len(pictures),
             encode_pictures,
             f"latents of {pictures.name}",
+            dtype,
         )["latents"]
         words = cache.encode(
             folder / "prompts",
-            {"stage": text.hash, "texts": stages.combined_hash(unique), **kept},
+            {"stage": text.hash, "texts": stages.combined_hash(unique)},
             len(unique),
             encode_texts,
             f"prompts of {pictures.name}",
+            dtype,
         )
         self.tokens, self.mask = words["tokens"], words["mask"]
 
@@ -145,14 +150,15 @@ class PredictorTask:
         torch.manual_seed(config.train.seed)
         _, dim = self.text.contract["conditioning"]
         network = noise_predictor.build(config.network.kind, config.network.network, self.latent_shape, dim)
-        self.objective = Objective(network)
+        self.players = {"noise_predictor": Player(Objective(network), config.train)}
         pictures, valid = load_captioned(config.data, config.valid)
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
         self.train, self.valid = (
-            Encoded(p, self.text, self.vae, config.captions_per_picture, run / "cache") for p in (pictures, valid)
+            Encoded(p, self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
+            for p in (pictures, valid)
         )
-        self.count = len(self.train)
+        self.count, self.valid_count = len(self.train), len(self.valid)
         self.identity = {**self._contract({})["trained_against"], "data": pictures.fingerprint}
         with torch.no_grad():
             null = TextStage(**_text_parts(self.text, "cpu")).null(1)
@@ -161,12 +167,9 @@ class PredictorTask:
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Latents and one caption each, some replaced by the null condition, with noise and timesteps of this step."""
         own = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
-        own = {name: value.to(batch.device) for name, value in own.items()}
         dropped = batch.uniform("dropout") < self.config.objective.caption_dropout
-        own["prompt_embeds"] = torch.where(
-            dropped[:, None, None], self.null_tokens.to(batch.device), own["prompt_embeds"]
-        )
-        own["prompt_mask"] = torch.where(dropped[:, None], self.null_mask.to(batch.device), own["prompt_mask"])
+        own["prompt_embeds"] = torch.where(dropped[:, None, None], self.null_tokens, own["prompt_embeds"])
+        own["prompt_mask"] = torch.where(dropped[:, None], self.null_mask, own["prompt_mask"])
         timesteps = diffusion.sample_timesteps(
             batch.normal("timesteps"),
             batch.uniform("timesteps"),
@@ -175,24 +178,23 @@ class PredictorTask:
         )
         return {**own, "noise": batch.normal("noise", *self.latent_shape), "timesteps": timesteps}
 
-    def validate(self, objective: Objective) -> dict[str, float]:
-        """The held-out loss at fixed noise and fixed timesteps, so that two runs, or two steps, can be compared."""
+    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+        """The held-out loss of each sample at fixed noise, a fixed caption and fixed timesteps: the mean and the curve.
+
+        Two runs, two steps of one, and one before and after a resume see the same draws.
+        """
         device = next(objective.parameters()).device
-        ids = np.arange(len(self.valid))
-        batch = {k: v.to(device) for k, v in self.valid.take(ids, [0.0] * len(ids)).items()}
-        noise = torch.randn(batch["latents"].shape, generator=generator(0, 0, "validation")).to(device)
-        levels = (torch.arange(VALID_TIMESTEPS) + 0.5) / VALID_TIMESTEPS
+        fixed = generator(0, 0, "validation")
+        noise = torch.randn(len(self.valid), *self.latent_shape, generator=fixed)[rows]
+        ids = np.arange(rows.start, rows.stop)
+        batch = {**self.valid.take(ids, [0.0] * len(ids)), "noise": noise}
         losses = []
-        for level in levels.to(device):
-            timesteps = level.expand(len(ids))
-            parts = torch.arange(len(ids), device=device).split(256)
-            inputs = {**batch, "noise": noise, "timesteps": timesteps}
-            losses.append(
-                torch.cat([objective(**{k: v[p] for k, v in inputs.items()})[0] for p in parts]).mean().item()
-            )
-        return {"loss": float(np.mean(losses))} | {
-            f"loss_t{t:.2f}": v for t, v in zip(levels.tolist(), losses, strict=True)
-        }
+        for part in torch.arange(len(ids)).split(256):
+            own = {name: value[part].to(device) for name, value in batch.items()}
+            timesteps = [torch.full((len(part),), level, device=device) for level in VALID_TIMESTEPS]
+            losses.append(torch.stack([objective(**own, timesteps=t)[0] for t in timesteps]).cpu())
+        curve = torch.cat(losses, dim=1).numpy()  # (levels, n)
+        return {"loss": curve.mean(0)} | {f"loss_t{t:.2f}": c for t, c in zip(VALID_TIMESTEPS, curve, strict=True)}
 
     def preview(self, objective: Objective) -> Image.Image:
         """The first eight held-out captions, each from its own fixed seed, through the real pipeline."""
@@ -241,8 +243,7 @@ def _text_parts(text: Stage, device: torch.device | str) -> dict[str, Any]:
     return {"tokenizer": text.parts["tokenizer"], **models}
 
 
-def main(argv: Sequence[str]) -> None:
-    launch.run(PredictorConfig, "noise_predictor", argv, lambda launched: PredictorTask(launched.config, launched.run))
+main = launch.Program(PredictorConfig, "noise_predictor", lambda launched: PredictorTask(launched.config, launched.run))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers.optimization import get_scheduler
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
+
+from sd_mini.config import Config
+from training.sharding import joined, own_part, part_like
 
 # the quintic of the Newton-Schulz iteration that drives every singular value towards 1: Jordan et al. 2024
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -31,6 +37,22 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+class OptimizerConfig(Config):
+    """How fast a player learns."""
+
+    lr: float = Field(1e-3, gt=0)
+    """peak learning rate"""
+    muon_lr: float | None = Field(None, gt=0)
+    """peak learning rate of Muon, which then trains the matrices of the blocks; none: AdamW trains everything"""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """how the learning rate goes down to 0 after the warm-up ("constant" does not)"""
+    warmup_steps: int = Field(50, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    """gradients are scaled down to this L2 norm"""
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups that say `muon=True`, fused AdamW for the others, under one learning rate schedule.
 
@@ -42,6 +64,16 @@ class MuonAdamW(torch.optim.Optimizer):
         shared = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
         # "fused" tells Optimizer.load_state_dict that AdamW's step count lives on the parameter's device
         super().__init__(groups, {**shared, "fused": True, "muon": False})
+
+    def create_state(self) -> None:
+        """Give every parameter its state. Once, when the parameters are where and how they will be trained."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                names = ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq")
+                state = {name: torch.zeros_like(parameter, requires_grad=False) for name in names}
+                if not group["muon"]:
+                    state["step"] = torch.zeros((), device=own_part(parameter).device)
+                self.state[parameter] = state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -58,32 +90,28 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
-        for parameter in trained:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        momenta = [self.state[p]["momentum"] for p in trained]
-        gradients = [p.grad for p in trained]
+        momenta = [own_part(self.state[p]["momentum"]) for p in trained]
+        gradients = [own_part(p.grad) for p in trained]
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
-        updates = orthogonalise(torch.stack(ahead)).unbind()
+        # a matrix is orthogonalised whole, so what FSDP2 has split is joined for it
+        updates = orthogonalise(torch.stack([joined(a, p) for a, p in zip(ahead, trained, strict=True)]))
         rows, columns = trained[0].shape
         # so that a tall matrix changes its outputs as much as a wide one: Jordan et al. 2024
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-        torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(trained, updates, alpha=-rate)
+        weights = [own_part(p) for p in trained]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        parts = [part_like(update, p) for update, p in zip(updates, trained, strict=True)]
+        torch._foreach_add_(weights, parts, alpha=-rate)
 
     def _adamw(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
         states = [self.state[p] for p in trained]
-        for parameter, state in zip(trained, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         beta1, beta2 = group["betas"]
         adamw(
-            trained,
-            [p.grad for p in trained],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [own_part(p) for p in trained],
+            [own_part(p.grad) for p in trained],
+            [own_part(s["exp_avg"]) for s in states],
+            [own_part(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=group["fused"],
@@ -97,14 +125,13 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def build(
-    module: nn.Module, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
+def build(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:
     """The optimizer of what `module` trains; with `muon_lr` the matrices of its blocks go by Muon at that rate.
 
     Raises ValueError for a `muon_lr` without any such matrix.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
+    muon_lr = config.muon_lr
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for parameter in block_matrices(module) if muon_lr is not None else []:
         by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
@@ -114,9 +141,15 @@ def build(
             "train by Muon; leave it out"
         )
     taken = {id(p) for group in by_shape.values() for p in group}
-    groups = [{"params": [p for p in trained if id(p) not in taken], "lr": lr}]
+    groups = [{"params": [p for p in trained if id(p) not in taken], "lr": config.lr}]
     groups += [{"params": group, "lr": muon_lr, "muon": True} for group in by_shape.values()]
-    return MuonAdamW([group for group in groups if group["params"]], betas, weight_decay)
+    return MuonAdamW([group for group in groups if group["params"]], config.betas, config.weight_decay)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LambdaLR:
+    """diffusers' schedule over so many updates. Accelerate would step it once a process, so it is not prepared."""
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:

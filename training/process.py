@@ -1,26 +1,49 @@
-"""The process around a training: its cores, its memory, and the mode its modules are in."""
+"""The processes of a training: their cores, their memory, how they are stopped, what Accelerate makes of them."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import signal
+from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 
 
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, outside as before, part by part: a frozen encoder stays in evaluation mode."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+def join_processes() -> PartialState:
+    """The state all processes share, as Accelerator would ask for it; else CPU processes do not find each other."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[str]) -> Accelerator:
+    """Accelerate for a training in `folder`. Raises ValueError for float16, which would need a loss scaler's state."""
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
+    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with or None, project_config=project)
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # Accelerate asks for FSDP only where there are GPUs; the same code shards over CPU processes just as well
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP: expected version 2; launch with --fsdp_version 2")
+    if accelerator.device.type == "cpu":
+        tune_cpu(accelerator.num_processes)
+    return accelerator
+
+
+def share(count: int, processes: int, rank: int) -> slice:
+    """The rows of `count` that process `rank` looks at: every row is some process's, and no row is two's."""
+    return slice(count * rank // processes, count * (rank + 1) // processes)
 
 
 def tune_cpu(processes: int) -> None:
@@ -36,3 +59,36 @@ def tune_cpu(processes: int) -> None:
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+class Stop:
+    """SIGTERM and Ctrl-C are noted instead of obeyed, so that the loop can end at a step's end. A context manager."""
+
+    def __init__(self, processes: int):
+        self.signal: int | None = None
+        # asked for every step, and the device must not wait for the answer: so on the CPU, by gloo
+        self.group = dist.new_group(backend="gloo") if processes > 1 else None
+
+    def asked(self) -> bool:
+        """Whether any process was stopped: all have to stop at the same step, or the others would wait for ever."""
+        if self.group is not None:
+            noted = torch.tensor([self.signal or 0])
+            dist.all_reduce(noted, dist.ReduceOp.MAX, group=self.group)
+            self.signal = noted.tolist()[0] or None
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """0 for SIGTERM, which asks a preempted machine to make way; the shell's 130 for Ctrl-C."""
+        return 0 if self.signal == signal.SIGTERM else 128 + (self.signal or 0)
+
+    def __enter__(self) -> Stop:
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+
+        self._before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

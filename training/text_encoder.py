@@ -20,8 +20,11 @@ from sd_mini import images, shapes, stages
 from sd_mini.config import Config, command
 from sd_mini.data import CaptionedPictures, DataConfig, load_captioned, unique_captions
 from sd_mini.text_encoder import TextAdapter, TextStage, clip_tokenizer, load_encoder, small_clip
-from training import launch, loop
+from training import launch
+from training.augment import AugmentConfig, augment
 from training.batches import Batch, generator
+from training.players import Player
+from training.task import TrainConfig
 
 
 class EncoderConfig(Config):
@@ -70,11 +73,12 @@ class TextConfig(Config):
     """captioned pictures to train on"""
     valid: DataConfig = DataConfig(split="test", count=500)
     """captioned pictures to measure retrieval and binding on"""
+    augment: AugmentConfig = AugmentConfig()
     encoder: EncoderConfig = EncoderConfig()
     adapter: AdapterConfig = AdapterConfig()
     tower: TowerConfig = TowerConfig()
     loss: LossConfig = LossConfig()
-    train: loop.TrainConfig = loop.TrainConfig()
+    train: TrainConfig = TrainConfig()
 
 
 class PictureTower(nn.Module):
@@ -131,8 +135,8 @@ class Objective(nn.Module):
         self.encoder, self.adapter, self.tower = stage.encoder, stage.adapter, tower
         self.layout, self.weights = layout, weights
         self.stage = stage
-        # SigLIP's start: logits begin near the log odds of a positive pair
-        self.log_scale, self.bias = nn.Parameter(torch.tensor(10.0).log()), nn.Parameter(torch.tensor(-10.0))
+        # SigLIP's start: logits begin near the log odds of a positive pair. FSDP2 shards no scalars, so one value each
+        self.log_scale, self.bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-10.0]))
 
     def picture_features(self, pixels: Tensor) -> Tensor:
         return nn.functional.normalize(self.tower(pixels), dim=-1)
@@ -169,12 +173,12 @@ class TextTask:
             )
         self.train, self.valid = load_captioned(config.data, config.valid)
         self.identity = {"data": self.train.fingerprint}
-        self.count = len(self.train)
+        self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)
         self.stage = self._new_stage()
         tower = PictureTower(config.tower.width, config.tower.patch, config.adapter.dim)
         layout = LayoutHead(config.adapter.dim, config.adapter.heads)
-        self.objective = Objective(self.stage, tower, layout, config.loss)
+        self.players = {"text_encoder": Player(Objective(self.stage, tower, layout, config.loss), config.train)}
         self.texts = TokenTable(self.stage)
         self.own = [self.texts.add(captions) for captions in self.train.captions]
         self.negatives = [self.texts.add([hard_negative(self.train, i, seed=0)]) for i in range(self.count)]
@@ -204,41 +208,28 @@ class TextTask:
         column = {text: i for i, text in enumerate(texts)}
         own = torch.tensor([column[text] for text in chosen[batch.rows]])
         ids, mask = self.texts.take(texts)
-        pixels = self.train.pixels(batch.own_ids)
-        tensors = {"pixels": pixels, "ids": ids, "mask": mask, "own": own, "positive": torch.from_numpy(positive)}
-        return {name: value.to(batch.device) for name, value in tensors.items()}
+        pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
+        return {"pixels": pixels, "ids": ids, "mask": mask, "own": own, "positive": torch.from_numpy(positive)}
 
-    def validate(self, objective: Objective) -> dict[str, float]:
-        """Retrieval over the held-out pictures and how often the right caption beats its twisted twin."""
-        device = objective.log_scale.device
+    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+        """Whether each held-out picture finds its own caption first of all, and before its twisted twin; 0 or 1."""
         right = [captions[0] for captions in self.valid.captions]
-        wrong = [hard_negative(self.valid, i, seed=1) for i in range(len(right))]
-        pictures = self._features(objective.picture_features, self.valid.pixels(range(len(right))))
-        stage = objective.stage_now()
-        texts, twists = (
-            torch.cat(
-                [nn.functional.normalize(stage.encode(t[a : a + 256]).pooled, dim=-1) for a in range(0, len(t), 256)]
-            )
-            for t in (right, wrong)
-        )
+        wrong = [hard_negative(self.valid, i, seed=1) for i in range(len(right))][rows]
+        pictures = _features(objective, self.valid.pixels(range(rows.start, rows.stop)))
+        texts = _text_vectors(objective, right)
         scores = pictures @ texts.T
-        own = scores.diagonal()
-        same = torch.tensor([[a == b for b in right] for a in right], device=device)
+        own = scores.diagonal(rows.start)  # the column of row i's own caption is i + rows.start
+        same = torch.tensor([[a == b for b in right] for a in right[rows]], device=scores.device)
         beaten_by = (scores > own[:, None]).masked_fill(same, False).sum(1)
-        binding = (own > (pictures * twists).sum(1)).float().mean()
-        return {"recall_at_1": (beaten_by == 0).float().mean().item(), "binding": binding.item()}
-
-    def _features(self, network: Any, pixels: Tensor) -> Tensor:
-        device = self.objective.log_scale.device
-        return torch.cat([network(part.to(device)) for part in pixels.split(256)])
+        binding = own > (pictures * _text_vectors(objective, wrong)).sum(1)
+        return {"recall_at_1": (beaten_by == 0).float().cpu().numpy(), "binding": binding.float().cpu().numpy()}
 
     def preview(self, objective: Objective) -> Image.Image:
         """For eight held-out captions, the held-out picture that each finds."""
         count = min(256, len(self.valid))
         captions = [c[0] for c in self.valid.captions[: min(8, count)]]
-        pictures = self._features(objective.picture_features, self.valid.pixels(range(count)))
-        texts = nn.functional.normalize(objective.stage_now().encode(captions).pooled, dim=-1)
-        found = (texts @ pictures.T).argmax(1).tolist()
+        pictures = _features(objective, self.valid.pixels(range(count)))
+        found = (_text_vectors(objective, captions) @ pictures.T).argmax(1).tolist()
         return images.grid([self.valid.pictures[i] for i in found], columns=4, labels=captions, scale=2)
 
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
@@ -290,8 +281,20 @@ def hard_negative(pictures: CaptionedPictures, number: int, seed: int) -> str:
     return " ".join(words)
 
 
-def main(argv: Sequence[str]) -> None:
-    launch.run(TextConfig, "text_encoder", argv, lambda launched: TextTask(launched.config))
+def _features(objective: Objective, pixels: Tensor) -> Tensor:
+    """pixels (N, 3, R, R) => (N, dim) of length 1."""
+    device = objective.log_scale.device
+    return torch.cat([objective.picture_features(part.to(device)) for part in pixels.split(256)])
+
+
+def _text_vectors(objective: Objective, texts: Sequence[str]) -> Tensor:
+    """N texts => (N, dim) of length 1."""
+    stage, starts = objective.stage_now(), range(0, len(texts), 256)
+    pooled = torch.cat([stage.encode(texts[a : a + 256]).pooled for a in starts])
+    return nn.functional.normalize(pooled, dim=-1)
+
+
+main = launch.Program(TextConfig, "text_encoder", lambda launched: TextTask(launched.config))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,309 @@
+"""What goes wrong on real machines, really done: killed in a save, a full disk, rotten bytes, numbers that are none."""
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sd_mini import stages
+from sd_mini.config import command
+from sd_mini.pipeline import Pipeline
+from sd_mini.stages import combined_hash, file_hashes
+from tests.faults import DiskFullAfter, ReadOnlyAfter, save_and_die, state_of
+from tests.launching import apart, assert_equal_runs, launch, launch_apart, lines
+from training import checkpoint, loop, players, snapshots
+
+POINTS = 50
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("smoke")
+    assert [launch(stage, run) for stage in ("autoencoder", "text_encoder", "noise_predictor")] == [0, 0, 0]
+    return run
+
+
+@pytest.fixture
+def halfway(smoke_run, tmp_path) -> Path:
+    """A noise predictor's folder with one checkpoint, of step 3 of 6, in a run of its own."""
+    shutil.copytree(smoke_run, tmp_path / "run")
+    folder = tmp_path / "run" / "noise_predictor"
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    return folder
+
+
+def error_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    return errors[0]
+
+
+def holds(root: Path) -> int:
+    """The step that the newest valid checkpoint is of, after its tensors were compared with that step's."""
+    folder, _ = checkpoint.newest(root)
+    tensors, state = checkpoint.load(folder)
+    for name, values in state_of(state["step"], 5000).items():
+        assert all(torch.equal(tensors[name][key], value) for key, value in values.items())
+    return state["step"]
+
+
+def test_killed_at_fifty_points_of_a_save(tmp_path):
+    """keep-last-1, so the old checkpoint is pruned in the same call: at each point one of the two is whole."""
+    checkpoint.save(tmp_path / "0", 1, state_of(1, 5000), {"step": 1}, 1)
+    assert apart(save_and_die, tmp_path / "0", 2, 5000, None, tmp_path / "lines") == 0
+    lines_run = int((tmp_path / "lines").read_text())
+    assert lines_run > POINTS
+    found = []
+    for number, line in enumerate(np.linspace(1, lines_run, POINTS).round().astype(int).tolist(), start=1):
+        root = tmp_path / str(number)
+        checkpoint.save(root, 1, state_of(1, 5000), {"step": 1}, 1)
+        assert apart(save_and_die, root, 2, 5000, line, tmp_path / "unused") == -9
+        found.append(holds(root))
+        checkpoint.save(root, 2, state_of(2, 5000), {"step": 2}, 1)
+        assert [path.name for path in root.iterdir()] == ["step-00000002"] and holds(root) == 2
+    assert found == sorted(found) and set(found) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("log_with", "says"),
+    [("none", "step-00000006: the checkpoint cannot be written"), ("tensorboard", "cannot be written")],
+)
+def test_a_full_disk_loses_nothing(smoke_run, tmp_path, log_with, says):
+    run = tmp_path / "run"
+    options = ("--train.keep_last", "1", "--train.preview_every", "6", "--log_with", log_with)
+    codes, said = launch_apart("autoencoder", run, *options, fault=DiskFullAfter(3))
+    assert codes == [2]
+    assert says in error_line(said) and "File too large" in said
+    folder = run / "autoencoder"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpoint.damage(folder / "checkpoints" / "step-00000003") is None
+    codes, said = launch_apart("autoencoder", run, *options)
+    assert codes == [0], said
+    assert_equal_runs(folder, smoke_run / "autoencoder")  # which looked at previews more often: no matter
+
+
+def test_a_folder_turned_read_only(tmp_path):
+    codes, said = launch_apart("autoencoder", tmp_path / "run", fault=ReadOnlyAfter(3))
+    assert codes == [2]
+    assert "cannot be written (Permission denied)" in error_line(said)
+    folder = tmp_path / "run" / "autoencoder" / "checkpoints"
+    assert checkpoint.newest(folder) == (folder / "step-00000003", [])
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "noise_predictor"])
+def test_every_truncation_and_every_flipped_tensor_is_found(smoke_run, tmp_path, stage):
+    folder = shutil.copytree(smoke_run / stage / "checkpoints" / "step-00000006", tmp_path / "step-00000006")
+    assert checkpoint.damage(folder) is None
+    harmed = 0
+    for path in sorted(folder.iterdir()):
+        raw = path.read_bytes()
+        cuts = [raw[: len(raw) * part // 64] for part in range(64)]
+        for damaged in cuts + [bytes(b) for b in flips(path, raw)]:
+            path.write_bytes(damaged)
+            assert path.name in checkpoint.damage(folder)
+            harmed += 1
+        path.write_bytes(raw)
+    assert checkpoint.damage(folder) is None and harmed > 64 * 4
+
+
+def flips(path: Path, raw: bytes) -> list[bytearray]:
+    """The file with one bit flipped: in each tensor of a safetensors file, else in 64 places."""
+    if path.suffix == ".safetensors":
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + size])
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        places = [8 + size + (start + end) // 2 for start, end in spans]
+        assert len(places) == len(load_file(path))
+    else:
+        places = np.linspace(0, len(raw) - 1, 64).astype(int).tolist()
+    copies = [bytearray(raw) for _ in places]
+    for copy, place in zip(copies, places, strict=True):
+        copy[place] ^= 1 << place % 8
+    return copies
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(smoke_run, tmp_path):
+    folder = shutil.copytree(smoke_run / "autoencoder" / "checkpoints" / "step-00000003", tmp_path / "step-00000009")
+    assert "of another checkpoint" in checkpoint.damage(folder)
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer", "ema-0.05"])
+@pytest.mark.parametrize("harm", ["missing", "renamed", "reshaped", "added"])
+def test_a_checkpoint_of_other_keys_is_refused_by_name(halfway, capsys, file, harm):
+    """Whole by its hashes, but not of this network: nothing may be loaded in part."""
+    root = halfway / "checkpoints"
+    tensors, state = checkpoint.load(root / "step-00000003")
+    name = sorted(tensors[file])[5]
+    value = tensors[file][name]
+    if harm != "added":
+        del tensors[file][name]
+    if harm != "missing":
+        tensors[file][name if harm == "reshaped" else f"{name}x"] = value[None] if harm == "reshaped" else value
+    shutil.rmtree(root)
+    checkpoint.save(root, 3, tensors, state, 1)
+    assert launch("noise_predictor", halfway.parent) == 2
+    said = error_line(capsys.readouterr().err)
+    assert f"{file}.safetensors" in said and (f"{name}x" if harm == "added" else name) in said
+    assert not (halfway / "final").exists()
+
+
+def test_a_missing_file_of_a_whole_checkpoint_is_refused(halfway, capsys):
+    root = halfway / "checkpoints"
+    tensors, state = checkpoint.load(root / "step-00000003")
+    del tensors["ema-0.1"]
+    shutil.rmtree(root)
+    checkpoint.save(root, 3, tensors, state, 1)
+    assert launch("noise_predictor", halfway.parent) == 2
+    assert "ema-0.1.safetensors is missing" in error_line(capsys.readouterr().err)
+
+
+class TestResumeFromAPath:
+    def test_nothing_there_is_refused_and_without_it_starts_fresh(self, tmp_path, capsys):
+        assert launch("autoencoder", tmp_path / "run", "--resume", str(tmp_path / "nowhere")) == 2
+        assert "there is none" in error_line(capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+        assert launch("autoencoder", tmp_path / "run") == 0
+
+    def test_nothing_valid_there_is_refused(self, halfway, tmp_path, capsys):
+        (halfway / "checkpoints" / "step-00000003" / "model.safetensors").write_bytes(b"")
+        for path in (halfway.parent, halfway, halfway / "checkpoints", halfway / "checkpoints" / "step-00000003"):
+            assert launch("noise_predictor", tmp_path / "other", "--resume", str(path)) == 2
+            assert "model.safetensors is damaged" in error_line(capsys.readouterr().err)
+        assert not (tmp_path / "other").exists()
+
+    def test_another_run_goes_on_from_it(self, smoke_run, tmp_path, capsys):
+        first = smoke_run / "autoencoder" / "checkpoints" / "step-00000003"
+        assert launch("autoencoder", tmp_path / "other", "--resume", str(first)) == 0
+        assert "goes on from step 3" in capsys.readouterr().err
+        a, b = tmp_path / "other" / "autoencoder", smoke_run / "autoencoder"
+        assert stages.read_contract(a / "final")["hash"] == stages.read_contract(b / "final")["hash"]
+
+    def test_not_over_a_run_of_its_own(self, halfway, smoke_run, capsys):
+        other = smoke_run / "noise_predictor" / "checkpoints" / "step-00000006"
+        assert launch("noise_predictor", halfway.parent, "--resume", str(other)) == 2
+        assert "already goes on from" in error_line(capsys.readouterr().err)
+        own = halfway / "checkpoints"
+        assert launch("noise_predictor", halfway.parent, "--resume", str(own)) == 0
+
+    def test_another_config_is_refused_with_its_fields(self, smoke_run, tmp_path, capsys):
+        path = str(smoke_run / "autoencoder")
+        assert launch("autoencoder", tmp_path / "other", "--resume", path, "--train.lr", "0.5") == 2
+        assert "train.lr was 0.002, now 0.5" in error_line(capsys.readouterr().err)
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["batch", "gradient", "weight"])
+def test_not_finite_stops_within_a_step_and_is_never_saved(tmp_path, monkeypatch, capsys, bad, where):
+    """Step 4 of 6 is poisoned, the last checkpoint is of step 3."""
+    update, updated = loop.Loop.update, players.Learner.update
+    ids = []
+
+    def first(learner):
+        return next(iter(learner.trained.values()))
+
+    def poisoned(self, inputs):
+        if inputs.step == 4:
+            ids.extend(inputs.ids.tolist())
+            if where == "batch":
+                inputs.passes[0]["pixels"][2] = bad
+            if where == "weight":
+                first(self.learners[0]).data[..., 0] = bad
+        update(self, inputs)
+
+    def spoiled(self, step):
+        if where == "gradient" and step == 5:
+            first(self).grad[..., 0] = bad
+        return updated(self, step)
+
+    monkeypatch.setattr(loop.Loop, "update", poisoned)
+    monkeypatch.setattr(players.Learner, "update", spoiled)
+    assert launch("autoencoder", tmp_path) == 2
+    said = error_line(capsys.readouterr().err)
+    assert "step 4: the gradient is not finite" in said and str(ids) in said
+    if where == "batch":
+        assert f"the loss of [{ids[2]}] is not" in said
+    root = tmp_path / "autoencoder" / "checkpoints"
+    tensors, state = checkpoint.load(checkpoint.newest(root)[0])
+    assert state["step"] == 3
+    assert all(torch.isfinite(t).all() for values in tensors.values() for t in values.values())
+    assert [line["step"] for line in lines(tmp_path / "autoencoder")] == [4]
+
+
+def test_a_weight_that_no_gradient_shows_is_not_saved_either(tmp_path):
+    with pytest.raises(ValueError, match=r"step 7: 'a' of model is not finite"):
+        checkpoint.save(tmp_path, 7, {"model": {"a": torch.tensor([1.0, float("inf")])}}, {})
+    assert not list(tmp_path.iterdir())
+
+
+class Canary:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_loaded_file_can_execute_code(smoke_run, tmp_path, capsys):
+    """A pickle in the place of every file of a run, with manifests that vouch for it, and weights beside it."""
+    sung = tmp_path / "sung"
+    poison = io.BytesIO()
+    torch.save(Canary(sung), poison)
+    shutil.copytree(smoke_run, original := tmp_path / "original")
+    (original / "noise_predictor" / "config.yaml").unlink()  # a person's own file, and YAML: read by safe_load
+    files = [p.relative_to(original) for p in sorted(original.rglob("*")) if p.is_file() and p.suffix in _LOADABLE]
+    assert {".safetensors", ".json", ".npy"} <= {p.suffix for p in files}
+    for name in files:
+        for content in (pickle.dumps(Canary(sung)), poison.getvalue()):
+            run = tmp_path / "run"
+            shutil.copytree(original, run)
+            (run / name).write_bytes(content)
+            for beside in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
+                (run / name).with_name(beside).write_bytes(content)
+            vouch(run / name)
+            # a poisoned cache is made anew, all else is refused
+            assert read_all(run) == (0 if name.parts[0] == "cache" else 2) and not sung.exists(), name
+            capsys.readouterr()
+            shutil.rmtree(run)
+    pickle.loads(pickle.dumps(Canary(sung)))
+    assert sung.exists()  # the canary does sing
+
+
+def read_all(run: Path) -> int:
+    """Load everything that lies in a run as its users do; the exit code."""
+
+    def reading(_) -> None:
+        Pipeline.from_run(run)
+        snapshots.at_width(run / "noise_predictor", 6, 0.07)
+        for root in [*run.glob("*/checkpoints"), *run.glob("*/snapshots")]:
+            for path in checkpoint.every(root):
+                checkpoint.load(path)
+        shutil.rmtree(run / "noise_predictor" / "final")
+
+    return command(reading, []) or launch("noise_predictor", run)
+
+
+_LOADABLE = {".safetensors", ".json", ".npy"}
+
+
+def vouch(path: Path) -> None:
+    """Make the manifest or the contract above a file agree with what it holds now."""
+    for folder in path.parents:
+        for name, key in (("manifest.json", "files"), ("stage.json", "files")):
+            if (folder / name).is_file() and path.name != name:
+                content = json.loads((folder / name).read_text())
+                content[key] = file_hashes(folder, name)
+                content.pop("hash", None)
+                sealed = content if name == "manifest.json" else content[key]
+                content["hash"] = combined_hash(sealed)
+                (folder / name).write_text(json.dumps(content))
+                return

@@ -1,0 +1,82 @@
+"""A stage from any checkpoint of a training, or with an average of any width, without training again.
+
+python -m training.export runs/mine/noise_predictor --out runs/mine/narrow [--step N] [--ema_width 0.03]
+
+What it writes is a stage like `final/`: `Pipeline.from_stages` takes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from sd_mini.config import command, read
+from sd_mini.stages import KINDS, read_contract
+from training import checkpoint, snapshots
+from training.ema import WIDTHS
+from training.launch import Launch
+from training.task import mean_scores
+
+
+def export(folder: Path, out: Path, step: int | None = None, ema_width: float | None = None) -> str:
+    """Write the stage trained in `folder` to `out`, as it was at `step`. Returns its hash.
+
+    `step`: of a checkpoint that is still there; none: the newest. `ema_width`: any width where a snapshot was taken at
+    that step, 0.05 and 0.10 at every checkpoint; none: the width of the training's config. Raises ValueError where
+    there is no such checkpoint or snapshot, or the data or the other stages are not those it was trained on.
+    """
+    if folder.name not in KINDS or not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
+    program = import_module(f"training.{folder.name}").main
+    config = read(program.config, folder / "config.yaml")
+    width = config.train.ema_width if ema_width is None else ema_width
+    if width is not None and config.train.ema_width is None:
+        raise ValueError(f"--ema_width {width}: {folder} was trained without averages; leave it out")
+    saved = _checkpoint(folder, step)
+    tensors, state = checkpoint.load(saved)
+    task = program.make_task(Launch(config, folder.parent, folder, None, []))
+    checkpoint.check_identity(saved, state, task.identity)
+    objective = next(iter(task.players.values())).objective
+    checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
+    objective.load_state_dict(tensors["model"])
+    if width is not None:
+        at_step = tensors[f"ema-{width}"] if width in WIDTHS else snapshots.at_width(folder, state["step"], width)
+        snapshots.put(objective, at_step)
+    objective.requires_grad_(False).eval()
+    with torch.no_grad():
+        scores = task.validate(objective, slice(0, task.valid_count))
+        record = {
+            "seconds": round(state["seconds"], 1),
+            "steps": state["step"],
+            "parameters": sum(p.numel() for p in objective.parameters()),
+            "scores": mean_scores({name: values.tolist() for name, values in scores.items()}),
+            "ema_width": width,
+        }
+        task.export(objective, out, record)
+    return read_contract(out, folder.name)["hash"]
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path:
+    if step is None:
+        return checkpoint.find(folder, folder.name)
+    return checkpoint.find(folder / "checkpoints" / f"step-{step:08d}", folder.name)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m training.export", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", type=Path, help="RUN/STAGE, where it was trained")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write the stage to")
+    parser.add_argument("--step", type=int, help="of a checkpoint; the newest if not given")
+    parser.add_argument("--ema_width", type=float, help="relative width of the average, 0.01 to 0.28")
+    given = parser.parse_args(argv)
+    digest = export(given.stage, given.out, given.step, given.ema_width)
+    print(f"{given.out}: {given.stage.name} {digest[:12]}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

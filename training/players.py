@@ -1,0 +1,174 @@
+"""Who is trained: a stage brings one player, or two that work against each other, and the loop trains each alike."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from training import checkpoint, optimizer
+from training.ema import PowerEMA, nearest_width
+from training.optimizer import OptimizerConfig
+from training.sharding import own_part, part_like, whole
+
+
+@dataclass(frozen=True)
+class Player:
+    """What a player minimises, and how it learns.
+
+    `objective`: forward(**inputs) => (losses (b,), {name: scalar tensor}). Its parameters are the player's own; another
+    player's network is called through `fixed`, so that no gradient reaches it.
+    """
+
+    objective: nn.Module
+    config: OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a player's passes are run; none of it changes what is learned but for rounding."""
+
+    compile: str | None = None
+    gradient_checkpointing: bool = False
+
+
+def fixed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`module(*args, **kwargs)` with a gradient to the arguments but none to the module's own parameters.
+
+    How one player reads another: the generator has to know which way the discriminator's verdict would turn, and must
+    not turn the discriminator itself.
+    """
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    return torch.func.functional_call(module, parameters, args, kwargs)
+
+
+class Learner:
+    """A player at work: its module as Accelerate has wrapped it, its optimizer and schedule, its averages.
+
+    `prefix` goes before the names of its files and metrics. `shown` is a plain copy that is never trained: it takes the
+    weights that are to be evaluated, shown or exported. Only with `averaged` are there averages.
+    """
+
+    def __init__(
+        self,
+        player: Player,
+        accelerator: Accelerator,
+        steps: int,
+        averaged: bool,
+        prefix: str = "",
+        speed: Speed = Speed(),
+    ):
+        self.prefix, self.config, self.accelerator = prefix, player.config, accelerator
+        self.module = player.objective.to(accelerator.device)
+        if accelerator.is_fsdp2:  # which takes no channels_last parameters
+            self.module.to(memory_format=torch.contiguous_format)
+        self.shown = copy.deepcopy(self.module).requires_grad_(False).eval()
+        _speed_up(self.module, speed)
+        raw = optimizer.build(self.module, self.config)
+        self.schedule = optimizer.build_schedule(raw, self.config, steps)
+        # under FSDP2 this shards the module in place; under DDP it wraps it
+        self.objective, self.optimizer = accelerator.prepare(self.module, raw)
+        self.raw_optimizer = raw
+        raw.create_state()
+        self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.ema = PowerEMA(list(self.trained.values())) if averaged else None
+
+    def check_untouched(self) -> None:
+        """Between its updates nobody may have left a gradient on a player's parameters."""
+        leaked = [name for name, parameter in self.trained.items() if parameter.grad is not None]
+        assert not leaked, f"another player's gradient reached {self.prefix}{leaked[0]}; read its network by `fixed`"
+
+    def exchanging(self, last_pass: bool) -> AbstractContextManager:
+        """Gradients are exchanged between the processes in the last pass of an update only."""
+        return nullcontext() if last_pass else self.accelerator.no_sync(self.objective)
+
+    def update(self, step: int) -> Tensor:
+        """One optimizer update, number `step` from 1 on, by the gradients that are there. Their norm, unclipped."""
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(list(self.trained.values()), step)
+        return whole(norm)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        lr = self.schedule.get_last_lr()
+        rates = {"lr": lr[0]} if self.config.muon_lr is None else {"lr": lr[0], "muon_lr": lr[-1]}
+        return {self.prefix + name: rate for name, rate in rates.items()}
+
+    @torch.no_grad()
+    def show(self, width: float | None) -> nn.Module:
+        """The plain copy with the weights of now: the average nearest to `width`, or (none) the trained ones.
+
+        All processes have to ask, as what FSDP2 has split is gathered.
+        """
+        current = dict(self.module.state_dict(keep_vars=True))
+        if width is not None and self.ema is not None:
+            current |= dict(zip(self.trained, self.ema.averages[nearest_width(width)], strict=True))
+        for name, kept in self.shown.state_dict(keep_vars=True).items():
+            kept.copy_(whole(current[name]))
+        return self.shown
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that has to be kept, whole, by file. All processes have to ask."""
+        return {
+            self.prefix + file: {name: whole(t.detach()) for name, t in values.items()}
+            for file, values in self._files().items()
+        }
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        averages = self.ema.averages if self.ema is not None else {}
+        return {f"ema-{width}": dict(zip(self.trained, tensors, strict=True)) for width, tensors in averages.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What LambdaLR keeps beside the functions that the config makes anew."""
+        return {k: v for k, v in self.schedule.state_dict().items() if k in ("last_epoch", "_last_lr")}
+
+    @torch.no_grad()
+    def load(self, where: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Take back what `tensors` and `state` gave. Raises ValueError that names a missing file or tensor."""
+        for file, expected in self._files().items():
+            found = tensors.get(self.prefix + file)
+            if found is None:
+                raise ValueError(f"{where}: {self.prefix}{file}.safetensors is missing; expected a whole checkpoint")
+            checkpoint.check_keys(f"{where}/{self.prefix}{file}.safetensors", found, expected)
+            for name, kept in expected.items():
+                # in place: a moment keeps its parameter's strides, by which fused AdamW walks both
+                own_part(kept).copy_(part_like(found[name].to(kept.device), kept))
+        self.schedule.load_state_dict(self.schedule.state_dict() | state)
+        for group, lr in zip(self.raw_optimizer.param_groups, state["_last_lr"], strict=True):
+            group["lr"] = lr
+
+    def _files(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.module.state_dict(), "optimizer": self._optimizer_tensors(), **self.averages()}
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state as one flat dict, "PARAMETER.NAME" => tensor."""
+        states = ((name, self.raw_optimizer.state[p]) for name, p in self.trained.items())
+        return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
+
+
+def _speed_up(module: nn.Module, speed: Speed) -> None:
+    if speed.gradient_checkpointing:
+        able = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
+        able += [part for part in module.modules() if getattr(part, "supports_gradient_checkpointing", False)]
+        if not able:
+            raise ValueError(
+                "train.gradient_checkpointing: expected a network that can do it, and none here can; leave it out"
+            )
+        for part in able:
+            # diffusers' name, then transformers'
+            enable = getattr(part, "enable_gradient_checkpointing", None) or part.gradient_checkpointing_enable
+            enable()
+    if speed.compile is not None:
+        # regional compilation: the blocks of a list share one graph, which is compiled once
+        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+        for block in (block for blocks in lists for block in blocks):
+            block.compile(backend=speed.compile)

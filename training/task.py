@@ -1,0 +1,93 @@
+"""What a stage brings to the loop, and what the user decides about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+from torch import nn
+
+from training.batches import Batch
+from training.loader import Pass
+from training.optimizer import OptimizerConfig
+from training.players import Player
+
+
+class TrainConfig(OptimizerConfig):
+    """How long, how fast, and how often to look."""
+
+    steps: int = Field(1000, ge=1)
+    """optimizer updates"""
+    batch_size: int = Field(64, ge=1)
+    """pictures an update, over all processes and accumulation"""
+    accumulation: int = Field(1, ge=1)
+    """forward/backward passes that share one update"""
+    ema_width: float | None = Field(None, gt=0, le=0.28)
+    """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; none: off"""
+    ema_snapshots: int = Field(8, ge=0)
+    """snapshots of the averages over the training, from which any other width can be made when it has ended"""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """precision of the passes, over float32 weights; none: what `accelerate launch` says"""
+    compile: str | None = None
+    """torch.compile backend for the networks' repeated blocks ("inductor"); none: off"""
+    gradient_checkpointing: bool = False
+    """compute the blocks' states again in the backward pass instead of keeping them: less memory, more time"""
+    workers: int = Field(0, ge=0)
+    """processes that make batches ahead"""
+    seed: int = 0
+    log_every: int = Field(20, ge=1)
+    valid_every: int = Field(500, ge=1)
+    """steps between two looks at the held-out set"""
+    preview_every: int = Field(250, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
+    keep_last: int = Field(2, ge=1)
+    """newest checkpoints that stay on disk"""
+    keep_every: int | None = Field(None, ge=1)
+    """checkpoints of steps that this divides stay for good"""
+    trace: bool = False
+    """write the ids and a hash of every input row of every step, to compare two runs by"""
+
+
+class Task(Protocol):
+    """What a stage brings to the loop."""
+
+    players: dict[str, Player]
+    """who is trained, in the order of their updates; the first is evaluated, shown and exported"""
+    count: int
+    """training samples"""
+    valid_count: int
+    """held-out samples"""
+    identity: dict[str, str]
+    """hashes of what it is trained on; a checkpoint of anything else is refused"""
+
+    def inputs(self, batch: Batch) -> Pass:
+        """The tensors of a batch's own rows, on the CPU; what every player's `objective` is called with."""
+        ...
+
+    def validate(self, objective: nn.Module, rows: slice) -> dict[str, np.ndarray]:
+        """Scores of those held-out samples, (n,) each, by name: always of the same draws, whatever the step."""
+        ...
+
+    def preview(self, objective: nn.Module) -> Image.Image: ...
+
+    def export(self, objective: nn.Module, folder: Path, record: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a training begins: `started` by `time.perf_counter`, its whole config, and a checkpoint it was told of."""
+
+    started: float
+    config: dict[str, Any]
+    resume: Path | None = None
+
+
+def mean_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Scores a sample => their means, rounded once: the order of the samples, or of the processes, does not matter."""
+    return {name: math.fsum(values) / len(values) for name, values in scores.items()}
