@@ -44,12 +44,7 @@ def save(
     try:
         _set_aside(folder)
         with atomic_folder(folder) as partial:
-            for name, values in tensors.items():
-                save_file(_ready(values), partial / f"{name}.safetensors")
-            (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-            paths = sorted(partial.iterdir())
-            with ThreadPoolExecutor(4) as pool:  # hashing and fsync both leave the interpreter to the others
-                files = {path.name: digest for path, digest in zip(paths, pool.map(_settle, paths), strict=True)}
+            files = _write(partial, tensors, state)
             manifest = {"step": step, "torch": torch.__version__, "sd_mini": version("sd-mini"), "files": files}
             manifest["hash"] = combined_hash(manifest)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -171,11 +166,31 @@ def check_identity(folder: Path, state: dict[str, Any], now: dict[str, str]) -> 
 def _check_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
     for file, values in tensors.items():
         for name, tensor in values.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            # what is not finite makes the sum so, which reads the memory once; so can an overflow of the sum
+            if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise ValueError(
                     f"step {step}: {name!r} of {file} is not finite, so no checkpoint is written; the last one is "
                     "whole: lower train.lr, or look at the samples since then"
                 )
+
+
+def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> dict[str, str]:
+    """Every file of a checkpoint but its manifest, brought to the disk. SHA-256 by file name.
+
+    While one file is written the one before is hashed and synced: neither holds the interpreter.
+    """
+    hashes, synced = {}, []
+    with ThreadPoolExecutor(4) as pool:
+        for name, values in tensors.items():
+            save_file(_ready(values), path := folder / f"{name}.safetensors")
+            hashes[path.name] = pool.submit(file_hash, path)
+            synced.append(pool.submit(sync, path))
+        (path := folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        hashes[path.name] = pool.submit(file_hash, path)
+        synced.append(pool.submit(sync, path))
+    for done in synced:
+        done.result()  # an error of the disk comes out here
+    return {name: digest.result() for name, digest in hashes.items()}
 
 
 def _ready(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,12 +204,6 @@ def _ready(values: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         ready[name] = tensor
     return ready
-
-
-def _settle(path: Path) -> str:
-    """Bring a file to the disk; its SHA-256."""
-    sync(path)
-    return file_hash(path)
 
 
 def _set_aside(folder: Path) -> None:

@@ -20,7 +20,7 @@ from training.finite import FiniteWatch
 from training.flops import count_flops, measured_peak
 from training.loader import Pass, StepInputs, Steps, iterate
 from training.players import Learner, Speed
-from training.process import Stop, make_accelerator, share
+from training.process import Stop, make_accelerator, seed_network_draws, share
 from training.task import Origin, Task, TrainConfig, mean_scores
 from training.watch import Watch
 
@@ -115,7 +115,8 @@ class Loop:
         per_sample = []
         for rows, tensors in zip(inputs.rows, inputs.passes, strict=True):
             # whatever the network draws itself (dropout) depends on the step and the rows alone
-            torch.manual_seed(generator(self.config.seed, inputs.step, f"network/{rows.start}").initial_seed())
+            draws = generator(self.config.seed, inputs.step, f"network/{rows.start}")
+            seed_network_draws(draws.initial_seed(), self.accelerator.device)
             with learner.exchanging(last_pass=rows is inputs.rows[-1]):
                 with self.accelerator.autocast():
                     losses, metrics = learner.objective(**self._on_device(tensors))
@@ -157,7 +158,8 @@ class Loop:
         self.sums, self.summed = {}, 0
         self._tick()
         rates = {name: rate for learner in self.learners for name, rate in learner.rates.items()}
-        pace, self.working, self.worked = self.worked / self.working, 0.0, 0  # updates a second
+        pace = self.worked / self.working if self.worked else 0.0  # updates a second
+        self.working, self.worked = 0.0, 0
         speed, utilisation = pace * self.config.batch_size, self._utilisation(pace)
         self.watch.write(
             {"step": self.step, **means, **rates, "seconds": round(self.seconds, 2)},

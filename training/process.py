@@ -27,6 +27,7 @@ def join_processes() -> PartialState:
 def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[str]) -> Accelerator:
     """Accelerate for a training in `folder`. Raises ValueError for float16, which would need a loss scaler's state."""
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
+    AcceleratorState._reset_state()  # of another training in this process, which may have had another precision
     accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with or None, project_config=project)
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
@@ -59,6 +60,13 @@ def tune_cpu(processes: int) -> None:
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def seed_network_draws(seed: int, device: torch.device) -> None:
+    """Seed the generators a network draws from in its forward pass. `torch.manual_seed` visits every kind of device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 class Stop:

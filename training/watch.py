@@ -48,7 +48,7 @@ class Watch:
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         if self.accelerator.log_with:
             plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
-            purge = {"tensorboard": {"purge_step": step}} if step else {}
+            purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
             self.accelerator.init_trackers("logs", plain, purge)
             threading.excepthook = _leave_to_main
         self.bar = tqdm(

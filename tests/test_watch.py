@@ -1,0 +1,167 @@
+"""What a person sees of a training, and what seeing costs."""
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.faults import KillAt
+from tests.launching import launch, launch_apart, lines, weights
+from tests.test_players import Game, made_loop
+from training import flops
+from training.players import Speed, _speed_up
+
+
+def board(folder):
+    events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0})
+    events.Reload()
+    return events
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
+    """By default, and after a kill too: the steps that are made again replace those that were lost."""
+    assert launch_apart("autoencoder", tmp_path / "run", "--train.log_every", "1", fault=KillAt(5))[0] == [-9]
+    assert launch_apart("autoencoder", tmp_path / "run", "--train.log_every", "1")[0] == [0]
+    folder = tmp_path / "run" / "autoencoder"
+    logged, events = lines(folder), board(folder)
+    for name in ("loss", "grad_norm", "lr", "l1", "valid/psnr"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(line["step"], pytest.approx(line[name])) for line in logged if name in line]
+    assert [event.step for event in events.Images("samples")] == [3, 6]
+    assert {"images_per_second", "model_flops_utilisation"} <= set(events.Tags()["scalars"])
+    assert all(0 < event.value < 1.5 for event in events.Scalars("model_flops_utilisation"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("tensorbord", "expected none or one of"), ("wandb", "pip install wandb"), ("none,mlflow", "pip install mlflow")],
+)
+def test_a_tracker_that_is_not_there_is_refused(tmp_path, capsys, name, says):
+    assert launch("autoencoder", tmp_path / "run", "--log_with", name) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_without_trackers_the_lines_are_written_all_the_same(tmp_path):
+    assert launch("autoencoder", tmp_path, "--log_with", "none") == 0
+    assert not (tmp_path / "autoencoder" / "logs").exists() and len(lines(tmp_path / "autoencoder")) == 3
+
+
+def test_the_bar_shows_speed_loss_gradient_and_utilisation(tmp_path, capsys):
+    assert launch("text_encoder", tmp_path, "--train.log_every", "1") == 0
+    bar = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert all(word in bar for word in ("6/6 [", "loss=", "grad=", "img/s=", "MFU="))
+
+
+def test_nothing_is_read_from_the_device_between_log_lines(tmp_path):
+    """No .item(), bool() or float() of a tensor on the hot path: each would make the host wait for a GPU."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    game = made_loop(tmp_path / "run", Game())
+    game.watch.start({}, 0)
+    game.update(game.steps[0])
+    with Reads() as reads:
+        for step in range(1, 4):
+            game.update(game.steps[step])
+    assert reads.count == 0
+    with Reads() as reads:
+        game.sums["loss"].item()
+    assert reads.count == 1
+
+
+def test_flops_of_a_linear_layer_and_of_what_is_frozen():
+    """2 B m n forward, twice that backward; a frozen first layer needs no gradient at all."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.second(self.first(x)).sum(1), {}
+
+    inputs, module = {"x": torch.randn(10, 8)}, Two()
+    names = {name for name, _ in module.named_parameters()}
+    first, second = 2 * 10 * 8 * 16, 2 * 10 * 16 * 4
+    # the input needs no gradient, so the first layer has one product backward, the second two
+    assert flops.count_flops(module, names, inputs, torch.autocast("cpu", enabled=False)) == 2 * first + 3 * second
+    names = {"second.weight", "second.bias"}
+    assert flops.count_flops(module, names, inputs, torch.autocast("cpu", enabled=False)) == first + 2 * second
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_the_peak_is_a_speed_this_machine_can_have():
+    assert 1e9 < flops.measured_peak(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.fixture(scope="module")
+def stages_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("stages")
+    assert [launch(stage, run) for stage in ("autoencoder", "text_encoder")] == [0, 0]
+    return run
+
+
+def predictor(stages_run, tmp_path, *more):
+    folders = [
+        part for name in ("text_encoder", "autoencoder") for part in (f"--{name}", str(stages_run / name / "final"))
+    ]
+    options = ["--train.log_every", "1", "--log_with", "none", *folders, *more]
+    assert launch("noise_predictor", tmp_path, *options) == 0
+    return lines(tmp_path / "noise_predictor")
+
+
+def test_ways_to_run_the_passes_change_nothing_but_rounding(stages_run, tmp_path):
+    """Compiled by blocks, and with states computed again in the backward pass."""
+    plain = predictor(stages_run, tmp_path / "plain")
+    for name, option in (
+        ("compiled", ["--train.compile", "aot_eager"]),
+        ("again", ["--train.gradient_checkpointing", "true"]),
+    ):
+        for a, b in zip(plain, predictor(stages_run, tmp_path / name, *option), strict=True):
+            assert all(b[key] == pytest.approx(a[key], rel=1e-5) for key in a)
+
+
+def test_blocks_are_compiled_one_graph_for_all():
+    """Regional: the blocks of a list, not what is around them."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.GELU()) for _ in range(3))
+            self.out = nn.Linear(2, 1)
+
+        def forward(self, noise, real):
+            for block in self.blocks:
+                noise = block(noise)
+            return self.out(noise)[:, 0], {}
+
+    module = Blocks()
+    _speed_up(module, Speed(compile=backend))
+    module(torch.randn(4, 2, requires_grad=True), None)
+    assert len(compiled) == 1 and sum(node.op == "call_function" for node in compiled[0].graph.nodes) >= 2
+
+
+def test_bfloat16_passes_over_float32_weights(stages_run, tmp_path):
+    plain = predictor(stages_run, tmp_path / "plain")
+    half = predictor(stages_run, tmp_path / "half", "--train.mixed_precision", "bf16")
+    losses = [[line["loss"] for line in run if "loss" in line] for run in (plain, half)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+    assert {value.dtype for value in weights(tmp_path / "half" / "noise_predictor").values()} == {torch.float32}
+
+
+def test_float16_is_refused(tmp_path, capsys):
+    assert launch("autoencoder", tmp_path / "run", "--train.mixed_precision", "fp16") == 2
+    assert "train.mixed_precision: got 'fp16'" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""What the engine costs, measured side by side in one process: medians, spreads and ratios.
+
+python -m training.benchmark loop STAGE --config FILE --run RUN
+python -m training.benchmark save
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from sd_mini.config import command
+from training import checkpoint
+from training.launch import parse
+from training.loader import iterate
+from training.loop import Loop
+from training.process import join_processes
+from training.task import Origin
+
+WARM_UP, MEASURED = 10, 100  # updates
+
+
+class Clock:
+    """Adds up the time that is spent in what it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def around(self, name: str, function: Callable) -> Callable:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def loop_cost(stage: str, argv: Sequence[str]) -> None:
+    """Share of a step that is neither forward, backward nor optimizer, log lines included; on the CPU.
+
+    Validation, previews and checkpoints come on top, each at its own price.
+    """
+    program = import_module(f"training.{stage}").main
+    launched = parse(program.config, stage, argv)
+    if launched is None:
+        return
+    join_processes()
+    with tempfile.TemporaryDirectory() as folder:
+        config = launched.config.train.model_copy(update={"ema_snapshots": 0})
+        task = program.make_task(launched)
+        loop = Loop(task, config, Path(folder) / stage, Origin(time.perf_counter(), {}), launched.log_with)
+        loop.folder.mkdir()
+        loop.watch.start({}, 0)
+        (learner,) = loop.learners
+        clock, steps = Clock(), []
+        learner.objective.forward = clock.around("forward", learner.objective.forward)
+        loop.accelerator.backward = clock.around("backward", loop.accelerator.backward)
+        learner.optimizer.step = clock.around("optimizer", learner.optimizer.step)
+        mark = time.perf_counter()
+        for inputs in iterate(loop.steps, 0, WARM_UP + MEASURED, config.workers):
+            if loop.step == WARM_UP:
+                loop.log()  # which measures the machine's peak the first time
+                clock.seconds, steps, mark = {}, [], time.perf_counter()
+            loop.update(inputs)
+            loop.watch.bar.update()
+            if loop.step % config.log_every == 0:
+                loop.log()
+            now = time.perf_counter()
+            steps.append(now - mark)
+            mark = now
+        loop.watch.finish()
+        total = sum(steps)
+        shares = {**clock.seconds, "the loop": total - sum(clock.seconds.values())}
+        print(f"{MEASURED} updates, {1000 * statistics.median(steps):.1f} ms each (median)")
+        for name, seconds in shares.items():
+            print(f"{name:>10} {1000 * seconds / MEASURED:8.2f} ms {100 * seconds / total:6.2f} %")
+
+
+def save_cost(rounds: int = 7, parameters: int = 100_000_000) -> None:
+    """A checkpoint of so many parameters, with moments and two averages, against a plain write of the same bytes."""
+    tensors = {
+        file: {f"w{i}": torch.randn(parameters // 25) for i in range(25 * size)}
+        for file, size in (("model", 1), ("optimizer", 2), ("ema-0.05", 1), ("ema-0.1", 1))
+    }
+    seconds: dict[str, list[float]] = {"plain": [], "plain, synced": [], "checkpoint": []}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        root = Path(folder)
+        for number in tqdm(range(rounds), desc="rounds"):
+            for name in seconds:  # interleaved, so that a slow spell of the disk meets all three
+                os.sync()
+                start = time.perf_counter()
+                if name == "checkpoint":
+                    checkpoint.save(root, number, tensors, {}, 1)
+                else:
+                    _plain_write(root, tensors, synced=name != "plain")
+                seconds[name].append(time.perf_counter() - start)
+                for path in root.glob("*.safetensors"):
+                    path.unlink()
+    plain = statistics.median(seconds["plain"])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:>14} {median:6.2f} s [{min(values):.2f}, {max(values):.2f}] {median / plain:5.2f} x plain")
+
+
+def _plain_write(root: Path, tensors: dict[str, dict[str, torch.Tensor]], synced: bool) -> None:
+    for file, values in tensors.items():
+        save_file(values, root / f"{file}.safetensors")
+        if synced:
+            checkpoint.sync(root / f"{file}.safetensors")
+
+
+def main(argv: Sequence[str]) -> None:
+    if list(argv) == ["save"]:
+        save_cost()
+    elif len(argv) >= 2 and argv[0] == "loop":
+        loop_cost(argv[1], argv[2:])
+    else:
+        raise ValueError("expected `save`, or `loop STAGE --config FILE --run RUN`")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
