@@ -65,6 +65,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def atomic_text(path: Path, text: str) -> None:
+    """Write a text file so that it holds either what it held before or all of `text`."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Force a file's or a folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

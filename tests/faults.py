@@ -56,6 +56,15 @@ class RaiseAt(KillAt):
 
 
 @dataclass(frozen=True)
+class StopAt(KillAt):
+    """SIGTERM to every process of the job, as schedulers do: this one and its loader's workers."""
+
+    def __call__(self) -> None:
+        os.setpgrp()  # the workers will be of this group, and the tests are not
+        self.on_reaching(lambda: os.killpg(0, signal.SIGTERM))
+
+
+@dataclass(frozen=True)
 class DiskFullAfter:
     """After the checkpoint of `step` no file can grow beyond `size` bytes: writes fail as on a full disk."""
 
@@ -114,8 +123,8 @@ def save_and_die(root: Path, step: int, size: int, line: int | None, counted: Pa
         if name not in ("checkpoint.py", "stages.py"):
             return None
         if event == "line":
-            seen[0] = next(numbers)
-            if seen[0] == line:
+            seen[0] = number = next(numbers)
+            if number == line:
                 os.kill(os.getpid(), signal.SIGKILL)
         return watch
 
@@ -142,6 +151,8 @@ class Fsdp2:
 
     def __call__(self) -> None:
         names = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": self.policy}
-        os.environ.update(names | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "PRXBlock"})
+        os.environ.update(
+            names | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "PRXBlock", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        )
         if self.then is not None:
             self.then()

@@ -66,10 +66,11 @@ def run_all(children: list) -> list[int]:
         child.start()
     for child in children:
         child.join(timeout=120)
-    for child in children:
-        if child.exitcode is None:
-            child.kill()
-            child.join()
+    stuck = [child for child in children if child.exitcode is None]
+    for child in stuck:
+        child.kill()
+        child.join()
+    assert not stuck, "children had to be killed after two minutes"
     return [child.exitcode for child in children]
 
 

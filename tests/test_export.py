@@ -21,14 +21,14 @@ STAGES = ("autoencoder", "text_encoder", "noise_predictor")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("exported")
-    options = ["--train.valid_every", "3"]
+    options = ["--train.valid_every", "3", "--train.ema_snapshots", "6"]
     assert [launch(stage, run, *options) for stage in STAGES] == [0, 0, 0]
     return run
 
 
 def launched(stage, run):
     config = read(MAINS[stage].config, run / stage / "config.yaml")
-    return Launch(config, run, run / stage, None, [])
+    return Launch(config, run, run / stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -95,7 +95,8 @@ def test_a_width_that_was_not_tracked_is_exported_from_snapshots(run, tmp_path):
     assert all(torch.equal(value, expected[f"network.{name}"]) for name, value in weights.items())
     for stage in ("autoencoder", "text_encoder"):
         shutil.copytree(run / stage, tmp_path / "asked" / stage)
-    assert launch("noise_predictor", tmp_path / "asked", "--train.ema_width", "0.07", "--train.valid_every", "3") == 0
+    options = ["--train.ema_width", "0.07", "--train.valid_every", "3", "--train.ema_snapshots", "6"]
+    assert launch("noise_predictor", tmp_path / "asked", *options) == 0
     contracts = [
         stages.read_contract(path) for path in (tmp_path / "asked" / "noise_predictor" / "final", tmp_path / "out")
     ]

@@ -227,7 +227,7 @@ def test_not_finite_stops_within_a_step_and_is_never_saved(tmp_path, monkeypatch
     monkeypatch.setattr(players.Learner, "update", spoiled)
     assert launch("autoencoder", tmp_path) == 2
     said = error_line(capsys.readouterr().err)
-    assert "step 4: the gradient is not finite" in said and str(ids) in said
+    assert "step 5: the gradient is not finite" in said and str(ids) in said
     if where == "batch":
         assert f"the loss of [{ids[2]}] is not" in said
     root = tmp_path / "autoencoder" / "checkpoints"
@@ -285,7 +285,9 @@ def read_all(run: Path) -> int:
         Pipeline.from_run(run)
         snapshots.at_width(run / "noise_predictor", 6, 0.07)
         for root in [*run.glob("*/checkpoints"), *run.glob("*/snapshots")]:
-            for path in checkpoint.every(root):
+            for path in root.glob("step-*"):
+                if (complaint := checkpoint.damage(path)) is not None:
+                    raise ValueError(complaint)
                 checkpoint.load(path)
         shutil.rmtree(run / "noise_predictor" / "final")
 

@@ -13,8 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd_mini import stages
-from tests.faults import Fsdp2, KillAt, RaiseAt
-from tests.launching import ROOT, arguments, launch, launch_apart, lines, on_two_ranks, trace, weights
+from tests.faults import Fsdp2, KillAt, RaiseAt, StopAt
+from tests.launching import (
+    ROOT,
+    arguments,
+    assert_equal_runs,
+    launch,
+    launch_apart,
+    lines,
+    on_two_ranks,
+    trace,
+    weights,
+)
 from tests.test_players import Game, gradients, made_loop
 from training import checkpoint
 
@@ -166,6 +176,24 @@ def test_fsdp2_trains_saves_resumes_and_exports_the_same_stage(others, tmp_path,
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
         assert stages.load_stage(run / stage / "final", stage).parts.keys() == {"noise_predictor"}
     assert checkpoint.newest(two / stage / "checkpoints")[1] == []
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("text_encoder", 2), ("text_encoder", 3), ("autoencoder", 3)])
+def test_killed_on_several_ranks_equals_straight_through(tmp_path, stage, ranks):
+    more = ["--steps", "8", "--train.checkpoint_every", "3", "--train.log_every", "4", "--train.valid_every", "3"]
+    codes, said = launch_apart(stage, tmp_path / "straight", *more, ranks=ranks)
+    assert not any(codes), said
+    assert all(launch_apart(stage, tmp_path / "killed", *more, fault=KillAt(7), ranks=ranks)[0])
+    codes, said = launch_apart(stage, tmp_path / "killed", *more, ranks=ranks)
+    assert not any(codes) and "goes on from step 6" in said
+    assert_equal_runs(tmp_path / "killed" / stage, tmp_path / "straight" / stage)
+
+
+def test_stopped_on_two_ranks_both_save_and_end_well(tmp_path):
+    more = ["--steps", "8", "--train.checkpoint_every", "8"]
+    codes, said = launch_apart("text_encoder", tmp_path / "run", *more, fault=StopAt(4), ranks=2)
+    assert codes == [0, 0] and "stopped at step 5 of 8" in said
+    assert checkpoint.newest(tmp_path / "run" / "text_encoder" / "checkpoints")[0].name == "step-00000005"
 
 
 def test_fsdp2_of_every_other_stage(tmp_path):

@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sd_mini.config import Config
-from training import checkpoint, loop, players
+from training import checkpoint, loop
 from training.optimizer import OptimizerConfig
 from training.players import Player, fixed
 from training.task import Origin, TrainConfig
@@ -162,11 +161,34 @@ def test_the_gradient_does_not_depend_on_the_passes(tmp_path, accumulation, batc
             torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-13)
 
 
-def test_gradient_checkpointing_where_none_can_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected a network that can do it"):
-        made_loop(tmp_path / "run", Game(), gradient_checkpointing=True)
+@pytest.mark.parametrize(
+    ("players", "options", "says"),
+    [
+        (1, {"gradient_checkpointing": True}, "expected a network that can do it"),
+        (2, {"gradient_checkpointing": True}, "two cannot read each other's networks"),
+        (1, {"compile": "aot_eager"}, "expected a network of repeated blocks"),
+        (1, {"compile": "indctor"}, "train.compile 'indctor': expected one of"),
+    ],
+)
+def test_what_a_network_cannot_do_is_refused(tmp_path, players, options, says):
+    task = Game()
+    task.players = dict(list(task.players.items())[:players])
+    with pytest.raises(ValueError, match=says):
+        made_loop(tmp_path / "run", task, **options)
 
 
-def test_the_config_of_a_player_is_a_config():
-    assert issubclass(OptimizerConfig, Config) and issubclass(TrainConfig, OptimizerConfig)
-    assert players.Speed() == players.Speed(None, False)
+def test_tied_weights_show_their_average(tmp_path):
+    """One tensor under two names: the copy that is shown holds its average under both."""
+    task = Game()
+    generator = task.players["generator"]
+    generator.objective.alias = generator.objective.network[0]
+    task.players = {"generator": generator}
+    generator.objective.critic = [nn.Linear(1, 1)]
+    loop = made_loop(tmp_path / "run", task)
+    for step in range(3):
+        loop.update(loop.steps[step])
+    (learner,) = loop.learners
+    average = learner.ema.averages[0.1][list(learner.trained).index("network.0.weight")]
+    with learner.showing(0.1) as shown:
+        assert torch.equal(shown.network[0].weight, average) and shown.alias.weight is shown.network[0].weight
+    assert not torch.equal(learner.module.network[0].weight, average)

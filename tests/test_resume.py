@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from sd_mini import stages
-from tests.faults import KillAt
+from tests.faults import KillAt, StopAt
 from tests.launching import MAINS, assert_equal_runs, launch, launch_apart, trace
 
 # 64 samples in batches of 8: an epoch is 8 steps; a step is three ragged passes of 2, 3 and 3
@@ -42,7 +42,8 @@ def prepared(stage, others, run):
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(0, [STEP_1, MID_EPOCH, EPOCH_END, IN_A_WINDOW]), (2, [MID_EPOCH, IN_A_WINDOW])]
+    ("workers", "kills"),
+    [(0, [STEP_1, MID_EPOCH, EPOCH_END, IN_A_WINDOW]), (2, [MID_EPOCH, IN_A_WINDOW]), (2, [StopAt(8, passes=1)])],
 )
 def test_killed_and_started_again_equals_straight_through(straight, others, tmp_path, workers, kills):
     stage, options, folder = straight
@@ -50,9 +51,11 @@ def test_killed_and_started_again_equals_straight_through(straight, others, tmp_
     options = [*options, "--train.workers", str(workers)]
     for kill in kills:
         codes, said = launch_apart(stage, run, *options, fault=kill)
-        assert codes == [-9], said
+        # preempted, it ends the step in which it was told so
+        expected = (0, "stopped at step 9 of 23") if type(kill) is StopAt else (-9, "")
+        assert codes == [expected[0]] and expected[1] in said, said
     codes, said = launch_apart(stage, run, *options)
-    assert codes == [0] and "goes on from step 15" in said
+    assert codes == [0] and f"goes on from step {9 if type(kills[-1]) is StopAt else 15}" in said
     assert_equal_runs(run / stage, folder)
     assert trace(run / stage) == trace(folder)
     assert len(trace(folder)) == 23 * 8

@@ -60,7 +60,7 @@ def loop_cost(stage: str, argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = launched.config.train.model_copy(update={"ema_snapshots": 0})
         task = program.make_task(launched)
-        loop = Loop(task, config, Path(folder) / stage, Origin(time.perf_counter(), {}), launched.log_with)
+        loop = Loop(task, config, Path(folder) / stage, Origin(time.perf_counter(), {}), list(launched.log_with))
         loop.folder.mkdir()
         loop.watch.start({}, 0)
         (learner,) = loop.learners

@@ -42,7 +42,8 @@ def save(
     folder = root / f"step-{step:08d}"
     _check_finite(tensors, step)
     try:
-        _set_aside(folder)
+        for partial in root.glob(".step-*.partial"):  # what killed saves have left
+            shutil.rmtree(partial)
         with atomic_folder(folder) as partial:
             files = _write(partial, tensors, state)
             manifest = {"step": step, "torch": torch.__version__, "sd_mini": version("sd-mini"), "files": files}
@@ -75,31 +76,38 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 def find(path: Path, stage: str) -> Path:
     """A checkpoint's folder, or one that holds `checkpoints/` of a stage or of a run => the newest valid one there.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, or what is there is no training's checkpoint.
     """
+    roots = (path, path / "checkpoints", path / stage / "checkpoints")
     if _NAME.fullmatch(path.name):
         complaint = damage(path) if path.is_dir() else "no such folder"
-        if complaint is not None:
-            raise ValueError(f"--resume {path}: expected a whole checkpoint, but {complaint}; give another one")
-        return path
-    for root in (path, path / "checkpoints", path / stage / "checkpoints"):
-        folder, complaints = newest(root)
-        if folder is not None:
-            return folder
-        if complaints:
-            raise ValueError(f"--resume {path}: expected a whole checkpoint, but {complaints[0]}; give another folder")
-    raise ValueError(
-        f"--resume {path}: expected a checkpoint (step-NNNNNNNN), or a folder of them; there is none. Leave --resume "
-        "out to start afresh"
-    )
+        folder, complaints = (path, []) if complaint is None else (None, [complaint])
+    else:
+        folder, complaints = next((found for found in map(newest, roots) if any(found)), (None, []))
+    if folder is None and complaints:
+        raise ValueError(f"{path}: expected a whole checkpoint, but {complaints[0]}; give another one")
+    if folder is None:
+        raise ValueError(f"{path}: expected a checkpoint (step-NNNNNNNN), or a folder of them; there is none")
+    if "config" not in load_state(folder):
+        raise ValueError(f"{folder}: expected a training's checkpoint, this is a snapshot; give one of checkpoints/")
+    return folder
 
 
-def every(root: Path) -> list[Path]:
-    """All valid ones, oldest first. Raises ValueError that names a damaged one."""
+def every(root: Path) -> tuple[list[Path], list[str]]:
+    """(all valid ones, oldest first; what is wrong with each of the others)."""
+    found = {folder: damage(folder) for folder in _folders(root)}
+    valid = [folder for folder, complaint in found.items() if complaint is None]
+    return valid, [f"{folder}: {complaint}" for folder, complaint in found.items() if complaint is not None]
+
+
+def set_aside(root: Path) -> None:
+    """Give the damaged ones in `root` another name, so that they stay and are never again counted as checkpoints."""
     for folder in _folders(root):
-        if (complaint := damage(folder)) is not None:
-            raise ValueError(f"{folder}: {complaint}; expected it whole, as it was saved")
-    return _folders(root)
+        if damage(folder) is not None:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(folder, aside)
 
 
 def damage(folder: Path) -> str | None:
@@ -112,7 +120,10 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing or not readable"
     if not sealed:
         return f"{MANIFEST} is damaged, or of another checkpoint"
-    found = file_hashes(folder, MANIFEST)
+    try:
+        found = file_hashes(folder, MANIFEST)
+    except OSError as error:  # a dying disk: an older one may be whole
+        return f"{Path(error.filename or folder).name} is not readable ({error.strerror})"
     wrong = [name for name in files if found.get(name) != files[name]]
     return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
 
@@ -169,8 +180,8 @@ def _check_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
             # what is not finite makes the sum so, which reads the memory once; so can an overflow of the sum
             if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise ValueError(
-                    f"step {step}: {name!r} of {file} is not finite, so no checkpoint is written; the last one is "
-                    "whole: lower train.lr, or look at the samples since then"
+                    f"step {step}: {name!r} of {file} is not finite, so no checkpoint is written; older ones are "
+                    "as they were: look at the samples since then, or start another --run with a lower train.lr"
                 )
 
 
@@ -204,17 +215,6 @@ def _ready(values: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         ready[name] = tensor
     return ready
-
-
-def _set_aside(folder: Path) -> None:
-    """Remove what killed saves have left; keep a damaged checkpoint that stands where a new one goes."""
-    for partial in folder.parent.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-    if folder.is_dir() and damage(folder) is not None:
-        aside = folder.with_name(f"{folder.name}.damaged")
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(folder, aside)
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from sd_mini.config import command, read
-from sd_mini.stages import KINDS, read_contract
+from sd_mini.stages import CONTRACT, KINDS, read_contract
 from training import checkpoint, snapshots
 from training.ema import WIDTHS
 from training.launch import Launch
@@ -32,6 +32,8 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     """
     if folder.name not in KINDS or not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
+    if out.exists() and not (out / CONTRACT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: holds something else than an exported stage; give a new folder")
     program = import_module(f"training.{folder.name}").main
     config = read(program.config, folder / "config.yaml")
     width = config.train.ema_width if ema_width is None else ema_width
@@ -39,7 +41,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
         raise ValueError(f"--ema_width {width}: {folder} was trained without averages; leave it out")
     saved = _checkpoint(folder, step)
     tensors, state = checkpoint.load(saved)
-    task = program.make_task(Launch(config, folder.parent, folder, None, []))
+    task = program.make_task(Launch(config, folder.parent, folder))
     checkpoint.check_identity(saved, state, task.identity)
     objective = next(iter(task.players.values())).objective
     checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())

@@ -20,13 +20,14 @@ class FiniteWatch:
         self._noted: list[tuple[int, np.ndarray, Tensor, list[tuple[np.ndarray, Tensor]], torch.cuda.Event | None]] = []
 
     def note(self, step: int, ids: np.ndarray, norm: Tensor, losses: list[tuple[np.ndarray, Tensor]]) -> None:
-        """`ids` of the global batch; `losses` (b,) of this process's passes, each with its own ids."""
+        """`step` as it is logged, from 1; `ids` of the global batch; `losses` (b,) of this process's passes."""
         event = None
-        host = norm.detach()
         if norm.device.type == "cuda":
-            host = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(host, non_blocking=True)
+            host = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm.detach(), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
+        else:
+            host = norm.detach().cpu()
         self._noted.append((step, ids, host, losses, event))
 
     def check(self) -> None:
@@ -39,6 +40,6 @@ class FiniteWatch:
                 culprits = f", and the loss of {suspects} is not" if suspects else ""
                 raise ValueError(
                     f"step {step}: the gradient is not finite{culprits}; the batch was {ids.tolist()}: look at those "
-                    "samples or lower train.lr; the last checkpoint is from before"
+                    "samples, or start another --run with a lower train.lr"
                 )
         self._noted.clear()

@@ -8,27 +8,34 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Container
-from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_flops(
-    objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor], autocast: AbstractContextManager
-) -> int:
+def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
     """FLOPs of one forward and backward pass of `objective(**inputs)`: products and convolutions, 2 for each
-    multiply-add. `trained` names the parameters that get a gradient. The pass is made on a copy that is thrown away."""
-    module = copy.deepcopy(objective)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trained)
-    with FlopCounterMode(display=False) as counter:
-        with autocast:
-            losses, _ = module(**inputs)
+    multiply-add. `trained` names the parameters that get a gradient. Fake tensors stand for all of them, so nothing is
+    computed and no memory is taken."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        parts: dict[int, Tensor] = {
+            id(p): nn.Parameter(_fake(p), requires_grad=name in trained) for name, p in objective.named_parameters()
+        }
+        parts |= {id(buffer): _fake(buffer) for buffer in objective.buffers()}
+        own_inputs = {name: _fake(value) for name, value in inputs.items()}
+    module = copy.deepcopy(objective, parts)  # which finds each weight copied already
+    with fakes, FlopCounterMode(display=False) as counter:
+        losses, _ = module(**own_inputs)
         losses.sum().backward()
     return counter.get_total_flops()
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    """Where fake tensors are made: one of that shape, memory order, dtype and device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 @lru_cache

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sd_mini.config import Config, read
+from sd_mini.stages import atomic_text
 from training import checkpoint
 from training.loop import Loop
-from training.process import join_processes
+from training.process import follow_launcher, join_processes, only_writer
 from training.task import Origin, Task
 from training.watch import check_trackers
 
@@ -25,6 +28,10 @@ _FREE = {
 } | {"train.trace"}
 
 
+# what a disk, or its permissions, answers
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
 @dataclass(frozen=True)
 class Launch(Generic[C]):
     """A checked command line: the config, where the run and the stage live, where to go on from, who watches."""
@@ -32,8 +39,10 @@ class Launch(Generic[C]):
     config: C
     run: Path
     folder: Path
-    resume: Path | None
-    log_with: list[str]
+    resume: Path | None = None
+    log_with: tuple[str, ...] = ()
+    begun_from: Path | None = None
+    """what --resume was given, of which `resume` is the checkpoint"""
 
 
 @dataclass(frozen=True)
@@ -54,17 +63,25 @@ class Program(Generic[C]):
         if (launched.folder / "final" / "stage.json").is_file():
             print(f"{launched.folder}: already trained and exported")
             return
+        follow_launcher()
         processes = join_processes()
-        task = self.make_task(launched)
-        origin = Origin(started, flat(launched.config.model_dump(mode="json")), launched.resume)
-        loop = Loop(task, launched.config.train, launched.folder, origin, launched.log_with)
+        launched.config.train.check(processes.num_processes)
         try:
-            if processes.is_main_process and not claimed:
+            task = self.make_task(launched)
+            begun_from = str(launched.begun_from.absolute()) if launched.begun_from is not None else None
+            config = flat(launched.config.model_dump(mode="json"))
+            origin = Origin(started, config, launched.resume, begun_from)
+            loop = Loop(task, launched.config.train, launched.folder, origin, list(launched.log_with))
+            if processes.is_main_process:
                 launched.folder.mkdir(parents=True, exist_ok=True)
-                (launched.folder / "config.yaml").write_text(launched.config.to_yaml(), encoding="utf-8")
-            processes.wait_for_everyone()
-            loop.run()
+            with only_writer(launched.folder) if processes.is_main_process else nullcontext():
+                if processes.is_main_process and not claimed:
+                    atomic_text(launched.folder / "config.yaml", launched.config.to_yaml())
+                processes.wait_for_everyone()
+                loop.run()
         except OSError as error:
+            if error.errno not in _DISK:
+                raise
             raise ValueError(
                 f"{launched.folder}: cannot be written ({error}); make room, or mend its permissions, and run the same "
                 "command again"
@@ -90,20 +107,32 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
         raise ValueError(
             f"--run {run}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another folder"
         )
-    folder = Path(run) / stage
-    found = _check_resume(config, folder, checkpoint.find(Path(resume), stage)) if resume is not None else None
-    return Launch(config, Path(run), folder, found, check_trackers((log_with or "tensorboard").split(",")))
+    folder, begun_from = Path(run) / stage, Path(resume) if resume is not None else None
+    found = _check_resume(config, folder, stage, begun_from) if begun_from is not None else None
+    return Launch(
+        config, Path(run), folder, found, tuple(check_trackers((log_with or "tensorboard").split(","))), begun_from
+    )
 
 
-def _check_resume(config: Config, folder: Path, asked: Path) -> Path:
-    """The checkpoint asked for, if going on from it loses none and is the same training. Raises ValueError."""
+def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path | None:
+    """The checkpoint asked for, if going on from it loses none and is the same training. Raises ValueError.
+
+    None where the folder has gone on from there before: then it goes on from its own newest one, so that the same
+    command can be given again.
+    """
     own = checkpoint.newest(folder / "checkpoints")[0]
-    if own is not None and own.resolve() != asked.resolve():
+    if own is not None and checkpoint.load_state(own).get("begun_from") == str(asked.absolute()):
+        return None
+    try:
+        found = checkpoint.find(asked, stage)
+    except ValueError as error:
+        raise ValueError(f"--resume {error}") from error
+    if own is not None and own.resolve() != found.resolve():
         raise ValueError(
             f"--resume {asked}: {folder} already goes on from {own}; leave --resume out, or give another --run"
         )
-    _refuse_change(config, checkpoint.load_state(asked)["config"], str(asked), "give the config it was trained with")
-    return asked
+    _refuse_change(config, checkpoint.load_state(found)["config"], str(found), "give the config it was trained with")
+    return found
 
 
 def _check_folder(launched: Launch[C]) -> bool:

@@ -62,5 +62,6 @@ def _as_it_is(item: StepInputs) -> StepInputs:
 
 
 def _leave_stopping_to_the_loop(worker: int) -> None:
+    # a scheduler signals all processes of a job at once; a worker sees for itself when its parent is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

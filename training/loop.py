@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from training import checkpoint, snapshots, trace
 from training.batches import generator, row_slices
 from training.ema import WIDTHS
 from training.finite import FiniteWatch
-from training.flops import count_flops, measured_peak
 from training.loader import Pass, StepInputs, Steps, iterate
+from training.pace import Pace
 from training.players import Learner, Speed
 from training.process import Stop, make_accelerator, seed_network_draws, share
 from training.task import Origin, Task, TrainConfig, mean_scores
@@ -35,13 +38,13 @@ class Loop:
         self.task, self.config, self.folder, self.origin = task, config, folder, origin
         self.accelerator = make_accelerator(config.mixed_precision, folder, log_with)
         processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if config.accumulation * processes > config.batch_size:
-            raise ValueError(
-                f"train.batch_size {config.batch_size}: expected at least one for each of {config.accumulation} "
-                f"passes on {processes} processes"
-            )
         if task.valid_count < processes:
             raise ValueError(f"valid.count {task.valid_count}: expected at least one for each of {processes} processes")
+        if len(task.players) > 1 and (self.accelerator.is_fsdp2 or config.gradient_checkpointing):
+            raise ValueError(
+                f"players {', '.join(task.players)}: two cannot read each other's networks under FSDP2 or gradient "
+                "checkpointing; leave both out"
+            )
         speed = Speed(config.compile, config.gradient_checkpointing)
         self.learners = [
             Learner(
@@ -60,8 +63,7 @@ class Loop:
         self.sums: dict[str, Tensor] = {}
         self.summed = 0  # updates in `sums`
         self.scores: dict[str, float] = {}
-        self.flops = 0  # of an update of this process
-        self.working, self.worked = 0.0, 0  # seconds and updates since the last log line
+        self.pace = Pace(self.accelerator, config.batch_size)
         self.finite = FiniteWatch()
         self.watch = Watch(folder, self.accelerator, config.steps)
 
@@ -80,12 +82,19 @@ class Loop:
     def _train(self) -> int | None:
         """To the end, and export; or to where it was asked to stop, and the exit code that says so."""
         config = self.config
+        if self.step:
+            self._evaluate_what_was_lost()
+        if self.step < config.steps:
+            sums = dict(self.sums)
+            for learner in self.learners:
+                learner.settle_buckets(lambda learner=learner: self.accumulate(learner, self.steps[self.step]))
+            self.sums = sums
         with Stop(self.accelerator.num_processes) as stop:
             mark = time.perf_counter()
             for inputs in iterate(self.steps, self.step, config.steps, config.workers):
                 self.update(inputs)
                 self.watch.bar.update()
-                self.working, self.worked = self.working + time.perf_counter() - mark, self.worked + 1
+                self.pace.add(time.perf_counter() - mark)
                 self.look(stopping := stop.asked())
                 if stopping and self.step < config.steps:
                     self.watch.say(f"stopped at step {self.step} of {config.steps}; the same command goes on from here")
@@ -99,14 +108,13 @@ class Loop:
         self.finite.check()
         if self.config.trace:
             trace.write(self.folder, self.rank, inputs)
-        if not self.flops and self.accelerator.is_main_process:
-            self.flops = self._count_flops(inputs)
+        self.pace.count(self.learners, inputs, self.watch.say)
         for learner in self.learners:
             learner.check_untouched()
             losses = self.accumulate(learner, inputs)
             norm = learner.update(self.step + 1)
             self._add({learner.prefix + "grad_norm": norm})
-            self.finite.note(self.step, inputs.ids, norm, losses)
+            self.finite.note(self.step + 1, inputs.ids, norm, losses)
         self.summed += 1
         self.step += 1
 
@@ -130,23 +138,45 @@ class Loop:
             per_sample.append((inputs.ids[rows], losses.detach()))
         return per_sample
 
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or self.step % every == 0
+
     def look(self, stopping: bool) -> None:
-        """What is due at this step's end: a log line, a snapshot, the held-out set, a checkpoint, a preview."""
-        config, last = self.config, self.step == self.config.steps
-
-        def due(every: int) -> bool:
-            return last or self.step % every == 0
-
-        if due(config.log_every):
+        """What is due at this step's end: a log line, a snapshot, a checkpoint; then the held-out set and a preview."""
+        if self._due(self.config.log_every):
             self.log()
+        self.snapshot()
+        if self._due(self.config.checkpoint_every) or stopping:
+            self.save()
+        if not stopping or self.step == self.config.steps:
+            self.evaluate()
+
+    def snapshot(self) -> None:
+        config = self.config
         if config.ema_width is not None and snapshots.due(self.step, config.steps, config.ema_snapshots):
             self.finite.check()
             snapshots.take(self.folder, self.step, self.learners[0].averages(), self.accelerator)
-        if due(config.valid_every):
+
+    def evaluate(self) -> None:
+        if self._due(self.config.valid_every):
             self.validate()
-        if due(config.checkpoint_every) or stopping:
-            self.save()
-        if due(config.preview_every):
+        if self._due(self.config.preview_every):
+            self.preview()
+
+    def _evaluate_what_was_lost(self) -> None:
+        """A kill after the checkpoint from which this goes on may have come before that step was evaluated."""
+        self.scores = self.watch.scores(self.step)
+        lost = torch.tensor(
+            [
+                self._due(self.config.valid_every) and not self.scores,
+                self._due(self.config.preview_every) and not self.watch.has_picture(self.step),
+            ]
+        )
+        # the main process has written them, so it knows for all
+        valid, picture = broadcast(lost.to(self.accelerator.device)).tolist()
+        if valid:
+            self.validate()
+        if picture:
             self.preview()
 
     def log(self) -> None:
@@ -158,9 +188,7 @@ class Loop:
         self.sums, self.summed = {}, 0
         self._tick()
         rates = {name: rate for learner in self.learners for name, rate in learner.rates.items()}
-        pace = self.worked / self.working if self.worked else 0.0  # updates a second
-        self.working, self.worked = 0.0, 0
-        speed, utilisation = pace * self.config.batch_size, self._utilisation(pace)
+        speed, utilisation = self.pace.take()
         self.watch.write(
             {"step": self.step, **means, **rates, "seconds": round(self.seconds, 2)},
             images_per_second=speed,
@@ -168,67 +196,78 @@ class Loop:
         )
         self.watch.show(means["loss"], means["grad_norm"], speed, utilisation)
 
-    def evaluated(self) -> nn.Module:
+    @contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
         """What is evaluated, shown and exported: the average where there is one, else the trained weights.
 
         At the last step a width that was not tracked is made of the snapshots; before, the nearest one stands for it.
         """
         self.finite.check()
-        width, learner = self.config.ema_width, self.learners[0]
-        shown = learner.show(width)
-        if width is not None and width not in WIDTHS and self.step == self.config.steps:
-            snapshots.put(shown, snapshots.at_width(self.folder, self.step, width))
-        return shown
+        width = self.config.ema_width
+        with self.learners[0].showing(width) as shown, torch.no_grad():
+            if width is not None and width not in WIDTHS and self.step == self.config.steps:
+                snapshots.put(shown, snapshots.at_width(self.folder, self.step, width))
+            yield shown
 
-    @torch.no_grad()
     def validate(self) -> None:
         """Mean scores over the held-out samples, each looked at by one process."""
-        count = self.task.valid_count
-        rows = share(count, self.accelerator.num_processes, self.rank)
-        own = self.task.validate(self.evaluated(), rows)
+        count, processes = self.task.valid_count, self.accelerator.num_processes
+        rows = share(count, processes, self.rank)
+        with self.evaluated() as evaluated:
+            own = self.task.validate(evaluated, rows)
         table = torch.zeros(len(own), count, dtype=torch.float64)  # each process fills its own columns
         table[:, rows] = torch.from_numpy(np.stack([np.asarray(scores, np.float64) for scores in own.values()]))
-        table = self.accelerator.reduce(table.to(self.accelerator.device), "sum").tolist()
-        self.scores = mean_scores(dict(zip(own, table, strict=True)))
-        self.watch.write({"step": self.step, **{f"valid/{k}": v for k, v in self.scores.items()}})
+        if processes > 1:
+            table = self.accelerator.reduce(table.to(self.accelerator.device), "sum")
+        self.scores = mean_scores(dict(zip(own, table.tolist(), strict=True)))
+        self.watch.write_scores(self.step, self.scores)
 
-    @torch.no_grad()
     def preview(self) -> None:
         """A grid of what the weights make now, `samples/step-NNNNNNNN.png`."""
-        evaluated = self.evaluated()
-        if self.accelerator.is_main_process:
-            self.watch.picture(self.task.preview(evaluated), self.step)
+        with self.evaluated() as evaluated:
+            if self.accelerator.is_main_process:
+                self.watch.picture(self.task.preview(evaluated), self.step)
 
     def save(self) -> None:
         self.finite.check()
         self._tick()
         tensors = {file: values for learner in self.learners for file, values in learner.tensors().items()}
         if self.sums:
-            names = list(self.sums)
-            sums = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]), "mean")
-            tensors["sums"] = dict(zip(names, sums.view(-1, 1), strict=True))
+            sums = self.accelerator.reduce(torch.stack(list(self.sums.values())), "mean")
+            # here too, so that a resumed run adds to what this one adds to
+            self.sums = dict(zip(self.sums, sums.unbind(), strict=True))
+            tensors["sums"] = {name: value.view(1) for name, value in self.sums.items()}
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "summed": self.summed,
-            "scores": self.scores,
+            "sums": list(self.sums),
             "schedules": {learner.prefix: learner.state() for learner in self.learners},
             "identity": self.task.identity,
             "config": self.origin.config,
+            "begun_from": self.origin.begun_from,
         }
         if self.accelerator.is_main_process:
+            self.watch.sync()
             keep = self.config.keep_last, self.config.keep_every
             checkpoint.save(self.folder / "checkpoints", self.step, tensors, state, *keep)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, if there is one, or from the one that was asked for."""
-        folder, complaints = checkpoint.newest(self.folder / "checkpoints")
+        root = self.folder / "checkpoints"
+        folder, complaints = checkpoint.newest(root)
         for complaint in complaints:
             self.watch.say(f"skipped a damaged checkpoint, kept for you to look at: {complaint}")
-        if folder is None and complaints:
+        self.accelerator.wait_for_everyone()
+        if folder is None and complaints and self.origin.resume is None:
             raise ValueError(f"{self.folder}: no valid checkpoint is left; delete the folder to start again")
-        folder = folder or self.origin.resume
+        if self.accelerator.is_main_process:
+            checkpoint.set_aside(root)
+        if folder is None and self.origin.resume is not None:
+            folder = self.origin.resume
+            if self.config.ema_width is not None and self.accelerator.is_main_process:
+                snapshots.inherit(self.folder, folder, self.config.steps, self.config.ema_snapshots)
         if folder is None:
             return
         tensors, state = checkpoint.load(folder)
@@ -236,46 +275,36 @@ class Loop:
         for learner in self.learners:
             learner.load(str(folder), tensors, state["schedules"][learner.prefix])
         self.step, self.seconds, self.summed = state["step"], state["seconds"], state["summed"]
-        self.sums = {k: v[0].to(self.accelerator.device) for k, v in tensors.get("sums", {}).items()}
-        self.scores = state["scores"]
+        self.sums = {name: tensors["sums"][name][0].to(self.accelerator.device) for name in state["sums"]}
         self.watch.say(f"goes on from step {self.step} of {self.config.steps}")
+        self.accelerator.wait_for_everyone()
 
     def finish(self) -> None:
         """Export the stage, with what it cost."""
-        evaluated = self.evaluated()
-        self._tick()
-        if self.accelerator.is_main_process:
-            record = {
-                "seconds": round(self.seconds, 1),
-                "steps": self.step,
-                "parameters": sum(p.numel() for p in evaluated.parameters()),
-                "scores": self.scores,
-                "ema_width": self.config.ema_width,
-            }
-            with torch.no_grad():
+        with self.evaluated() as evaluated:
+            self._tick()
+            if self.accelerator.is_main_process:
+                record = {
+                    "seconds": round(self.seconds, 1),
+                    "steps": self.step,
+                    "parameters": sum(p.numel() for p in evaluated.parameters()),
+                    "scores": self.scores,
+                    "ema_width": self.config.ema_width,
+                }
                 self.task.export(evaluated, self.folder / "final", record)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in list(self.scores.items())[:2])  # the curve is in metrics.jsonl
         self.watch.say(f"{self.step} steps in {self.seconds:.0f} s; {shown}; exported to {self.folder / 'final'}")
         self.accelerator.wait_for_everyone()
-
-    def _count_flops(self, inputs: StepInputs) -> int:
-        """FLOPs of one update of this process, from its first pass; the others have as many rows, give or take one."""
-        first, rows = inputs.rows[0], sum(rows.stop - rows.start for rows in inputs.rows)
-        tensors = self._on_device(inputs.passes[0])
-        passes = [count_flops(r.shown, r.trained, tensors, self.accelerator.autocast()) for r in self.learners]
-        return sum(passes) * rows // (first.stop - first.start)
-
-    def _utilisation(self, pace: float) -> float:
-        """MFU of this process: FLOPs of its passes over the time they and all else took, and its measured peak."""
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        return self.flops * pace / measured_peak(self.accelerator.device, dtype)
 
     def _add(self, shares: dict[str, Tensor]) -> None:
         for name, value in shares.items():
             self.sums[name] = self.sums.get(name, 0) + value.float()
 
     def _on_device(self, tensors: Pass) -> Pass:
-        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in tensors.items()}
+        device = self.accelerator.device
+        if device.type == "cuda":  # a copy from memory that is not pinned would make the host wait
+            return {name: value.pin_memory().to(device, non_blocking=True) for name, value in tensors.items()}
+        return {name: value.to(device) for name, value in tensors.items()}
 
     def _tick(self) -> None:
         now = time.perf_counter()

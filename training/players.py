@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training import checkpoint, optimizer
 from training.ema import PowerEMA, nearest_width
@@ -67,7 +69,10 @@ class Learner:
         self.module = player.objective.to(accelerator.device)
         if accelerator.is_fsdp2:  # which takes no channels_last parameters
             self.module.to(memory_format=torch.contiguous_format)
+        # under FSDP2 it waits on the CPU: no device could be sure to have room for the whole beside its part
         self.shown = copy.deepcopy(self.module).requires_grad_(False).eval()
+        if accelerator.is_fsdp2:
+            self.shown.to("cpu")
         _speed_up(self.module, speed)
         raw = optimizer.build(self.module, self.config)
         self.schedule = optimizer.build_schedule(raw, self.config, steps)
@@ -82,6 +87,21 @@ class Learner:
         """Between its updates nobody may have left a gradient on a player's parameters."""
         leaked = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         assert not leaked, f"another player's gradient reached {self.prefix}{leaked[0]}; read its network by `fixed`"
+
+    def settle_buckets(self, make_pass: Callable[[], object]) -> None:
+        """Let DDP order its gradient buckets, by passes that are thrown away.
+
+        It does so after its first pass, and from three processes on the order decides how sums are rounded: a resumed
+        run's first update would be rounded otherwise than the straight run's.
+        """
+        if not isinstance(self.objective, DistributedDataParallel):
+            return
+        before = [buffer.clone() for buffer in self.module.buffers()]
+        for _ in range(2):  # the second pass is the first that is ordered
+            make_pass()
+            self.optimizer.zero_grad()
+        for buffer, value in zip(self.module.buffers(), before, strict=True):
+            buffer.copy_(value)
 
     def exchanging(self, last_pass: bool) -> AbstractContextManager:
         """Gradients are exchanged between the processes in the last pass of an update only."""
@@ -113,25 +133,31 @@ class Learner:
         rates = {"lr": lr[0]} if self.config.muon_lr is None else {"lr": lr[0], "muon_lr": lr[-1]}
         return {self.prefix + name: rate for name, rate in rates.items()}
 
-    @torch.no_grad()
-    def show(self, width: float | None) -> nn.Module:
+    @contextmanager
+    def showing(self, width: float | None) -> Iterator[nn.Module]:
         """The plain copy with the weights of now: the average nearest to `width`, or (none) the trained ones.
 
         All processes have to ask, as what FSDP2 has split is gathered.
         """
-        current = dict(self.module.state_dict(keep_vars=True))
-        if width is not None and self.ema is not None:
-            current |= dict(zip(self.trained, self.ema.averages[nearest_width(width)], strict=True))
-        for name, kept in self.shown.state_dict(keep_vars=True).items():
-            kept.copy_(whole(current[name]))
-        return self.shown
+        with torch.no_grad():
+            trained = self.module.state_dict()
+            for name, kept in self.shown.state_dict().items():
+                kept.copy_(whole(trained[name]))
+            if width is not None and self.ema is not None:
+                copies = dict(self.shown.named_parameters())
+                for name, average in zip(self.trained, self.ema.averages[nearest_width(width)], strict=True):
+                    copies[name].copy_(whole(average))
+        if not self.accelerator.is_fsdp2:
+            yield self.shown
+            return
+        try:
+            yield self.shown.to(self.accelerator.device)
+        finally:
+            self.shown.to("cpu")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that has to be kept, whole, by file. All processes have to ask."""
-        return {
-            self.prefix + file: {name: whole(t.detach()) for name, t in values.items()}
-            for file, values in self._files().items()
-        }
+        """All that has to be kept, whole, by file; on the main process. The others get nothing, and have to ask too."""
+        return {self.prefix + file: gathered(values, self.accelerator) for file, values in self._files().items()}
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         averages = self.ema.averages if self.ema is not None else {}
@@ -165,6 +191,16 @@ class Learner:
         return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
+def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """The tensors whole, on the main process, and none on the others. One at a time: only one takes a device's room."""
+    kept = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if accelerator.is_main_process:
+            kept[name] = full.cpu()
+    return kept
+
+
 def _speed_up(module: nn.Module, speed: Speed) -> None:
     if speed.gradient_checkpointing:
         able = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
@@ -180,5 +216,10 @@ def _speed_up(module: nn.Module, speed: Speed) -> None:
     if speed.compile is not None:
         # regional compilation: the blocks of a list share one graph, which is compiled once
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        if isinstance(speed.compile, str) and speed.compile not in backends:
+            raise ValueError(f"train.compile {speed.compile!r}: expected one of {', '.join(backends)}")
+        if not lists:
+            raise ValueError("train.compile: expected a network of repeated blocks, and here are none; leave it out")
         for block in (block for blocks in lists for block in blocks):
             block.compile(backend=speed.compile)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     parse_flag_from_env,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def join_processes() -> PartialState:
@@ -35,11 +38,28 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
         # Accelerate asks for FSDP only where there are GPUs; the same code shards over CPU processes just as well
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP: expected version 2; launch with --fsdp_version 2")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_fsdp(accelerator)
     if accelerator.device.type == "cpu":
         tune_cpu(accelerator.num_processes)
     return accelerator
+
+
+def _check_fsdp(accelerator: Accelerator) -> None:
+    if not accelerator.is_fsdp2:
+        raise ValueError("FSDP: expected version 2; launch with --fsdp_version 2")
+    plugin = accelerator.state.fsdp_plugin
+    # every process has built its own weights and buffers from the seed, so none has to send them to the others
+    plugin.cpu_ram_efficient_loading = False
+    # autocast alone decides what is computed in bfloat16, as without FSDP: weights, targets and sums stay float32
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def follow_launcher() -> None:
+    """When `accelerate launch` is told to stop it dies without a word to us: let the kernel pass that on as SIGTERM."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if parent.is_file() and b"accelerate" in parent.read_bytes():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def share(count: int, processes: int, rank: int) -> slice:
@@ -67,6 +87,27 @@ def seed_network_draws(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process: two trainings in one would spoil each other's checkpoints.
+
+    Raises ValueError where another process holds it. The lock is the kernel's, so it ends with the process.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is training here; wait for it, stop it, or give another --run"
+            ) from None
+        yield
 
 
 class Stop:

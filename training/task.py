@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from training.batches import Batch
+from training.ema import WIDTHS
 from training.loader import Pass
 from training.optimizer import OptimizerConfig
 from training.players import Player
@@ -53,6 +54,23 @@ class TrainConfig(OptimizerConfig):
     trace: bool = False
     """write the ids and a hash of every input row of every step, to compare two runs by"""
 
+    @model_validator(mode="after")
+    def _snapshots_for_the_width(self) -> Self:
+        if self.ema_width is not None and self.ema_width not in WIDTHS and self.ema_snapshots < 4:
+            raise ValueError(
+                f"ema_width {self.ema_width} is made of snapshots; expected ema_snapshots of at least 4, or a width "
+                f"that is tracked: {' or '.join(map(str, WIDTHS))}"
+            )
+        return self
+
+    def check(self, processes: int) -> None:
+        """Raises ValueError where the batch cannot be shared out over the passes and processes."""
+        if self.accumulation * processes > self.batch_size:
+            raise ValueError(
+                f"train.batch_size {self.batch_size}: expected at least one for each of {self.accumulation} passes on "
+                f"{processes} processes"
+            )
+
 
 class Task(Protocol):
     """What a stage brings to the loop."""
@@ -81,11 +99,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a training begins: `started` by `time.perf_counter`, its whole config, and a checkpoint it was told of."""
+    """Where a training begins: `started` by `time.perf_counter`, its whole config, and the checkpoint it goes on from
+    when it has none of its own; `begun_from` is how that one was asked for."""
 
     started: float
     config: dict[str, Any]
     resume: Path | None = None
+    begun_from: str | None = None
 
 
 def mean_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:

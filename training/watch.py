@@ -16,7 +16,10 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sd_mini.stages import atomic_text, sync
+
 NONE = "none"
+_SCORE = "valid/"
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
@@ -45,11 +48,11 @@ class Watch:
         if self.main and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            if kept != lines:
+                atomic_text(self.path, "".join(line + "\n" for line in kept))
         if self.accelerator.log_with:
             plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
-            purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-            self.accelerator.init_trackers("logs", plain, purge)
+            self.accelerator.init_trackers("logs", plain, {"tensorboard": {"purge_step": step + 1}})
             threading.excepthook = _leave_to_main
         self.bar = tqdm(
             total=self.steps,
@@ -64,6 +67,12 @@ class Watch:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        threading.excepthook = threading.__excepthook__
+
+    def sync(self) -> None:
+        """Bring the lines so far to the disk, before a checkpoint says that they are there."""
+        if self.main and self.path.is_file():
+            sync(self.path)
 
     def write(self, line: dict[str, Any], **timing: float) -> None:
         """A line of metrics.jsonl, and the same to the trackers; `timing` goes to the trackers alone, as no two runs
@@ -74,13 +83,31 @@ class Watch:
         if self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in {**line, **timing}.items() if k != "step"}, step=line["step"])
 
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        self.write({"step": step, **{_SCORE + name: value for name, value in scores.items()}})
+
     def show(self, loss: float, norm: float, speed: float, utilisation: float) -> None:
         shown = {"loss": f"{loss:.4f}", "grad": f"{norm:.2g}", "img/s": f"{speed:.0f}", "MFU": f"{utilisation:.0%}"}
         self.bar.set_postfix(shown, refresh=False)
 
+    def scores(self, step: int) -> dict[str, float]:
+        """The held-out scores that were logged at `step`; none if they were not, or were lost."""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        for line in map(json.loads, text.splitlines()):
+            scores = {name.removeprefix(_SCORE): value for name, value in line.items() if name.startswith(_SCORE)}
+            if line["step"] == step and scores:
+                return scores
+        return {}
+
+    def has_picture(self, step: int) -> bool:
+        return self._picture(step).is_file()
+
+    def _picture(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:08d}.png"
+
     def picture(self, picture: Image.Image, step: int) -> None:
         """`samples/step-NNNNNNNN.png`, and to the trackers that take pictures."""
-        path = self.folder / "samples" / f"step-{step:08d}.png"
+        path = self._picture(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         values = {"samples": np.asarray(picture.convert("RGB"))[None]}  # (1, H, W, 3)
@@ -94,8 +121,8 @@ class Watch:
 
 
 def _leave_to_main(failure: threading.ExceptHookArgs) -> None:
-    """A tracker's writer thread that meets a full disk hands its error to the main thread, which says so once."""
-    if not issubclass(failure.exc_type, OSError):
+    """TensorBoard's writer thread that meets a full disk hands its error to the main thread, which says so once."""
+    if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
         threading.__excepthook__(failure)
 
 
