@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from dataclasses import dataclass
@@ -65,8 +66,19 @@ class StopAt(KillAt):
 
 
 @dataclass(frozen=True)
+class DiskFull:
+    """No file can grow beyond `size` bytes: writes fail as on a full disk."""
+
+    size: int
+
+    def __call__(self) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+@dataclass(frozen=True)
 class DiskFullAfter:
-    """After the checkpoint of `step` no file can grow beyond `size` bytes: writes fail as on a full disk."""
+    """A full disk after the checkpoint of `step`."""
 
     step: int
     size: int = 20_000
@@ -77,8 +89,7 @@ class DiskFullAfter:
         def saving(root, step, *args):
             folder = save(root, step, *args)
             if step == self.step and root.name == "checkpoints":
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+                DiskFull(self.size)()
             return folder
 
         checkpoint.save = saving
@@ -101,6 +112,23 @@ class ReadOnlyAfter:
             return folder
 
         checkpoint.save = saving
+
+
+class Hold:
+    """Hold a stage's folder from another process for as long as the block lasts."""
+
+    def __init__(self, folder: Path):
+        code = (
+            f"import fcntl; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1); input()"
+        )
+        self.command = [sys.executable, "-c", code]
+
+    def __enter__(self) -> None:
+        self.holder = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.holder.stdout.readline()
+
+    def __exit__(self, *error: object) -> None:
+        self.holder.communicate(b"")
 
 
 def drop_capabilities() -> None:

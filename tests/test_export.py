@@ -119,6 +119,29 @@ def test_what_is_not_there_is_one_line(run, tmp_path, capsys, more, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_out_is_never_something_else(run, tmp_path, capsys):
+    """A run's or a stage's folder, or a person's: refused before anything is read, and untouched."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.png").write_bytes(b"")
+    for out in (run, run / "noise_predictor", tmp_path / "mine"):
+        before = sorted(out.rglob("*"))
+        assert command(export.main, [str(run / "noise_predictor"), "--out", str(out)]) == 2
+        assert "holds something else than an exported stage" in capsys.readouterr().err
+        assert sorted(out.rglob("*")) == before
+    for _ in range(2):  # an exported stage may be written anew
+        assert command(export.main, [str(run / "noise_predictor"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_damaged_snapshot_is_left_out_and_named(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "noise_predictor", tmp_path / "noise_predictor")
+    whole = snapshots.at_width(copy, 6, 0.07)
+    (copy / "snapshots" / "step-00000002" / "ema-0.1.safetensors").write_bytes(b"rotten")
+    without = snapshots.at_width(copy, 6, 0.07)
+    assert "step-00000002: ema-0.1.safetensors is damaged" in capsys.readouterr().err
+    changed = sum(not torch.equal(without[name], value) for name, value in whole.items())
+    assert changed and all(torch.allclose(without[name], value, atol=0.02) for name, value in whole.items())
+
+
 def test_a_stage_without_averages_has_none_to_choose(run, tmp_path, capsys):
     assert command(export.main, [str(run / "text_encoder"), "--out", str(tmp_path / "o"), "--ema_width", "0.1"]) == 2
     assert "was trained without averages" in capsys.readouterr().err

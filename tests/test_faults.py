@@ -15,7 +15,7 @@ from sd_mini import stages
 from sd_mini.config import command
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import combined_hash, file_hashes
-from tests.faults import DiskFullAfter, ReadOnlyAfter, save_and_die, state_of
+from tests.faults import DiskFull, DiskFullAfter, Hold, KillAt, ReadOnlyAfter, save_and_die, state_of
 from tests.launching import apart, assert_equal_runs, launch, launch_apart, lines
 from training import checkpoint, loop, players, snapshots
 
@@ -87,6 +87,68 @@ def test_a_full_disk_loses_nothing(smoke_run, tmp_path, log_with, says):
     codes, said = launch_apart("autoencoder", run, *options)
     assert codes == [0], said
     assert_equal_runs(folder, smoke_run / "autoencoder")  # which looked at previews more often: no matter
+
+
+def test_a_disk_full_from_the_start_leaves_no_half_config(tmp_path):
+    """Then the same command, with room, starts as if nothing had been."""
+    codes, said = launch_apart("autoencoder", tmp_path / "run", fault=DiskFull(900))
+    assert codes == [2] and "cannot be written" in error_line(said)
+    assert not (tmp_path / "run" / "autoencoder" / "config.yaml").exists()
+    assert launch("autoencoder", tmp_path / "run") == 0
+
+
+def test_a_disk_full_at_a_restart_keeps_the_log(halfway):
+    """Dropping what was logged after the checkpoint rewrites the log: beside it, and then in its place."""
+    log = halfway / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"step": 1, "loss": 0.5}) + "\n" for _ in range(1000)) + log.read_text())
+    before = log.read_text()
+    codes, said = launch_apart("noise_predictor", halfway.parent, "--log_with", "none", fault=DiskFull(9000))
+    assert codes == [2] and "cannot be written" in error_line(said)
+    assert log.read_text() == before
+
+
+def test_a_full_disk_while_encoding(smoke_run, tmp_path):
+    for name in ("autoencoder", "text_encoder"):
+        shutil.copytree(smoke_run / name, tmp_path / "run" / name)
+    codes, said = launch_apart("noise_predictor", tmp_path / "run", fault=DiskFull(1000))
+    assert codes == [2] and "cannot be written" in error_line(said)
+
+
+def test_two_trainings_in_one_folder_are_refused(halfway, tmp_path):
+    """The second is told so at once and touches nothing; the lock ends with the process that holds it."""
+    with Hold(halfway):
+        codes, said = launch_apart("noise_predictor", halfway.parent)
+        assert codes == [2] and "another process is training here" in error_line(said)
+    assert launch_apart("noise_predictor", halfway.parent)[0] == [0]
+
+
+def test_a_disk_that_cannot_be_read_is_a_damaged_checkpoint(halfway, monkeypatch):
+    root = halfway / "checkpoints"
+    shutil.copytree(root / "step-00000003", root / "step-00000001")
+    manifest = json.loads((root / "step-00000001" / "manifest.json").read_text()) | {"step": 1}
+    manifest["hash"] = combined_hash({k: v for k, v in manifest.items() if k != "hash"})
+    (root / "step-00000001" / "manifest.json").write_text(json.dumps(manifest))
+    digest = stages.file_hash
+
+    def dying(path):
+        if path.parent.name == "step-00000003" and path.name == "model.safetensors":
+            raise OSError(5, "Input/output error", str(path))
+        return digest(path)
+
+    monkeypatch.setattr(stages, "file_hash", dying)
+    folder, complaints = checkpoint.newest(root)
+    assert folder.name == "step-00000001" and "model.safetensors is not readable (Input/output error)" in complaints[0]
+
+
+def test_damaged_checkpoints_do_not_push_whole_ones_out(halfway, capsys):
+    """keep-last-2 with the newest rotten: it is set aside, the whole one and the new ones stay."""
+    root = halfway / "checkpoints"
+    tensors, state = checkpoint.load(root / "step-00000003")
+    rotten = checkpoint.save(root, 4, tensors, state | {"step": 4})
+    (rotten / "optimizer.safetensors").write_bytes(b"rotten")
+    assert launch("noise_predictor", halfway.parent) == 0
+    assert "step-00000004: optimizer.safetensors is damaged" in capsys.readouterr().err
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000003", "step-00000004.damaged", "step-00000006"]
 
 
 def test_a_folder_turned_read_only(tmp_path):
@@ -184,6 +246,25 @@ class TestResumeFromAPath:
         assert "goes on from step 3" in capsys.readouterr().err
         a, b = tmp_path / "other" / "autoencoder", smoke_run / "autoencoder"
         assert stages.read_contract(a / "final")["hash"] == stages.read_contract(b / "final")["hash"]
+
+    def test_the_same_command_again_goes_on_from_its_own(self, smoke_run, tmp_path):
+        """Killed and restarted with --resume still in the command line, as a scheduler would; snapshots go along."""
+        more = ("--resume", str(smoke_run / "autoencoder" / "checkpoints" / "step-00000003"))
+        more += ("--train.checkpoint_every", "1")
+        assert launch_apart("autoencoder", tmp_path / "run", *more, fault=KillAt(5))[0] == [-9]
+        codes, said = launch_apart("autoencoder", tmp_path / "run", *more)
+        assert codes == [0] and "goes on from step 5" in said
+        folders = [run / "autoencoder" for run in (tmp_path / "run", smoke_run)]
+        hashes = [stages.read_contract(folder / "final")["hash"] for folder in folders]
+        assert hashes[0] == hashes[1]
+        taken = [sorted(path.name for path in (folder / "snapshots").iterdir()) for folder in folders]
+        assert taken[0] == taken[1] == ["step-00000003", "step-00000006"]
+
+    def test_a_snapshot_is_no_checkpoint(self, smoke_run, tmp_path, capsys):
+        for path in ("snapshots", "snapshots/step-00000003"):
+            path = str(smoke_run / "autoencoder" / path)
+            assert launch("autoencoder", tmp_path / "run", "--resume", path) == 2
+            assert "this is a snapshot" in error_line(capsys.readouterr().err)
 
     def test_not_over_a_run_of_its_own(self, halfway, smoke_run, capsys):
         other = smoke_run / "noise_predictor" / "checkpoints" / "step-00000006"

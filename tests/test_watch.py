@@ -5,13 +5,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from sd_mini.config import read
 from tests.faults import KillAt
-from tests.launching import launch, launch_apart, lines, weights
-from tests.test_players import Game, made_loop
-from training import flops
+from tests.launching import MAINS, SMOKE, launch, launch_apart, lines, weights
+from training import flops, loop
+from training.launch import Launch
 from training.players import Speed, _speed_up
+from training.task import Origin
 
 
 def board(folder):
@@ -54,26 +55,58 @@ def test_the_bar_shows_speed_loss_gradient_and_utilisation(tmp_path, capsys):
     assert all(word in bar for word in ("6/6 [", "loss=", "grad=", "img/s=", "MFU="))
 
 
-def test_nothing_is_read_from_the_device_between_log_lines(tmp_path):
-    """No .item(), bool() or float() of a tensor on the hot path: each would make the host wait for a GPU."""
+@pytest.fixture(scope="module")
+def stages_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("stages")
+    assert [launch(stage, run) for stage in ("autoencoder", "text_encoder")] == [0, 0]
+    return run
 
-    class Reads(TorchDispatchMode):
-        count = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
+def predictor_loop(stages_run, folder):
+    config = read(MAINS["noise_predictor"].config, SMOKE / "noise_predictor.yaml")
+    stages = {name: str(stages_run / name / "final") for name in ("text_encoder", "autoencoder")}
+    task = MAINS["noise_predictor"].make_task(Launch(config.model_copy(update=stages), folder, folder / "stage"))
+    (folder / "stage").mkdir(parents=True)
+    training = loop.Loop(task, config.train, folder / "stage", Origin(0.0, {}), [])
+    training.watch.start({}, 0)
+    return training
 
-    game = made_loop(tmp_path / "run", Game())
-    game.watch.start({}, 0)
-    game.update(game.steps[0])
-    with Reads() as reads:
-        for step in range(1, 4):
-            game.update(game.steps[step])
-    assert reads.count == 0
-    with Reads() as reads:
-        game.sums["loss"].item()
-    assert reads.count == 1
+
+def test_nothing_is_read_from_the_device_between_log_lines(stages_run, tmp_path, monkeypatch):
+    """No .item() and the like on the hot path of stage 3, Muon and all: each would make the host wait for a GPU."""
+    training = predictor_loop(stages_run, tmp_path)
+    inputs = [training.steps[step] for step in range(5)]
+    training.update(inputs[0])
+    reads = []
+
+    def noting(name, method):
+        def read_out(tensor, *args):
+            reads.append(name)
+            return method(tensor, *args)
+
+        return read_out
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, noting(name, getattr(torch.Tensor, name)))
+    for step in (1, 2, 3, 4):
+        training.update(inputs[step])
+    assert not reads
+    assert torch.tensor(2.0).item() == 2.0 and reads == ["item"]
+
+
+@pytest.mark.gpu
+def test_no_update_waits_for_the_gpu(stages_run, tmp_path):
+    training = predictor_loop(stages_run, tmp_path)
+    inputs = [training.steps[step] for step in range(6)]
+    for step in range(3):
+        training.update(inputs[step])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 6):
+            training.update(inputs[step])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_flops_of_a_linear_layer_and_of_what_is_frozen():
@@ -99,13 +132,6 @@ def test_flops_of_a_linear_layer_and_of_what_is_frozen():
 
 def test_the_peak_is_a_speed_this_machine_can_have():
     assert 1e9 < flops.measured_peak(torch.device("cpu"), torch.float32) < 1e14
-
-
-@pytest.fixture(scope="module")
-def stages_run(tmp_path_factory):
-    run = tmp_path_factory.mktemp("stages")
-    assert [launch(stage, run) for stage in ("autoencoder", "text_encoder")] == [0, 0]
-    return run
 
 
 def predictor(stages_run, tmp_path, *more):
