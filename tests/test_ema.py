@@ -18,14 +18,17 @@ def test_exponent_of_the_paper(width, gamma):
     assert gamma_of_width(width) == pytest.approx(gamma, abs=0.01)
 
 
-def test_averages_are_the_power_function_profiles():
+@pytest.mark.parametrize("every", [1, 4])
+def test_averages_are_the_power_function_profiles(every):
+    """In closed form; brought up to date every fourth update, the fourth's weights count for all four."""
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     ema, values = PowerEMA([weight]), np.random.default_rng(0).normal(size=40)
-    for step, value in enumerate(values, start=1):
-        weight.data.fill_(value)
-        ema.update([weight], step)
+    for step in range(every, 41, every):
+        weight.data.fill_(values[step - 1])
+        ema.update([weight], step, step - every)
     for width in WIDTHS:
-        assert ema.averages[width][0].item() == pytest.approx((profile(40, width) * values).sum(), rel=1e-12)
+        weights = profile(40, width).reshape(-1, every).sum(1)
+        assert ema.averages[width][0].item() == pytest.approx((weights * values[every - 1 :: every]).sum(), rel=1e-12)
     assert weight.item() == values[-1]
 
 
@@ -34,7 +37,7 @@ def test_the_random_start_is_forgotten_at_once():
     ema = PowerEMA([weight])
     with torch.no_grad():
         weight.add_(1)
-    ema.update([weight], 1)
+    ema.update([weight], 1, 0)
     assert all(torch.equal(average, weight) for (average,) in ema.averages.values())
 
 

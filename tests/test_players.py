@@ -11,7 +11,16 @@ from training.optimizer import OptimizerConfig
 from training.players import Player, fixed
 from training.task import Origin, TrainConfig
 
-TRAIN = {"steps": 12, "batch_size": 8, "warmup_steps": 0, "ema_width": 0.1, "log_every": 4, "checkpoint_every": 5}
+TRAIN = {
+    "steps": 12,
+    "batch_size": 8,
+    "warmup_steps": 0,
+    "ema_width": 0.1,
+    "ema_every": 3,
+    "ema_snapshots": 2,
+    "log_every": 4,
+    "checkpoint_every": 5,
+}
 
 
 class Generator(nn.Module):
@@ -144,7 +153,7 @@ def test_both_resume_bit_for_bit(tmp_path, monkeypatch):
     assert straight.keys() == again.keys() == names
     for name in names:
         assert all(torch.equal(again[name][key], value) for key, value in straight[name].items())
-    assert at["schedules"] == then["schedules"] and set(at["schedules"]) == {"", "discriminator."}
+    assert at["learners"] == then["learners"] and set(at["learners"]) == {"", "discriminator."}
     texts = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("straight", "killed")]
     assert all('"discriminator.loss"' in text and '"discriminator.lr"' in text for text in texts)
 
@@ -185,7 +194,7 @@ def test_tied_weights_show_their_average(tmp_path):
     task.players = {"generator": generator}
     generator.objective.critic = [nn.Linear(1, 1)]
     loop = made_loop(tmp_path / "run", task)
-    for step in range(3):
+    for step in range(7):
         loop.update(loop.steps[step])
     (learner,) = loop.learners
     average = learner.ema.averages[0.1][list(learner.trained).index("network.0.weight")]

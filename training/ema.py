@@ -29,12 +29,16 @@ class PowerEMA:
         self._gammas = {width: gamma_of_width(width) for width in WIDTHS}
 
     @torch.no_grad()
-    def update(self, tensors: Sequence[Tensor], step: int) -> None:
-        """Fold in the tensors as they are after optimizer update number `step`, counted from 1."""
+    def update(self, tensors: Sequence[Tensor], step: int, before: int) -> None:
+        """Fold in the tensors as they are after optimizer update number `step`, from 1 on; last done after `before`.
+
+        They stand for all updates since then, so an average that is brought up to date every fourth one keeps its
+        profile in steps of four.
+        """
         new = [own_part(t.detach()) for t in tensors]
         for width, average in self.averages.items():
-            # beta(t) = (1 - 1/t)^(gamma + 1). EDM2, eq. 127
-            beta = (1 - 1 / step) ** (self._gammas[width] + 1)
+            # beta(t) = (1 - 1/t)^(gamma + 1) an update, EDM2, eq. 127; the product over those since `before`
+            beta = (before / step) ** (self._gammas[width] + 1)
             torch._foreach_lerp_([own_part(t) for t in average], new, 1 - beta)
 
 

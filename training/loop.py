@@ -51,7 +51,7 @@ class Loop:
                 player,
                 self.accelerator,
                 config.steps,
-                averaged=config.ema_width is not None and not number,
+                ema_every=config.ema_every if config.ema_width is not None and not number else None,
                 prefix=f"{name}." if number else "",
                 speed=speed,
             )
@@ -155,6 +155,7 @@ class Loop:
         config = self.config
         if config.ema_width is not None and snapshots.due(self.step, config.steps, config.ema_snapshots):
             self.finite.check()
+            self.learners[0].average(self.step)
             snapshots.take(self.folder, self.step, self.learners[0].averages(), self.accelerator)
 
     def evaluate(self) -> None:
@@ -242,7 +243,7 @@ class Loop:
             "seconds": self.seconds,
             "summed": self.summed,
             "sums": list(self.sums),
-            "schedules": {learner.prefix: learner.state() for learner in self.learners},
+            "learners": {learner.prefix: learner.state() for learner in self.learners},
             "identity": self.task.identity,
             "config": self.origin.config,
             "begun_from": self.origin.begun_from,
@@ -273,7 +274,7 @@ class Loop:
         tensors, state = checkpoint.load(folder)
         checkpoint.check_identity(folder, state, self.task.identity)
         for learner in self.learners:
-            learner.load(str(folder), tensors, state["schedules"][learner.prefix])
+            learner.load(str(folder), tensors, state["learners"][learner.prefix])
         self.step, self.seconds, self.summed = state["step"], state["seconds"], state["summed"]
         self.sums = {name: tensors["sums"][name][0].to(self.accelerator.device) for name in state["sums"]}
         self.watch.say(f"goes on from step {self.step} of {self.config.steps}")

@@ -168,8 +168,7 @@ class PredictorTask:
         """Latents and one caption each, some replaced by the null condition, with noise and timesteps of this step."""
         own = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
         dropped = batch.uniform("dropout") < self.config.objective.caption_dropout
-        own["prompt_embeds"] = torch.where(dropped[:, None, None], self.null_tokens, own["prompt_embeds"])
-        own["prompt_mask"] = torch.where(dropped[:, None], self.null_mask, own["prompt_mask"])
+        own["prompt_embeds"][dropped], own["prompt_mask"][dropped] = self.null_tokens, self.null_mask
         timesteps = diffusion.sample_timesteps(
             batch.normal("timesteps"),
             batch.uniform("timesteps"),

@@ -53,7 +53,8 @@ class Learner:
     """A player at work: its module as Accelerate has wrapped it, its optimizer and schedule, its averages.
 
     `prefix` goes before the names of its files and metrics. `shown` is a plain copy that is never trained: it takes the
-    weights that are to be evaluated, shown or exported. Only with `averaged` are there averages.
+    weights that are to be evaluated, shown or exported. Only with `ema_every` are there averages, brought up to date
+    every so many updates.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Learner:
         player: Player,
         accelerator: Accelerator,
         steps: int,
-        averaged: bool,
+        ema_every: int | None,
         prefix: str = "",
         speed: Speed = Speed(),
     ):
@@ -81,7 +82,8 @@ class Learner:
         self.raw_optimizer = raw
         raw.create_state()
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.ema = PowerEMA(list(self.trained.values())) if averaged else None
+        self.steps, self.ema_every, self.averaged_at = steps, ema_every, 0
+        self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
     def check_untouched(self) -> None:
         """Between its updates nobody may have left a gradient on a player's parameters."""
@@ -113,9 +115,15 @@ class Learner:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(list(self.trained.values()), step)
+        if self.ema is not None and (step % self.ema_every == 0 or step == self.steps):
+            self.average(step)
         return norm
+
+    def average(self, step: int) -> None:
+        """Bring the averages up to date, after update number `step`."""
+        if self.ema is not None and step > self.averaged_at:
+            self.ema.update(list(self.trained.values()), step, self.averaged_at)
+            self.averaged_at = step
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to `clip_norm` where they are longer; their L2 norm before."""
@@ -164,8 +172,10 @@ class Learner:
         return {f"ema-{width}": dict(zip(self.trained, tensors, strict=True)) for width, tensors in averages.items()}
 
     def state(self) -> dict[str, Any]:
-        """What LambdaLR keeps beside the functions that the config makes anew."""
-        return {k: v for k, v in self.schedule.state_dict().items() if k in ("last_epoch", "_last_lr")}
+        """Of the schedule what LambdaLR keeps beside the functions that the config makes anew, and how old the averages
+        are."""
+        schedule = {k: v for k, v in self.schedule.state_dict().items() if k in ("last_epoch", "_last_lr")}
+        return {"schedule": schedule, "averaged_at": self.averaged_at}
 
     @torch.no_grad()
     def load(self, where: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -178,8 +188,9 @@ class Learner:
             for name, kept in expected.items():
                 # in place: a moment keeps its parameter's strides, by which fused AdamW walks both
                 own_part(kept).copy_(part_like(found[name].to(kept.device), kept))
-        self.schedule.load_state_dict(self.schedule.state_dict() | state)
-        for group, lr in zip(self.raw_optimizer.param_groups, state["_last_lr"], strict=True):
+        self.averaged_at = state["averaged_at"]
+        self.schedule.load_state_dict(self.schedule.state_dict() | state["schedule"])
+        for group, lr in zip(self.raw_optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
             group["lr"] = lr
 
     def _files(self) -> dict[str, dict[str, Tensor]]:

@@ -31,6 +31,8 @@ class TrainConfig(OptimizerConfig):
     """forward/backward passes that share one update"""
     ema_width: float | None = Field(None, gt=0, le=0.28)
     """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; none: off"""
+    ema_every: int = Field(1, ge=1)
+    """updates between two of the averages; a few more cost less time and change next to nothing"""
     ema_snapshots: int = Field(8, ge=0)
     """snapshots of the averages over the training, from which any other width can be made when it has ended"""
     mixed_precision: Literal["no", "bf16"] | None = None
