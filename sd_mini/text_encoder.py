@@ -13,12 +13,20 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 @dataclass(frozen=True)
@@ -201,23 +209,51 @@ def small_clip(tokenizer: CLIPTokenizer, dim: int, layers: int, heads: int, max_
 
 
 def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel]:
-    """A hub name or a local folder => (tokenizer, text encoder): CLIP, T5, or what AutoModelForTextEncoding knows.
+    """A hub name or a local folder => (tokenizer, text encoder), in float32 and evaluation mode.
 
-    `tokenizer=False` leaves it out (None), for a folder that holds the model alone.
+    CLIP's text model, with its projection or without; T5's encoder half; whatever else AutoModelForTextEncoding or
+    AutoModel makes of the folder's config: BERT-like, and GPT-like with their causal mask. The tokenizer pads on the
+    right, where a causal mask never looks, and with the end token if it has none for padding. `tokenizer=False` leaves
+    it out (None), for a folder that holds the model alone.
 
-    Raises ValueError that names what is missing.
+    Raises ValueError that names what is missing, and for a model that is an encoder and a decoder in one.
     """
-    from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, T5EncoderModel
+    from transformers import AutoConfig, AutoTokenizer
 
-    families = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
     try:
-        family = families.get(AutoConfig.from_pretrained(name).model_type, AutoModelForTextEncoding)
+        family = _encoder_class(AutoConfig.from_pretrained(name))
         encoder = family.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        words = AutoTokenizer.from_pretrained(name) if tokenizer else None
+        words = AutoTokenizer.from_pretrained(name, padding_side="right") if tokenizer else None
     except (OSError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"text encoder {str(name)!r}: expected a hub name or a folder with config.json, model.safetensors and the "
             f"tokenizer's files; {reason[:300]}"
         ) from None
+    if words is not None and words.pad_token is None:
+        if words.eos_token is None:
+            raise ValueError(
+                f"text encoder {str(name)!r}: its tokenizer has neither a padding nor an end token; set one"
+            )
+        words.pad_token = words.eos_token
     return words, encoder.eval()
+
+
+def _encoder_class(config: PretrainedConfig) -> Any:
+    """The class that reads a config's weights as a text encoder."""
+    from transformers import AutoModel, AutoModelForTextEncoding, CLIPTextModelWithProjection, T5EncoderModel
+
+    declared = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
+    for name in config.architectures or []:
+        if name in declared:
+            return declared[name]
+    if config.model_type in ("clip", "clip_text_model"):
+        return CLIPTextModel
+    if type(config) in AutoModelForTextEncoding._model_mapping:
+        return AutoModelForTextEncoding
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"text encoder of type {config.model_type!r}: an encoder and a decoder in one; give one whose encoder "
+            "transformers loads alone, such as T5"
+        )
+    return AutoModel

@@ -1,6 +1,18 @@
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from sd_mini import shapes
 from sd_mini.text_encoder import TextAdapter, TextStage, clip_tokenizer, load_encoder, small_clip
@@ -88,26 +100,63 @@ def test_bad_prompts_are_refused(stage, prompt, says):
         stage.encode([prompt])
 
 
-def test_clip_and_t5_folders_load_as_the_stock_classes(tmp_path, stage):
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+FAMILIES = {
+    "clip": lambda n: CLIPTextModel(CLIPTextConfig(vocab_size=n, **SIZES)),
+    "clip_projection": lambda n: CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=n, projection_dim=8, **SIZES)),
+    "t5": lambda n: T5EncoderModel(T5Config(vocab_size=n, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)),
+    "bert": lambda n: BertModel(BertConfig(vocab_size=n, **SIZES)),
+    "gpt2": lambda n: GPT2Model(GPT2Config(vocab_size=n, n_embd=16, n_layer=2, n_head=2)),
+}
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_what_the_stock_class_gives(tmp_path, stage, family, padding_side):
+    """The reference is each prompt alone and unpadded through the stock model: padding and its side may not show."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(stage.tokenizer)}
-    clip = CLIPTextModel(
-        CLIPTextConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    model = FAMILIES[family](len(stage.tokenizer)).eval()
+    model.save_pretrained(tmp_path)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=stage.tokenizer.backend_tokenizer, eos_token="<|endoftext|>", padding_side=padding_side
     )
-    t5 = T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **sizes))
-    for model in (clip.eval(), t5.eval()):
-        folder = tmp_path / type(model).__name__
-        model.save_pretrained(folder)
-        stage.tokenizer.save_pretrained(folder)
-        tokenizer, loaded = load_encoder(folder)
-        assert type(loaded) is type(model)
-        ids, mask = stage.tokenize(["a small red circle"])
-        assert tokenizer("a small red circle")["input_ids"] == ids[mask].tolist()
-        with torch.no_grad():
-            expected = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-            torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask.long()).last_hidden_state, expected)
-            adapter = TextAdapter(16, 16, 24, depth=1, heads=2, max_length=20)
-            assert TextStage(tokenizer, loaded, adapter).encode(["a small red circle"]).tokens.shape == (1, 20, 24)
+    assert words.pad_token is None
+    words.save_pretrained(tmp_path)
+    tokenizer, loaded = load_encoder(tmp_path)
+    assert type(loaded) is type(model) and tokenizer.padding_side == "right"
+    made = TextStage(tokenizer, loaded, TextAdapter(16, 16, 24, depth=1, heads=2, max_length=20))
+    prompts = ["a small red circle", "one large blue square above two green stars", "cross"]
+    ids, mask = made.tokenize(prompts)
+    assert mask[:, 0].all() and len(set(mask.sum(1).tolist())) == 3
+    with torch.no_grad():
+        states = loaded(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        for prompt, row, kept in zip(prompts, states, mask, strict=True):
+            alone = torch.tensor([words(prompt)["input_ids"]])
+            expected = model(input_ids=alone, attention_mask=torch.ones_like(alone)).last_hidden_state[0]
+            torch.testing.assert_close(row[kept], expected, rtol=0, atol=1e-6)
+        assert made.encode(prompts).tokens.shape == (3, 20, 24)
+
+
+def test_clips_own_folder_keeps_its_tokenizer_and_pooling(tmp_path, stage):
+    """The end token is the one that CLIP pools, whatever follows it."""
+    torch.manual_seed(0)
+    small_clip(stage.tokenizer, 16, layers=1, heads=2, max_length=20).save_pretrained(tmp_path)
+    stage.tokenizer.save_pretrained(tmp_path)
+    tokenizer, loaded = load_encoder(tmp_path)
+    ids, mask = TextStage(tokenizer, loaded, TextAdapter(16, 16, 24, max_length=20)).tokenize(["a red circle", "cross"])
+    assert torch.equal(ids[0], stage.tokenize(["a red circle"])[0][0])
+    with torch.no_grad():
+        out = loaded(input_ids=ids, attention_mask=mask.long())
+    last = mask.sum(1) - 1
+    assert (ids[torch.arange(2), last] == tokenizer.eos_token_id).all()
+    torch.testing.assert_close(out.pooler_output, out.last_hidden_state[torch.arange(2), last])
+
+
+def test_an_encoder_and_decoder_in_one_is_refused(tmp_path):
+    config = BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, max_position_embeddings=32)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'bart': an encoder and a decoder in one"):
+        load_encoder(tmp_path)
 
 
 def test_a_missing_encoder_says_what_is_expected(tmp_path):
