@@ -25,7 +25,8 @@ def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str,
             id(p): nn.Parameter(_fake(p), requires_grad=name in trained) for name, p in objective.named_parameters()
         }
         parts |= {id(buffer): _fake(buffer) for buffer in objective.buffers()}
-        own_inputs = {name: _fake(value) for name, value in inputs.items()}
+        device = next(objective.parameters()).device  # the inputs may still wait on the CPU
+        own_inputs = {name: _fake(value, device) for name, value in inputs.items()}
     module = copy.deepcopy(objective, parts)  # which finds each weight copied already
     with fakes, FlopCounterMode(display=False) as counter:
         losses, _ = module(**own_inputs)
@@ -33,9 +34,9 @@ def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str,
     return counter.get_total_flops()
 
 
-def _fake(tensor: Tensor) -> Tensor:
-    """Where fake tensors are made: one of that shape, memory order, dtype and device."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def _fake(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Where fake tensors are made: one of that shape, memory order and dtype, on `device` or the tensor's own."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
 @lru_cache
