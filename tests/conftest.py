@@ -1,6 +1,7 @@
 """A whole run, small enough to be made anew for every round of tests."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: a test that asks a hub has to fail at once
@@ -33,6 +34,26 @@ def tiny_run(tmp_path_factory) -> Path:
         _export_noise_predictor(run, latent_shape, {"text_encoder": text, "autoencoder": vae})
         Pipeline.from_run(run).save(run / "pipeline")
     return run
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> Path:
+    """The three stages trained by the smoke recipes, with checkpoints, logs and caches. Copy before writing."""
+    from tests.launching import MAINS, launch
+
+    run = tmp_path_factory.mktemp("smoke")
+    assert [launch(stage, run) for stage in MAINS] == [0, 0, 0]
+    return run
+
+
+@pytest.fixture
+def halfway(smoke_run, tmp_path) -> Path:
+    """A noise predictor's folder with one checkpoint, of step 3 of 6, in a run of its own."""
+    shutil.copytree(smoke_run, tmp_path / "run")
+    folder = tmp_path / "run" / "noise_predictor"
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    return folder
 
 
 def _record(seconds: float, **scores: float) -> dict:

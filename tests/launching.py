@@ -6,6 +6,7 @@ Children come from a fork server that has imported everything, so one costs a fo
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -33,6 +34,14 @@ def arguments(stage: str, run: Path, *more: str) -> list[str]:
 def launch(stage: str, run: Path, *more: str) -> int:
     """In this process; the exit code."""
     return command(MAINS[stage], arguments(stage, run, *more))
+
+
+def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
+    """`run`, with what `stage` stands on: stages 1 and 2 of the smoke run under a noise predictor, else nothing."""
+    if stage == "noise_predictor":
+        for name in ("autoencoder", "text_encoder"):
+            shutil.copytree(smoke_run / name, run / name)
+    return run
 
 
 def launch_apart(
@@ -103,6 +112,12 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def error_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    return errors[0]
 
 
 def lines(folder: Path) -> list[dict]:

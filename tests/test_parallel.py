@@ -22,6 +22,7 @@ from tests.launching import (
     launch_apart,
     lines,
     on_two_ranks,
+    prepared,
     trace,
     weights,
 )
@@ -32,21 +33,6 @@ STAGES = ("autoencoder", "text_encoder", "noise_predictor")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-@pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """Stages 1 and 2, for stage 3 to stand on."""
-    run = tmp_path_factory.mktemp("others")
-    assert [launch(stage, run) for stage in STAGES[:2]] == [0, 0]
-    return run
-
-
-def prepared(stage, others, run):
-    if stage == "noise_predictor":
-        for name in STAGES[:2]:
-            shutil.copytree(others / name, run / name)
-    return run
-
-
 def torchrun(stage, run, *more):
     # `--`, as torchrun would take our --run for an abbreviation of its own --run-path
     line = [*TORCHRUN, "-m", "--", f"training.{stage}", *arguments(stage, run, *more)]
@@ -55,7 +41,7 @@ def torchrun(stage, run, *more):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_step_sees_the_same(others, tmp_path, stage):
+def test_every_step_sees_the_same(smoke_run, tmp_path, stage):
     """Ids, noise, timesteps, captions and their dropout, augmentation: a hash of every row of every global batch."""
     options = ["--steps", "6", "--train.trace", "true", "--train.checkpoint_every", "2"]
     options += ["--augment.mirror", "0.5", "--augment.shift", "2"] if stage != "noise_predictor" else []
@@ -63,7 +49,7 @@ def test_every_step_sees_the_same(others, tmp_path, stage):
     ways["two_ragged"] = (3, 2, None)
     traces = {}
     for name, (accumulation, ranks, fault) in ways.items():
-        run = prepared(stage, others, tmp_path / name)
+        run = prepared(stage, smoke_run, tmp_path / name)
         more = [*options, "--train.accumulation", str(accumulation)]
         if fault is not None:
             assert all(launch_apart(stage, run, *more, fault=fault, ranks=ranks)[0])
@@ -77,12 +63,12 @@ def test_every_step_sees_the_same(others, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_are_one_at_the_same_global_batch(others, tmp_path, stage):
+def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, stage):
     """Fifty steps: every loss within 1e-5, every learning rate the same."""
     more = ["--steps", "50", "--train.log_every", "1", "--train.valid_every", "25"]
     if stage == "autoencoder":  # L1's gradient is a sign, which rounding turns over: with it 4e-4 after 35 steps
         more += ["--loss.l1", "0", "--loss.gradient", "0", "--train.lr", "5e-4"]
-    one, two = (prepared(stage, others, tmp_path / name) for name in ("one", "two"))
+    one, two = (prepared(stage, smoke_run, tmp_path / name) for name in ("one", "two"))
     assert launch(stage, one, *more) == 0
     if stage == "noise_predictor":
         process = torchrun(stage, two, *more)
@@ -161,10 +147,10 @@ def children_of(pid):
 
 
 @pytest.mark.parametrize("policy", ["NO_WRAP", "TRANSFORMER_BASED_WRAP"])
-def test_fsdp2_trains_saves_resumes_and_exports_the_same_stage(others, tmp_path, policy):
+def test_fsdp2_trains_saves_resumes_and_exports_the_same_stage(smoke_run, tmp_path, policy):
     """Muon and all: sharded over two ranks, killed, resumed, and gone on with by a single process."""
     stage, more = "noise_predictor", ["--steps", "8", "--train.checkpoint_every", "2", "--train.log_every", "1"]
-    one, two = (prepared(stage, others, tmp_path / name) for name in ("one", "two"))
+    one, two = (prepared(stage, smoke_run, tmp_path / name) for name in ("one", "two"))
     assert launch(stage, one, *more) == 0
     assert all(launch_apart(stage, two, *more, fault=Fsdp2(policy, KillAt(5)), ranks=2)[0])
     shutil.copytree(two, tmp_path / "single")

@@ -1,12 +1,10 @@
 """Killed by SIGKILL wherever it hurts, then started again by the same command: every bit of the straight run."""
 
-import shutil
-
 import pytest
 
 from sd_mini import stages
 from tests.faults import KillAt, StopAt
-from tests.launching import MAINS, assert_equal_runs, launch, launch_apart, trace
+from tests.launching import MAINS, assert_equal_runs, launch_apart, prepared, trace
 
 # 64 samples in batches of 8: an epoch is 8 steps; a step is three ragged passes of 2, 3 and 3
 STRAIGHT = ["--steps", "23", "--train.accumulation", "3", "--train.trace", "true", "--train.preview_every", "100"]
@@ -15,39 +13,24 @@ AUGMENTED = ["--augment.mirror", "0.5", "--augment.shift", "3"]
 STEP_1, MID_EPOCH, EPOCH_END, IN_A_WINDOW = KillAt(1), KillAt(12), KillAt(16), KillAt(19, passes=2)
 
 
-@pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    """Stages 1 and 2, for stage 3 to stand on."""
-    run = tmp_path_factory.mktemp("others")
-    assert [launch(stage, run) for stage in ("autoencoder", "text_encoder")] == [0, 0]
-    return run
-
-
 @pytest.fixture(scope="module", params=MAINS)
-def straight(request, others, tmp_path_factory):
+def straight(request, smoke_run, tmp_path_factory):
     """(stage, the options, where the stage was trained in one go)."""
     stage = request.param
     options = STRAIGHT + (AUGMENTED if stage != "noise_predictor" else [])
-    run = prepared(stage, others, tmp_path_factory.mktemp("straight"))
+    run = prepared(stage, smoke_run, tmp_path_factory.mktemp("straight"))
     codes, said = launch_apart(stage, run, *options)
     assert codes == [0], said
     return stage, options, run / stage
-
-
-def prepared(stage, others, run):
-    if stage == "noise_predictor":
-        for name in ("autoencoder", "text_encoder"):
-            shutil.copytree(others / name, run / name)
-    return run
 
 
 @pytest.mark.parametrize(
     ("workers", "kills"),
     [(0, [STEP_1, MID_EPOCH, EPOCH_END, IN_A_WINDOW]), (2, [MID_EPOCH, IN_A_WINDOW]), (2, [StopAt(8, passes=1)])],
 )
-def test_killed_and_started_again_equals_straight_through(straight, others, tmp_path, workers, kills):
+def test_killed_and_started_again_equals_straight_through(straight, smoke_run, tmp_path, workers, kills):
     stage, options, folder = straight
-    run = prepared(stage, others, tmp_path / "run")
+    run = prepared(stage, smoke_run, tmp_path / "run")
     options = [*options, "--train.workers", str(workers)]
     for kill in kills:
         codes, said = launch_apart(stage, run, *options, fault=kill)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +17,6 @@ from sd_mini.config import command
 from sd_mini.pipeline import Pipeline
 from tests.launching import MAINS, ROOT, arguments, launch, lines
 from training import checkpoint
-
-
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("smoke")
-    assert [launch(stage, run) for stage in MAINS] == [0, 0, 0]
-    return run
 
 
 @pytest.mark.parametrize("stage", MAINS)

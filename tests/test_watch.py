@@ -55,16 +55,9 @@ def test_the_bar_shows_speed_loss_gradient_and_utilisation(tmp_path, capsys):
     assert all(word in bar for word in ("6/6 [", "loss=", "grad=", "img/s=", "MFU="))
 
 
-@pytest.fixture(scope="module")
-def stages_run(tmp_path_factory):
-    run = tmp_path_factory.mktemp("stages")
-    assert [launch(stage, run) for stage in ("autoencoder", "text_encoder")] == [0, 0]
-    return run
-
-
-def predictor_loop(stages_run, folder):
+def predictor_loop(smoke_run, folder):
     config = read(MAINS["noise_predictor"].config, SMOKE / "noise_predictor.yaml")
-    stages = {name: str(stages_run / name / "final") for name in ("text_encoder", "autoencoder")}
+    stages = {name: str(smoke_run / name / "final") for name in ("text_encoder", "autoencoder")}
     task = MAINS["noise_predictor"].make_task(Launch(config.model_copy(update=stages), folder, folder / "stage"))
     (folder / "stage").mkdir(parents=True)
     training = loop.Loop(task, config.train, folder / "stage", Origin(0.0, {}), [])
@@ -72,9 +65,9 @@ def predictor_loop(stages_run, folder):
     return training
 
 
-def test_nothing_is_read_from_the_device_between_log_lines(stages_run, tmp_path, monkeypatch):
+def test_nothing_is_read_from_the_device_between_log_lines(smoke_run, tmp_path, monkeypatch):
     """No .item() and the like on the hot path of stage 3, Muon and all: each would make the host wait for a GPU."""
-    training = predictor_loop(stages_run, tmp_path)
+    training = predictor_loop(smoke_run, tmp_path)
     inputs = [training.steps[step] for step in range(5)]
     training.update(inputs[0])
     reads = []
@@ -95,8 +88,8 @@ def test_nothing_is_read_from_the_device_between_log_lines(stages_run, tmp_path,
 
 
 @pytest.mark.gpu
-def test_no_update_waits_for_the_gpu(stages_run, tmp_path):
-    training = predictor_loop(stages_run, tmp_path)
+def test_no_update_waits_for_the_gpu(smoke_run, tmp_path):
+    training = predictor_loop(smoke_run, tmp_path)
     inputs = [training.steps[step] for step in range(6)]
     for step in range(3):
         training.update(inputs[step])
@@ -134,23 +127,23 @@ def test_the_peak_is_a_speed_this_machine_can_have():
     assert 1e9 < flops.measured_peak(torch.device("cpu"), torch.float32) < 1e14
 
 
-def predictor(stages_run, tmp_path, *more):
+def predictor(smoke_run, tmp_path, *more):
     folders = [
-        part for name in ("text_encoder", "autoencoder") for part in (f"--{name}", str(stages_run / name / "final"))
+        part for name in ("text_encoder", "autoencoder") for part in (f"--{name}", str(smoke_run / name / "final"))
     ]
     options = ["--train.log_every", "1", "--log_with", "none", *folders, *more]
     assert launch("noise_predictor", tmp_path, *options) == 0
     return lines(tmp_path / "noise_predictor")
 
 
-def test_ways_to_run_the_passes_change_nothing_but_rounding(stages_run, tmp_path):
+def test_ways_to_run_the_passes_change_nothing_but_rounding(smoke_run, tmp_path):
     """Compiled by blocks, and with states computed again in the backward pass."""
-    plain = predictor(stages_run, tmp_path / "plain")
+    plain = predictor(smoke_run, tmp_path / "plain")
     for name, option in (
         ("compiled", ["--train.compile", "aot_eager"]),
         ("again", ["--train.gradient_checkpointing", "true"]),
     ):
-        for a, b in zip(plain, predictor(stages_run, tmp_path / name, *option), strict=True):
+        for a, b in zip(plain, predictor(smoke_run, tmp_path / name, *option), strict=True):
             assert all(b[key] == pytest.approx(a[key], rel=1e-5) for key in a)
 
 
@@ -179,9 +172,9 @@ def test_blocks_are_compiled_one_graph_for_all():
     assert len(compiled) == 1 and sum(node.op == "call_function" for node in compiled[0].graph.nodes) >= 2
 
 
-def test_bfloat16_passes_over_float32_weights(stages_run, tmp_path):
-    plain = predictor(stages_run, tmp_path / "plain")
-    half = predictor(stages_run, tmp_path / "half", "--train.mixed_precision", "bf16")
+def test_bfloat16_passes_over_float32_weights(smoke_run, tmp_path):
+    plain = predictor(smoke_run, tmp_path / "plain")
+    half = predictor(smoke_run, tmp_path / "half", "--train.mixed_precision", "bf16")
     losses = [[line["loss"] for line in run if "loss" in line] for run in (plain, half)]
     assert losses[0] != losses[1]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
