@@ -23,7 +23,7 @@ from training.finite import FiniteWatch
 from training.loader import Pass, StepInputs, Steps, iterate
 from training.pace import Pace
 from training.players import Learner, Speed
-from training.process import Stop, make_accelerator, seed_network_draws, share
+from training.process import Stop, joined_rows, make_accelerator, seed_network_draws, share
 from training.task import Origin, Task, TrainConfig, mean_scores
 from training.watch import Watch
 
@@ -212,15 +212,11 @@ class Loop:
 
     def validate(self) -> None:
         """Mean scores over the held-out samples, each looked at by one process."""
-        count, processes = self.task.valid_count, self.accelerator.num_processes
-        rows = share(count, processes, self.rank)
+        count = self.task.valid_count
+        rows = share(count, self.accelerator.num_processes, self.rank)
         with self.evaluated() as evaluated:
             own = self.task.validate(evaluated, rows)
-        table = torch.zeros(len(own), count, dtype=torch.float64)  # each process fills its own columns
-        table[:, rows] = torch.from_numpy(np.stack([np.asarray(scores, np.float64) for scores in own.values()]))
-        if processes > 1:
-            table = self.accelerator.reduce(table.to(self.accelerator.device), "sum")
-        self.scores = mean_scores(dict(zip(own, table.tolist(), strict=True)))
+        self.scores = mean_scores(joined_rows(own, rows, count, self.accelerator))
         self.watch.write_scores(self.step, self.scores)
 
     def preview(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
@@ -65,6 +66,17 @@ def follow_launcher() -> None:
 def share(count: int, processes: int, rank: int) -> slice:
     """The rows of `count` that process `rank` looks at: every row is some process's, and no row is two's."""
     return slice(count * rank // processes, count * (rank + 1) // processes)
+
+
+def joined_rows(
+    own: dict[str, np.ndarray], rows: slice, count: int, accelerator: Accelerator
+) -> dict[str, list[float]]:
+    """Each process's scores of its own `rows` => the scores of all `count` rows, on every process."""
+    table = torch.zeros(len(own), count, dtype=torch.float64)  # each process fills its own columns, the sum all
+    table[:, rows] = torch.from_numpy(np.stack([np.asarray(scores, np.float64) for scores in own.values()]))
+    if accelerator.num_processes > 1:
+        table = accelerator.reduce(table.to(accelerator.device), "sum")
+    return dict(zip(own, table.tolist(), strict=True))
 
 
 def tune_cpu(processes: int) -> None:
