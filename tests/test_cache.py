@@ -6,10 +6,8 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +15,10 @@ import pytest
 from accelerate import PartialState
 
 from sd_mini import stages
-from sd_mini.autoencoder import Autoencoder
-from sd_mini.config import read
-from sd_mini.data import CaptionedPictures, DataConfig, load
-from sd_mini.stages import Stage
-from sd_mini.text_encoder import TextAdapter, clip_tokenizer, small_clip
+from tests.faults import Canary
+from tests.launching import apart, on_two_ranks
 from training import cache
-from training.noise_predictor import Encoded, PredictorConfig
 
-ROOT = Path(__file__).parent.parent
 WIDTH = 3000  # float16 values a row, enough for half a shard to reach the file before its last row
 MANIFEST = "manifest.json"
 
@@ -62,12 +55,6 @@ def content(folder: Path) -> dict[str, str]:
 def written(shard: Path) -> dict[str, tuple[int, int]]:
     """Which files these are, and when they were written."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shard.iterdir()}
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess:
-    """Another process, which can import this module."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_rows_come_back_from_any_shard_in_any_order(tmp_path, encoder):
@@ -122,7 +109,7 @@ def test_what_is_written_is_said_first_and_what_it_cost_last(tmp_path, encoder, 
     assert "float16 error of thirds at most 0.17, rms 0.00018 of the values' rms" in last
 
 
-def die_in_row_7(folder: str) -> None:
+def die_in_row_7(folder: Path) -> None:
     cache.MIN_SHARD_ROWS = 5
 
     def encode_rows(rows):
@@ -130,13 +117,12 @@ def die_in_row_7(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return rows_of(rows)
 
-    cache.encode(Path(folder), {}, 13, encode_rows, "rows", chunk=1)
+    cache.encode(folder, {}, 13, encode_rows, "rows", chunk=1)
 
 
 def test_killed_it_goes_on_at_the_first_missing_shard(tmp_path, encoder):
     encode_rows, asked = encoder
-    killed = python("-c", f"import test_cache; test_cache.die_in_row_7({str(tmp_path / 'a')!r})")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert apart(die_in_row_7, tmp_path / "a") == -signal.SIGKILL
     home = home_of(tmp_path / "a")
     assert {p.name for p in home.iterdir()} == {"key.json", "00000", ".00001.partial"}
     assert 0 < (home / ".00001.partial" / "thirds.npy").stat().st_size < 5 * 2 * WIDTH
@@ -191,14 +177,6 @@ def test_a_damaged_shard_is_named_and_encoded_again_the_others_stay(tmp_path, en
     asked.clear()
     cache.encode(tmp_path, {}, 13, encode_rows, "rows")
     assert not asked and capsys.readouterr().err == ""
-
-
-class Canary:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("kind", ["an array of objects", "no array at all"])
@@ -295,8 +273,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, enc
     assert cache.encode(tmp_path / "cache", {}, 13, encode_rows, "rows")["number"][[7]] == 7
 
 
-def note_the_share(folder: str) -> None:
+def note_the_share(folder: Path) -> None:
     process, asked = PartialState(cpu=True), []
+    sys.stderr = (folder / f"said-{process.process_index}").open("w", buffering=1)
     cache.MIN_SHARD_ROWS = 5
 
     def encode_rows(rows):
@@ -304,9 +283,9 @@ def note_the_share(folder: str) -> None:
         return rows_of(rows)
 
     for key, count in (("many", 23), ("one", 3)):
-        rows = cache.encode(Path(folder) / key, {}, count, encode_rows, f"rows, {key}")
+        rows = cache.encode(folder / key, {}, count, encode_rows, f"rows, {key}")
         assert rows["number"][np.arange(count)].tolist() == list(range(count))
-    (Path(folder) / f"asked-{process.process_index}").write_text(json.dumps(asked))
+    (folder / f"asked-{process.process_index}").write_text(json.dumps(asked))
 
 
 def test_two_processes_share_the_missing_shards_out(tmp_path, encoder):
@@ -314,14 +293,12 @@ def test_two_processes_share_the_missing_shards_out(tmp_path, encoder):
     whole = content(tmp_path / "many")
     shutil.rmtree(home_of(tmp_path / "many") / "00001")
     flip_a_bit(home_of(tmp_path / "many") / "00003" / "thirds.npy")
-    script = tmp_path / "script.py"
-    script.write_text(f"import test_cache\ntest_cache.note_the_share({str(tmp_path)!r})\n")
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
-    assert done.returncode == 0, done.stderr
+    assert on_two_ranks(note_the_share, tmp_path) == [0, 0]
     assert [json.loads((tmp_path / f"asked-{i}").read_text()) for i in range(2)] == [[5, 0], [15]]
     assert content(tmp_path / "many") == whole
+    said = "".join((tmp_path / f"said-{i}").read_text() for i in range(2))
     for line in ("00003 is encoded again", "many: the missing 10 of 23 rows", "many: float16 error", "one: 3 rows"):
-        assert done.stderr.count(line) == 1, done.stderr
+        assert said.count(line) == 1, said
 
 
 def anonymous_mb() -> float:
@@ -330,7 +307,7 @@ def anonymous_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux, as in CI, tells RssAnon apart")
 def test_a_million_rows_take_no_more_memory_than_a_few(tmp_path, monkeypatch):
     """512 MB on disk, removed afterwards, in shards of 128 MB: one of them whole in memory would show."""
     monkeypatch.setattr(cache, "MAX_SHARDS", 4)
@@ -352,56 +329,3 @@ def test_a_million_rows_take_no_more_memory_than_a_few(tmp_path, monkeypatch):
     finally:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert max(peak) - before < 64
-
-
-def small_stages(pictures: CaptionedPictures) -> tuple[Stage, Stage]:
-    """A text encoder and an autoencoder as initialised, in memory."""
-    tokenizer = clip_tokenizer([text for several in pictures.captions for text in several], 400, 20)
-    text = {
-        "tokenizer": tokenizer,
-        "text_encoder": small_clip(tokenizer, 16, layers=1, heads=2, max_length=20).eval(),
-        "text_adapter": TextAdapter(16, 16, 16, depth=1, heads=2, max_length=20).eval(),
-    }
-    fields = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4}
-    vae = Autoencoder("kl", {"latent_channels": 4, "up_block_types": ("UpDecoderBlock2D",) * 2, **fields}).eval()
-    return Stage(Path(), {"hash": "text"}, text), Stage(Path(), {"hash": "vae"}, {"autoencoder": vae})
-
-
-def caches(folder: Path) -> list[int]:
-    return [len(list((folder / name).iterdir())) for name in ("latents", "prompts")]
-
-
-def test_stage_3_reads_what_the_stages_made(tmp_path):
-    pictures = load(DataConfig(count=6, resolution=32))
-    text, vae = small_stages(pictures)
-    half, full = (Encoded(pictures, text, vae, 1, tmp_path, dtype) for dtype in ("float16", "float32"))
-    ids, draw = np.array([5, 0, 3]), [0.0] * 3
-    exact, rounded = full.take(ids, draw), half.take(ids, draw)
-    latents = vae.parts["autoencoder"].encode(pictures.pixels(range(6)).to(PartialState().device)).detach().cpu()
-    assert np.array_equal(exact["latents"], latents[ids])
-    for name, rows in (("latents", half.latents), ("prompt_embeds", half.tokens)):
-        assert exact[name].dtype == rounded[name].dtype
-        assert 0 < (exact[name] - rounded[name]).abs().max() <= rows.rounding.largest
-    assert exact["prompt_mask"].equal(rounded["prompt_mask"])
-    assert caches(tmp_path) == [2, 2]
-
-
-def test_an_edited_picture_or_another_stage_is_another_cache(tmp_path):
-    pictures = load(DataConfig(count=6, resolution=32))
-    text, vae = small_stages(pictures)
-    for _ in range(2):
-        Encoded(pictures, text, vae, 1, tmp_path, "float16")
-        assert caches(tmp_path) == [1, 1]
-    edited = pictures.pictures.copy()
-    edited[2, 0, 0, 0] ^= 1
-    Encoded(replace(pictures, pictures=edited), text, vae, 1, tmp_path, "float16")
-    assert caches(tmp_path) == [2, 1]
-    Encoded(pictures, replace(text, contract={"hash": "other"}), vae, 1, tmp_path, "float16")
-    assert caches(tmp_path) == [2, 2]
-    Encoded(pictures, text, replace(vae, contract={"hash": "other"}), 1, tmp_path, "float16")
-    assert caches(tmp_path) == [3, 2]
-
-
-def test_another_number_format_is_refused():
-    with pytest.raises(ValueError, match=r"cache_dtype: got 'bfloat16'.*'float16' or 'float32'"):
-        read(PredictorConfig, None, ["--cache_dtype", "bfloat16"])

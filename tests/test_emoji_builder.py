@@ -153,7 +153,9 @@ def missing(what: str) -> NoReturn:
     """What only the system's packages bring: a failure where `.ci/run` installs them, else skipped with their name."""
     if os.environ.get("CI"):
         pytest.fail(what)
-    pytest.skip(what)  # the one skip of the suite; `what` says which package to install
+    pytest.skip(
+        what
+    )  # never under CI, see above: elsewhere a missing font is no fault, and `what` says what to install
 
 
 def installed_font() -> Path:

@@ -13,7 +13,7 @@ from sd_mini import stages
 from sd_mini.config import command
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import combined_hash, file_hashes
-from tests.faults import KillAt
+from tests.faults import Canary, KillAt
 from tests.launching import error_line, launch, launch_apart
 from training import checkpoint, snapshots
 
@@ -100,16 +100,6 @@ class TestResumeFromAPath:
         assert launch("autoencoder", tmp_path / "other", "--resume", path, "--train.lr", "0.5") == 2
         assert "train.lr was 0.002, now 0.5" in error_line(capsys.readouterr().err)
         assert not (tmp_path / "other").exists()
-
-
-class Canary:
-    """Pickled, it makes a file when it is loaded."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def test_no_loaded_file_can_execute_code(smoke_run, tmp_path, capsys):

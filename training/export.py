@@ -20,7 +20,7 @@ from sd_mini.stages import CONTRACT, KINDS, read_contract
 from training import checkpoint, snapshots
 from training.ema import WIDTHS
 from training.launch import Launch
-from training.task import mean_scores
+from training.task import export_record, mean_scores
 
 
 def export(folder: Path, out: Path, step: int | None = None, ema_width: float | None = None) -> str:
@@ -52,14 +52,8 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     objective.requires_grad_(False).eval()
     with torch.no_grad():
         scores = task.validate(objective, slice(0, task.valid_count))
-        record = {
-            "seconds": round(state["seconds"], 1),
-            "steps": state["step"],
-            "parameters": sum(p.numel() for p in objective.parameters()),
-            "scores": mean_scores({name: values.tolist() for name, values in scores.items()}),
-            "ema_width": width,
-        }
-        task.export(objective, out, record)
+        means = mean_scores({name: values.tolist() for name, values in scores.items()})
+        task.export(objective, out, export_record(objective, state["seconds"], state["step"], means, width))
     return read_contract(out, folder.name)["hash"]
 
 

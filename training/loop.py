@@ -24,7 +24,7 @@ from training.loader import Pass, StepInputs, Steps, iterate
 from training.pace import Pace
 from training.players import Learner, Speed
 from training.process import Stop, joined_rows, make_accelerator, seed_network_draws, share
-from training.task import Origin, Task, TrainConfig, mean_scores
+from training.task import Origin, Task, TrainConfig, export_record, mean_scores
 from training.watch import Watch
 
 
@@ -281,13 +281,7 @@ class Loop:
         with self.evaluated() as evaluated:
             self._tick()
             if self.accelerator.is_main_process:
-                record = {
-                    "seconds": round(self.seconds, 1),
-                    "steps": self.step,
-                    "parameters": sum(p.numel() for p in evaluated.parameters()),
-                    "scores": self.scores,
-                    "ema_width": self.config.ema_width,
-                }
+                record = export_record(evaluated, self.seconds, self.step, self.scores, self.config.ema_width)
                 self.task.export(evaluated, self.folder / "final", record)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in list(self.scores.items())[:2])  # the curve is in metrics.jsonl
         self.watch.say(f"{self.step} steps in {self.seconds:.0f} s; {shown}; exported to {self.folder / 'final'}")

@@ -113,3 +113,16 @@ class Origin:
 def mean_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Scores a sample => their means, rounded once: the order of the samples, or of the processes, does not matter."""
     return {name: math.fsum(values) / len(values) for name, values in scores.items()}
+
+
+def export_record(
+    objective: nn.Module, seconds: float, steps: int, scores: dict[str, float], ema_width: float | None
+) -> dict[str, Any]:
+    """What an exported stage says of its training, whoever exports it."""
+    return {
+        "seconds": round(seconds, 1),
+        "steps": steps,
+        "parameters": sum(p.numel() for p in objective.parameters()),
+        "scores": scores,
+        "ema_width": ema_width,
+    }

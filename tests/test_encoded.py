@@ -1,0 +1,68 @@
+"""What stage 3 reads: latents and prompts from the caches, and when they are made anew."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import PartialState
+
+from sd_mini.autoencoder import Autoencoder
+from sd_mini.config import read
+from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.stages import Stage
+from sd_mini.text_encoder import TextAdapter, clip_tokenizer, small_clip
+from training.noise_predictor import Encoded, PredictorConfig
+
+
+def small_stages(pictures: CaptionedPictures) -> tuple[Stage, Stage]:
+    """A text encoder and an autoencoder as initialised, in memory."""
+    tokenizer = clip_tokenizer([text for several in pictures.captions for text in several], 400, 20)
+    text = {
+        "tokenizer": tokenizer,
+        "text_encoder": small_clip(tokenizer, 16, layers=1, heads=2, max_length=20).eval(),
+        "text_adapter": TextAdapter(16, 16, 16, depth=1, heads=2, max_length=20).eval(),
+    }
+    fields = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4}
+    vae = Autoencoder("kl", {"latent_channels": 4, "up_block_types": ("UpDecoderBlock2D",) * 2, **fields}).eval()
+    return Stage(Path(), {"hash": "text"}, text), Stage(Path(), {"hash": "vae"}, {"autoencoder": vae})
+
+
+def caches(folder: Path) -> list[int]:
+    return [len(list((folder / name).iterdir())) for name in ("latents", "prompts")]
+
+
+def test_stage_3_reads_what_the_stages_made(tmp_path):
+    pictures = load(DataConfig(count=6, resolution=32))
+    text, vae = small_stages(pictures)
+    half, full = (Encoded(pictures, text, vae, 1, tmp_path, dtype) for dtype in ("float16", "float32"))
+    ids, draw = np.array([5, 0, 3]), [0.0] * 3
+    exact, rounded = full.take(ids, draw), half.take(ids, draw)
+    latents = vae.parts["autoencoder"].encode(pictures.pixels(range(6)).to(PartialState().device)).detach().cpu()
+    assert np.array_equal(exact["latents"], latents[ids])
+    for name, rows in (("latents", half.latents), ("prompt_embeds", half.tokens)):
+        assert exact[name].dtype == rounded[name].dtype
+        assert 0 < (exact[name] - rounded[name]).abs().max() <= rows.rounding.largest
+    assert exact["prompt_mask"].equal(rounded["prompt_mask"])
+    assert caches(tmp_path) == [2, 2]
+
+
+def test_an_edited_picture_or_another_stage_is_another_cache(tmp_path):
+    pictures = load(DataConfig(count=6, resolution=32))
+    text, vae = small_stages(pictures)
+    for _ in range(2):
+        Encoded(pictures, text, vae, 1, tmp_path, "float16")
+        assert caches(tmp_path) == [1, 1]
+    edited = pictures.pictures.copy()
+    edited[2, 0, 0, 0] ^= 1
+    Encoded(replace(pictures, pictures=edited), text, vae, 1, tmp_path, "float16")
+    assert caches(tmp_path) == [2, 1]
+    Encoded(pictures, replace(text, contract={"hash": "other"}), vae, 1, tmp_path, "float16")
+    assert caches(tmp_path) == [2, 2]
+    Encoded(pictures, text, replace(vae, contract={"hash": "other"}), 1, tmp_path, "float16")
+    assert caches(tmp_path) == [3, 2]
+
+
+def test_another_number_format_is_refused():
+    with pytest.raises(ValueError, match=r"cache_dtype: got 'bfloat16'.*'float16' or 'float32'"):
+        read(PredictorConfig, None, ["--cache_dtype", "bfloat16"])
