@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
+from sd_mini.texts import check_text
 
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
 
@@ -275,8 +276,7 @@ def _captions(table: datasets.Dataset, config: DataConfig) -> list[list[str]]:
 
 def _check_captions(captions: list[Any], where: str) -> list[str]:
     for caption in captions:
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{where}: got {caption!r} for a caption, expected text; mend the row or leave it out")
+        check_text(caption, f"{where}: a caption")
     return list(dict.fromkeys(captions))
 
 

@@ -24,7 +24,8 @@ from sd_mini.config import check_choice
 from sd_mini.diffusion import check_guidance, guide
 from sd_mini.noise_predictor import speed_up
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
-from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage, check_prompts
+from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
+from sd_mini.texts import check_text
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -37,6 +38,7 @@ class Pipeline(DiffusionPipeline):
     """
 
     _callback_tensor_inputs = ("latents",)
+    _optional_components = [f"{part}_{i}" for part in ("tokenizer", "text_encoder") for i in (2, 3)]  # noqa: RUF012
 
     def __init__(
         self,
@@ -46,6 +48,10 @@ class Pipeline(DiffusionPipeline):
         noise_predictor: ModelMixin,
         autoencoder: Autoencoder,
         scheduler: SchedulerMixin,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
         resolution: int = 64,
         default_steps: int = 20,
         default_guidance: float = 3.0,
@@ -59,6 +65,10 @@ class Pipeline(DiffusionPipeline):
             noise_predictor=speed_up(noise_predictor),
             autoencoder=autoencoder,
             scheduler=scheduler,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder_3=text_encoder_3,
         )
         self.register_to_config(
             resolution=resolution,
@@ -81,7 +91,7 @@ class Pipeline(DiffusionPipeline):
         text, vae, predictor = stages.values()
         check_belonging(predictor.contract, text_encoder=text.hash, autoencoder=vae.hash)
         return cls(
-            **text.parts,
+            **{name: part for name, part in text.parts.items() if name != "matcher"},  # which only stage 1 needs
             **vae.parts,
             **predictor.parts,
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
@@ -110,7 +120,7 @@ class Pipeline(DiffusionPipeline):
 
     @property
     def text_stage(self) -> TextStage:
-        return TextStage(self.tokenizer, self.text_encoder, self.text_adapter)
+        return TextStage.from_parts(self.components)
 
     def check_inputs(
         self,
@@ -135,7 +145,8 @@ class Pipeline(DiffusionPipeline):
                 raise ValueError(f"{name} is a {type(texts).__name__}; expected text or a list of texts")
             if texts is not None and len(texts := _listed(texts)) == 0:
                 raise ValueError(f"{name} is an empty list; give at least one text")
-            check_prompts(texts or [])
+            for number, text in enumerate(texts or []):
+                check_text(text, f"{name} {number}")
         self._check_embeds(prompt_embeds, prompt_mask)
         for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
             if not isinstance(value, int) or value < 1:
@@ -150,7 +161,7 @@ class Pipeline(DiffusionPipeline):
     def _check_embeds(self, prompt_embeds: Tensor | None, prompt_mask: Tensor | None) -> None:
         if (prompt_embeds is None) != (prompt_mask is None):
             raise ValueError("prompt_embeds and prompt_mask: expected both, as encode_prompt gives them, or neither")
-        expected = (self.text_adapter.config.max_length, self.text_adapter.config.dim)
+        expected = (self.text_adapter.length, self.text_adapter.config.dim)
         if prompt_embeds is not None and tuple(prompt_embeds.shape[1:]) != expected:
             raise ValueError(
                 f"prompt_embeds are {tuple(prompt_embeds.shape)}; expected (B, {expected[0]}, {expected[1]})"
@@ -174,17 +185,23 @@ class Pipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         prompt_mask: Tensor | None = None,
+        strict: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts, or embeddings made before, => prompt_embeds (B, L, D), prompt_mask (B, L); B counts the pictures."""
+        """Prompts, or embeddings made before, => prompt_embeds (B, L, D), prompt_mask (B, L); B counts the pictures.
+
+        A prompt that is too long is cut, with a warning that names the words; `strict` raises ValueError instead.
+        """
         if prompt_embeds is None:
-            encoded = self.text_stage.encode(_listed(prompt))
+            encoded = self.text_stage.encode(_listed(prompt), strict)
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
         prompt_embeds = prompt_embeds.to(self._execution_device, self.noise_predictor.dtype)
         prompt_mask = prompt_mask.to(self._execution_device)
         repeat = num_images_per_prompt
         return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
 
-    def _encode_negative(self, negative: str | list[str] | None, batch: int, per_prompt: int) -> tuple[Tensor, Tensor]:
+    def _encode_negative(
+        self, negative: str | list[str] | None, batch: int, per_prompt: int, strict: bool
+    ) -> tuple[Tensor, Tensor]:
         """The condition that guidance leads away from: the trained null one, or a prompt of the user's."""
         if negative is None:
             null: PromptEmbeds = self.text_stage.null(batch)
@@ -194,7 +211,7 @@ class Pipeline(DiffusionPipeline):
             texts = texts * (batch // per_prompt)
         if len(texts) * per_prompt != batch:
             raise ValueError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
-        return self.encode_prompt(texts, per_prompt)
+        return self.encode_prompt(texts, per_prompt, strict=strict)
 
     def prepare_latents(
         self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
@@ -233,6 +250,7 @@ class Pipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_mask: Tensor | None = None,
+        strict: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
@@ -247,6 +265,7 @@ class Pipeline(DiffusionPipeline):
             generator: one for all pictures (they draw from it in order), or one a picture.
             latents: the starting noise, (B, C, h, w), instead of a draw.
             prompt_embeds, prompt_mask: (B, L, D), (B, L) from `encode_prompt`, instead of a prompt.
+            strict: refuse a prompt that is too long, instead of cutting it with a warning.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
 
         Returns:
@@ -275,11 +294,11 @@ class Pipeline(DiffusionPipeline):
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
-        embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask)
+        embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask, strict)
         batch = len(embeds)
         latents = self.prepare_latents(batch, height, width, generator, latents)
         if scale != 1:
-            null_embeds, null_mask = self._encode_negative(negative_prompt, batch, num_images_per_prompt)
+            null_embeds, null_mask = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict)
             embeds, mask = torch.cat([null_embeds, embeds]), torch.cat([null_mask, mask])
 
         self._interrupt = False

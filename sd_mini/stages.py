@@ -161,15 +161,17 @@ def _load_part(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     from sd_mini.autoencoder import Autoencoder
+    from sd_mini.load_encoder import load_encoder
     from sd_mini.noise_predictor import KINDS as NETWORKS
-    from sd_mini.text_encoder import TextAdapter, load_encoder
+    from sd_mini.retrieval import Matcher
+    from sd_mini.text_encoder import TextAdapter
 
-    if folder.name == "tokenizer":
+    if folder.name.startswith("tokenizer"):
         return AutoTokenizer.from_pretrained(folder)
-    if folder.name == "text_encoder":
+    if folder.name.startswith("text_encoder"):
         return load_encoder(folder, tokenizer=False)[1]
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    classes = {cls.__name__: cls for cls in (Autoencoder, TextAdapter, *NETWORKS.values())}
+    classes = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter, *NETWORKS.values())}
     if name not in classes:
         raise ValueError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
     return classes[name].from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()

@@ -1,32 +1,29 @@
-"""Prompts => prompt embeddings: a text encoder, and the TextAdapter trained on top of it.
+"""Prompts => prompt embeddings: text encoders, and the TextAdapter trained on top of them.
 
 What the noise predictor attends to is words, not a summary. So a token's embedding is the word itself (the encoder's
-own input vector, which no training moves, at unit scale), its place, and a small learned residual that carries what
-the sentence adds. Contrastive training alone would let words dissolve into one vector a caption: enough to find the
-picture, too little to draw two objects.
+own input vector, at unit scale), its place, and a small learned residual that carries what the sentence adds.
+Contrastive training alone would let words dissolve into one vector a caption: enough to find the picture, too little to
+draw two objects.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch.nn.functional import rms_norm
+
+from sd_mini.encoders import Encoder, Hidden, Tokens
+
+MAX_ENCODERS = 3
+_SUFFIXES = ("", *(f"_{i}" for i in range(2, MAX_ENCODERS + 1)))  # text_encoder, text_encoder_2, ... as diffusers has it
+_BUCKET = 256  # prompts of like length that are encoded together
 
 
 @dataclass(frozen=True)
@@ -57,203 +54,186 @@ class RefinerBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
+class EncoderInput(nn.Module):
+    """One encoder's Hidden => the words' own identity and the states, both of the adapter's width.
+
+    The word vectors are standardised by channel (`set_words`), so that what all words of a pretrained encoder share
+    does not drown what tells them apart, and mapped by a fixed semi-orthogonal matrix, which keeps their distances.
+    """
+
+    def __init__(self, state_dim: int, word_dim: int, dim: int):
+        super().__init__()
+        self.word_in = nn.Linear(word_dim, dim, bias=False)
+        nn.init.orthogonal_(self.word_in.weight)
+        self.word_in.weight.requires_grad_(False)
+        self.register_buffer("word_mean", torch.zeros(word_dim))
+        self.register_buffer("word_std", torch.ones(word_dim))
+        self.state_norm = nn.RMSNorm(state_dim)
+        self.state_in = nn.Linear(state_dim, dim)
+
+    def set_words(self, words: Tensor) -> None:
+        """`words` (N, word_dim): the vectors of the words that occur, each once."""
+        self.word_mean.copy_(words.mean(0))
+        self.word_std.copy_(words.std(0, correction=0).clamp(min=1e-6))
+
+    def forward(self, hidden: Hidden) -> tuple[Tensor, Tensor]:
+        word = self.word_in((hidden.words - self.word_mean) / self.word_std)
+        return rms_norm(word, word.shape[-1:]), self.state_in(self.state_norm(hidden.states))
+
+
 class TextAdapter(ModelMixin, ConfigMixin):
     """Encoder states => prompt embeddings of the width and scale that the noise predictor reads.
 
-    tokens = rms_norm(W word) + place + residual_scale * refiner(states), W a fixed semi-orthogonal map: two words are
-    as far apart after it as before. `depth` 0 leaves the refiner a plain projection. The null condition of
-    classifier-free guidance (Ho & Salimans 2022) is one learned token that goes through the same path.
+    tokens = identity_scale * (rms_norm(W word) + place) + residual_scale * refiner(states), standardised by channel
+    over the training captions; W is a fixed semi-orthogonal map: two words are as far apart after it as before. `depth`
+    0 leaves the refiner a plain projection, `identity_scale` 0 leaves the words' identity out. Several encoders' tokens
+    stand one after the other, `lengths` says how many each has, and are refined together; their pooled vectors are
+    joined. The null condition of classifier-free guidance (Ho & Salimans 2022) is one learned token on the same path.
     """
 
     @register_to_config
     def __init__(
         self,
-        encoder_dim: int = 128,
-        word_dim: int = 128,
+        state_dims: Sequence[int] = (128,),
+        word_dims: Sequence[int] = (128,),
+        pooled_dims: Sequence[int] = (128,),
+        lengths: Sequence[int] = (32,),
         dim: int = 128,
         depth: int = 2,
         heads: int = 4,
-        max_length: int = 32,
+        identity_scale: float = 1.0,
         residual_scale: float = 0.3,
     ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"adapter: dim {dim} is not a multiple of heads {heads}; choose heads that divide it")
-        self.word_in = nn.Linear(word_dim, dim, bias=False)
-        nn.init.orthogonal_(self.word_in.weight)
-        self.word_in.weight.requires_grad_(False)
-        self.register_buffer("places", torch.randn(max_length, dim) / math.sqrt(2))
-        self.state_norm = nn.RMSNorm(encoder_dim)
-        self.state_in = nn.Linear(encoder_dim, dim)
+        self.inputs = nn.ModuleList(EncoderInput(s, w, dim) for s, w in zip(state_dims, word_dims, strict=True))
+        self.register_buffer("places", torch.randn(sum(lengths), dim))
         self.blocks = nn.ModuleList(RefinerBlock(dim, heads) for _ in range(depth))
         self.norm_out = nn.RMSNorm(dim, elementwise_affine=False)
         self.pool = nn.Linear(dim, dim)
+        self.pooled_norm = nn.RMSNorm(sum(pooled_dims))
+        self.pooled_in = nn.Linear(sum(pooled_dims), dim, bias=False)
         # like every word's, the null word's identity is drawn once and kept; what it says is learned
-        self.register_buffer("null_word", torch.randn(word_dim))
-        self.null_state = nn.Parameter(torch.randn(encoder_dim))
+        self.register_buffer("null_word", torch.randn(dim))
+        self.null_state = nn.Parameter(torch.randn(dim))
+        self.null_pooled = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("token_mean", torch.zeros(dim))
+        self.register_buffer("token_std", torch.ones(dim))
+        self.register_buffer("pooled_rms", torch.ones(1))
 
-    def forward(self, states: Tensor, words: Tensor, mask: Tensor) -> PromptEmbeds:
-        """`states` (B, L, encoder_dim), `words` (B, L, word_dim), `mask` (B, L) bool => PromptEmbeds."""
-        refined = self.state_in(self.state_norm(states))
+    @property
+    def length(self) -> int:
+        """Tokens of a prompt, all encoders' together."""
+        return sum(self.config.lengths)
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each encoder's tokens begin."""
+        return [sum(self.config.lengths[:i]) for i in range(len(self.config.lengths))]
+
+    def set_statistics(self, mean: Tensor, std: Tensor, pooled_rms: Tensor) -> None:
+        """Of the tokens as they would come out without: mean and std (dim,) by channel, and the pooled vectors' rms."""
+        self.token_mean.copy_(mean)
+        self.token_std.copy_(std)
+        self.pooled_rms.copy_(pooled_rms)
+
+    def forward(self, hidden: Sequence[Hidden]) -> PromptEmbeds:
+        """Each encoder's Hidden, of any lengths l up to its own, => PromptEmbeds of the sum of these lengths."""
+        words, states = zip(*(read(h) for read, h in zip(self.inputs, hidden, strict=True)), strict=True)
+        places = [self.places[start : start + h.mask.shape[1]] for start, h in zip(self.starts, hidden, strict=True)]
+        pooled = self.pooled_in(self.pooled_norm(torch.cat([h.pooled for h in hidden], dim=-1)))
+        mask = torch.cat([h.mask for h in hidden], dim=1)
+        return self._join(torch.cat(words, 1), torch.cat(places), torch.cat(states, 1), mask, pooled)
+
+    def _join(self, word: Tensor, place: Tensor, states: Tensor, mask: Tensor, pooled: Tensor) -> PromptEmbeds:
         for block in self.blocks:
-            refined = block(refined, mask)
-        refined = self.norm_out(refined)
-        word = nn.functional.rms_norm(self.word_in(words), (self.config.dim,)) / math.sqrt(2)
-        tokens = word + self.places[: words.shape[1]] + self.config.residual_scale * refined
+            states = block(states, mask)
+        refined = self.norm_out(states)
+        identity = self.config.identity_scale * (word + place) / math.sqrt(2)
+        tokens = (identity + self.config.residual_scale * refined - self.token_mean) / self.token_std
         weight = mask[..., None].to(refined.dtype)
-        pooled = self.pool((refined * weight).sum(1) / weight.sum(1).clamp(min=1))
-        return PromptEmbeds(tokens * weight, mask, pooled)
+        pooled = pooled + self.pool((refined * weight).sum(1) / weight.sum(1).clamp(min=1))
+        return PromptEmbeds(tokens * weight, mask, pooled / self.pooled_rms)
 
-    def null(self, batch: int, length: int) -> PromptEmbeds:
-        """The null condition, `batch` times: one learned token, the rest padding."""
-        mask = torch.zeros(batch, length, dtype=torch.bool, device=self.null_word.device)
+    def null(self, batch: int) -> PromptEmbeds:
+        """The null condition, `batch` times, at the whole length: one learned token, the rest padding."""
+        mask = torch.zeros(batch, self.length, dtype=torch.bool, device=self.null_word.device)
         mask[:, 0] = True
-        states = self.null_state.expand(batch, length, -1)
-        return self(states, self.null_word.expand(batch, length, -1), mask)
+        shape = (batch, self.length, -1)
+        word = rms_norm(self.null_word, self.null_word.shape).expand(shape)
+        return self._join(word, self.places, self.null_state.expand(shape), mask, self.null_pooled)
 
 
 class TextStage:
-    """Tokenizer, encoder and adapter as one: `encode(prompts)`. The three stay separate components when saved."""
+    """Encoders and adapter as one: `encode(prompts)`. All stay separate components when saved."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, adapter: TextAdapter):
-        self.tokenizer, self.encoder, self.adapter = tokenizer, encoder, adapter
-        self.max_length = adapter.config.max_length
+    def __init__(self, encoders: Sequence[Encoder], adapter: TextAdapter):
+        self.encoders, self.adapter = list(encoders), adapter
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts => ids (B, L) int64, mask (B, L) bool, L always `max_length`: a prompt never depends on its batch.
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Any]) -> TextStage:
+        """From tokenizer, text_encoder, tokenizer_2, ... and text_adapter; others, and those that are None, are left."""
+        adapter: TextAdapter = parts["text_adapter"]
+        pairs = [(parts.get(f"tokenizer{s}"), parts.get(f"text_encoder{s}")) for s in _SUFFIXES]
+        pairs = [pair for pair in pairs if pair[1] is not None]
+        return cls([Encoder(*p, n) for p, n in zip(pairs, adapter.config.lengths, strict=True)], adapter)
 
-        Raises ValueError for a prompt that is not text, is empty, or has more tokens than fit.
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Its components by the names under which they are saved."""
+        named = {}
+        for suffix, encoder in zip(_SUFFIXES, self.encoders, strict=False):
+            named |= {f"tokenizer{suffix}": encoder.tokenizer, f"text_encoder{suffix}": encoder.model}
+        return {**named, "text_adapter": self.adapter}
+
+    def tokenize(self, prompts: Sequence[str], strict: bool = False, warn: bool = True) -> list[Tokens]:
+        """Prompts => each encoder's Tokens; see `Encoder.tokenize`."""
+        return [encoder.tokenize(prompts, strict, warn) for encoder in self.encoders]
+
+    def hidden(self, tokens: Sequence[Tokens]) -> list[Hidden]:
+        device = self.adapter.device
+        pairs = zip(self.encoders, tokens, strict=True)
+        return [encoder(ids.to(device), mask.to(device)) for encoder, (ids, mask) in pairs]
+
+    def encode(self, prompts: Sequence[str], strict: bool = False, warn: bool = True) -> PromptEmbeds:
+        """B prompts => PromptEmbeds of the whole length, on the adapter's device.
+
+        Prompts of like length are encoded together, so short ones cost little; a prompt's embeddings depend on those
+        beside it by rounding alone. One that is too long is cut with a warning, or refused if `strict`.
         """
-        check_prompts(prompts)
-        ids = self.tokenizer(list(prompts), truncation=False)["input_ids"]
-        for prompt, row in zip(prompts, ids, strict=True):
-            if len(row) > self.max_length:
-                fits = self.tokenizer.decode(row[: self.max_length - 1], skip_special_tokens=True)
-                raise ValueError(
-                    f"prompt {_shown(prompt)} has {len(row)} tokens, at most {self.max_length} fit; "
-                    f"shorten it, for example to {fits.strip()!r}"
-                )
-        batch = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        )
-        return batch["input_ids"], batch["attention_mask"].bool()
-
-    def encode_ids(self, ids: Tensor, mask: Tensor) -> PromptEmbeds:
-        states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return self.adapter(states, self.encoder.get_input_embeddings()(ids), mask)
-
-    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Prompts => PromptEmbeds on the adapter's device; gradients flow where the caller left them on."""
-        ids, mask = (x.to(self.adapter.device) for x in self.tokenize(prompts))
-        return self.encode_ids(ids, mask)
+        tokens, adapter = self.tokenize(prompts, strict, warn), self.adapter
+        count, dim = len(prompts), adapter.config.dim
+        made = torch.zeros(count, adapter.length, dim, device=adapter.device, dtype=adapter.dtype)
+        masks = torch.zeros(count, adapter.length, device=adapter.device, dtype=torch.bool)
+        pooled = torch.zeros(count, dim, device=adapter.device, dtype=adapter.dtype)
+        lengths = [mask.sum(1) for _, mask in tokens]
+        for rows in torch.stack(lengths).sum(0).argsort(stable=True).split(_BUCKET):
+            longest = [int(length[rows].max()) for length in lengths]
+            own = [Tokens(t.ids[rows, :n], t.mask[rows, :n]) for t, n in zip(tokens, longest, strict=True)]
+            part = adapter(self.hidden(own))
+            slots = torch.cat([torch.arange(s, s + n) for s, n in zip(adapter.starts, longest, strict=True)])
+            made[rows[:, None], slots] = part.tokens
+            masks[rows[:, None], slots] = part.mask
+            pooled[rows] = part.pooled
+        return PromptEmbeds(made, masks, pooled)
 
     def null(self, batch: int) -> PromptEmbeds:
-        return self.adapter.null(batch, self.max_length)
+        return self.adapter.null(batch)
 
-
-def check_prompts(prompts: Sequence[str]) -> None:
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {row} is a {type(prompt).__name__} ({_shown(prompt)}); expected text")
-        if not prompt.strip():
-            raise ValueError(f"prompt {row} is empty; describe the picture, or leave the prompt out for the null one")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def clip_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """A byte-complete CLIP BPE trained on `captions`; `vocab_size` is an approximate ceiling.
-
-    All 256 bytes stay in the vocabulary, alone and as a word's end, so no text maps to `<|endoftext|>` mid-sentence.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    like, alphabet = CLIPTokenizer().backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    raw.normalizer, raw.pre_tokenizer = like.normalizer, like.pre_tokenizer
-    budget = max(vocab_size - 2 * len(alphabet) - 2, 0) + len(alphabet) + 256
-    trainer = trainers.BpeTrainer(
-        vocab_size=budget, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    raw.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(pair) for pair in merges)]
-    vocabulary = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=max_length
-    )
-
-
-def small_clip(tokenizer: CLIPTokenizer, dim: int, layers: int, heads: int, max_length: int) -> CLIPTextModel:
-    """An untrained CLIP text model that fits `tokenizer`. Its word vectors stay as drawn: they are the words' identity.
-
-    bos, eos and pad are set because `eos_token_id == 2`, the default, makes transformers pool the wrong token.
-    """
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=dim,
-        intermediate_size=4 * dim,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = CLIPTextModel(config)
-    model.get_input_embeddings().weight.requires_grad_(False)
-    return model
-
-
-def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel]:
-    """A hub name or a local folder => (tokenizer, text encoder), in float32 and evaluation mode.
-
-    CLIP's text model, with its projection or without; T5's encoder half; whatever else AutoModelForTextEncoding or
-    AutoModel makes of the folder's config: BERT-like, and GPT-like with their causal mask. The tokenizer pads on the
-    right, where a causal mask never looks, and with the end token if it has none for padding. `tokenizer=False` leaves
-    it out (None), for a folder that holds the model alone.
-
-    Raises ValueError that names what is missing, and for a model that is an encoder and a decoder in one.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        family = _encoder_class(AutoConfig.from_pretrained(name))
-        encoder = family.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        words = AutoTokenizer.from_pretrained(name, padding_side="right") if tokenizer else None
-    except (OSError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"text encoder {str(name)!r}: expected a hub name or a folder with config.json, model.safetensors and the "
-            f"tokenizer's files; {reason[:300]}"
-        ) from None
-    if words is not None and words.pad_token is None:
-        if words.eos_token is None:
-            raise ValueError(
-                f"text encoder {str(name)!r}: its tokenizer has neither a padding nor an end token; set one"
-            )
-        words.pad_token = words.eos_token
-    return words, encoder.eval()
-
-
-def _encoder_class(config: PretrainedConfig) -> Any:
-    """The class that reads a config's weights as a text encoder."""
-    from transformers import AutoModel, AutoModelForTextEncoding, CLIPTextModelWithProjection, T5EncoderModel
-
-    declared = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
-    for name in config.architectures or []:
-        if name in declared:
-            return declared[name]
-    if config.model_type in ("clip", "clip_text_model"):
-        return CLIPTextModel
-    if type(config) in AutoModelForTextEncoding._model_mapping:
-        return AutoModelForTextEncoding
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"text encoder of type {config.model_type!r}: an encoder and a decoder in one; give one whose encoder "
-            "transformers loads alone, such as T5"
-        )
-    return AutoModel
+    @torch.no_grad()
+    def standardise(self, prompts: Sequence[str]) -> None:
+        """Measure the tokens of `prompts` by channel and store it in the adapter: they come out with mean 0, std 1."""
+        adapter, dim = self.adapter, self.adapter.config.dim
+        adapter.set_statistics(torch.zeros(dim), torch.ones(dim), torch.ones(1))
+        total, squares, pooled, count = (torch.zeros(n, dtype=torch.float64) for n in (dim, dim, 1, 1))
+        for start in range(0, len(prompts), 4 * _BUCKET):
+            part = self.encode(prompts[start : start + 4 * _BUCKET], warn=False)
+            tokens = part.tokens[part.mask].double().cpu()
+            total += tokens.sum(0)
+            squares += tokens.square().sum(0)
+            pooled += part.pooled.double().square().mean(1).sum().cpu()
+            count += len(tokens)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+        adapter.set_statistics(mean, std, (pooled / len(prompts)).clamp(min=1e-12).sqrt())

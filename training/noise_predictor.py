@@ -27,6 +27,7 @@ from training import cache, launch
 from training.batches import Batch, generator
 from training.players import Player
 from training.task import TrainConfig
+from training.text_data import report_cuts
 
 VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
 
@@ -97,7 +98,8 @@ class Encoded:
         number = {text: i for i, text in enumerate(unique)}
         self.captions = [[number[t] for t in several] for several in texts]
         device = PartialState().device
-        autoencoder, stage = vae.parts["autoencoder"].to(device), TextStage(**_text_parts(text, device))
+        autoencoder, stage = vae.parts["autoencoder"].to(device), _text_stage(text, device)
+        report_cuts(stage.encoders, texts, pictures.name, strict=False)
 
         def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
@@ -106,7 +108,7 @@ class Encoded:
 
         def encode_texts(rows: slice) -> dict[str, np.ndarray]:
             with torch.no_grad():
-                encoded = stage.encode(unique[rows])
+                encoded = stage.encode(unique[rows], warn=False)
             return {"tokens": encoded.tokens.float().cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
 
         self.latents = cache.encode(
@@ -161,7 +163,7 @@ class PredictorTask:
         self.count, self.valid_count = len(self.train), len(self.valid)
         self.identity = {**self._contract({})["trained_against"], "data": pictures.fingerprint}
         with torch.no_grad():
-            null = TextStage(**_text_parts(self.text, "cpu")).null(1)
+            null = _text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -237,9 +239,11 @@ def _some(captions: list[str], at_most: int, number: int) -> list[str]:
     return (captions[start:] + captions[:start])[:at_most]
 
 
-def _text_parts(text: Stage, device: torch.device | str) -> dict[str, Any]:
-    models = {"encoder": text.parts["text_encoder"].to(device), "adapter": text.parts["text_adapter"].to(device)}
-    return {"tokenizer": text.parts["tokenizer"], **models}
+def _text_stage(text: Stage, device: torch.device | str) -> TextStage:
+    stage = TextStage.from_parts(text.parts)
+    for part in (stage.adapter, *(encoder.model for encoder in stage.encoders)):
+        part.to(device)
+    return stage
 
 
 main = launch.Program(PredictorConfig, "noise_predictor", lambda launched: PredictorTask(launched.config, launched.run))

