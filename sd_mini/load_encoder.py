@@ -82,14 +82,17 @@ def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTo
 
     name = _package_folder(str(name)) if str(name).startswith(PACKAGE) else name
     missing = _missing_files(str(name), tokenizer)
+    if missing and Path(name).exists():
+        raise ValueError(
+            f"text encoder {str(name)!r}: it is a folder without {', '.join(missing)}; put what is missing there"
+        )
     try:
         family = _encoder_class(AutoConfig.from_pretrained(name))
         encoder = family.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         words = AutoTokenizer.from_pretrained(name, padding_side="right") if tokenizer else None
     except (OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        where = "it is not in the hub's local cache" if not Path(name).exists() else "it is a folder"
-        lacks = f"{where} without {', '.join(missing)}; " if missing else ""
+        lacks = f"the hub's local cache has no {', no '.join(missing)} of it; " if missing else ""
         raise ValueError(
             f"text encoder {str(name)!r}: {lacks}expected a hub name, or a folder with config.json, model.safetensors "
             f"and the tokenizer's files: {reason}"

@@ -200,7 +200,7 @@ class Pipeline(DiffusionPipeline):
         return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
 
     def _encode_negative(
-        self, negative: str | list[str] | None, batch: int, per_prompt: int, strict: bool
+        self, negative: str | list[str] | None, batch: int, per_prompt: int, strict: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The condition that guidance leads away from: the trained null one, or a prompt of the user's."""
         if negative is None:

@@ -12,7 +12,9 @@ import torch
 from sd_mini import images, noise_predictor, shapes, stages
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.pipeline import Pipeline
-from sd_mini.text_encoder import TextAdapter, clip_tokenizer, small_clip
+from sd_mini.load_encoder import clip_tokenizer, small_clip
+from sd_mini.retrieval import Matcher, projected_dim
+from sd_mini.text_encoder import TextAdapter, TextStage
 
 SIDE = 32  # px, the least that the judge of the shapes world reads
 LENGTH, DIM = 24, 32  # tokens, width of the prompt embeddings
@@ -66,9 +68,10 @@ def _export_text_encoder(run: Path, captions: list[str]) -> str:
     parts = {
         "tokenizer": tokenizer,
         "text_encoder": small_clip(tokenizer, DIM, layers=1, heads=2, max_length=LENGTH),
-        "text_adapter": TextAdapter(DIM, DIM, DIM, depth=1, heads=2, max_length=LENGTH),
+        "text_adapter": TextAdapter([DIM], [DIM], [DIM], [LENGTH], DIM, depth=1, heads=2),
     }
-    contract = {"conditioning": [LENGTH, DIM], **_record(1.5, binding=0.5)}
+    parts["matcher"] = Matcher(DIM, width=16, projected_dim=projected_dim(TextStage.from_parts(parts)))
+    contract = {"conditioning": [LENGTH, DIM], "resolution": SIDE, **_record(1.5, binding=0.5)}
     return stages.export(run / "text_encoder" / "final", "text_encoder", parts, contract)
 
 

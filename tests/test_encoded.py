@@ -11,7 +11,8 @@ from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import read
 from sd_mini.data import CaptionedPictures, DataConfig, load
 from sd_mini.stages import Stage
-from sd_mini.text_encoder import TextAdapter, clip_tokenizer, small_clip
+from sd_mini.load_encoder import clip_tokenizer, small_clip
+from sd_mini.text_encoder import TextAdapter
 from training.noise_predictor import Encoded, PredictorConfig
 
 
@@ -21,7 +22,7 @@ def small_stages(pictures: CaptionedPictures) -> tuple[Stage, Stage]:
     text = {
         "tokenizer": tokenizer,
         "text_encoder": small_clip(tokenizer, 16, layers=1, heads=2, max_length=20).eval(),
-        "text_adapter": TextAdapter(16, 16, 16, depth=1, heads=2, max_length=20).eval(),
+        "text_adapter": TextAdapter([16], [16], [16], [20], 16, depth=1, heads=2).eval(),
     }
     fields = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4}
     vae = Autoencoder("kl", {"latent_channels": 4, "up_block_types": ("UpDecoderBlock2D",) * 2, **fields}).eval()

@@ -160,7 +160,7 @@ def test_samplers_reach_the_data_of_a_known_velocity(pipeline, scheduler, monkey
         ({"prompt": 3}, "prompt is a int"),
         ({"prompt": []}, "empty list"),
         ({}, "neither"),
-        ({"prompt": "red " * 60}, "at most 24 fit"),
+        ({"prompt": "red " * 60, "strict": True}, "more than 24 tokens, all that are read; shorten it by"),
         ({"prompt": "a", "height": 0}, "height 0: expected a multiple of 4"),
         ({"prompt": "a", "negative_prompt": 3}, "negative_prompt is a int"),
         ({"prompt": "a", "guidance_scale": "x"}, "guidance_scale 'x'"),

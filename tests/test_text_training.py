@@ -3,18 +3,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from sd_mini import data, shapes
 from sd_mini.config import read
+from sd_mini.pipeline import Pipeline
+from sd_mini.stages import load_stage
+from sd_mini.text_encoder import TextStage
+from tests.launching import error_line, launch
+from tests.test_open_clip import save_model
 from training.batches import Batch, batch_ids
-from training.text_encoder import LayoutHead, TextConfig, TextTask, hard_negative, siglip_losses
+from training.partial import merged, thaw
+from training.text_encoder import TextConfig, TextTask
+from training.text_losses import LayoutHead, infonce_losses, siglip_losses
 
 SMOKE = Path(__file__).parent.parent / "training" / "configs" / "smoke" / "text_encoder.yaml"
 
 
+def make_task(folder, *overrides):
+    return TextTask(read(TextConfig, SMOKE, [str(o) for o in overrides]), folder)
+
+
 @pytest.fixture(scope="module")
-def task():
-    return TextTask(read(TextConfig, SMOKE))
+def task(tmp_path_factory):
+    return make_task(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, task):
+    """Folders of tiny pretrained encoders, BERT and T5, with a tokenizer that reads the captions."""
+    found = {}
+    words = task.stage.encoders[0].tokenizer
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    t5 = T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    models = {"bert": BertModel(BertConfig(vocab_size=len(words), **sizes)), "t5": T5EncoderModel(t5)}
+    for name, model in models.items():
+        found[name] = tmp_path_factory.mktemp("pretrained") / name
+        model.save_pretrained(found[name])
+        PreTrainedTokenizerFast(
+            tokenizer_object=words.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        ).save_pretrained(found[name])
+    return found
 
 
 def make_batch(task, rows=slice(0, 8)):
@@ -27,18 +56,31 @@ def test_siglip_is_the_papers_sum_over_pairs():
     assert siglip_losses(logits, positive).item() == pytest.approx(torch.log(1 + torch.exp(-z * logits)).sum().item())
 
 
+def test_infonce_is_cross_entropy_where_one_is_right_and_their_share_where_several_are():
+    torch.manual_seed(0)
+    logits, right = torch.randn(4, 6), torch.tensor([0, 5, 2, 2])
+    positive = torch.nn.functional.one_hot(right, 6).bool()
+    expected = torch.nn.functional.cross_entropy(logits, right, reduction="none")
+    torch.testing.assert_close(infonce_losses(logits, positive), expected)
+    positive[:, 1] = True
+    expected = -(logits.softmax(1) * positive).sum(1).log()
+    torch.testing.assert_close(infonce_losses(logits, positive), expected)
+
+
 def test_each_picture_comes_with_a_caption_of_its_own(task):
     inputs = task.inputs(make_batch(task))
     rows = torch.arange(8)
-    assert inputs["positive"][rows, inputs["own"]].all()
-    for number, ids in zip(make_batch(task).own_ids, inputs["ids"][inputs["own"]], strict=True):
-        assert task.stage.tokenizer.decode(ids, skip_special_tokens=True).strip() in task.train.captions[number]
+    column = inputs["shared"][inputs["own"]]
+    assert inputs["positive"][rows, column].all()
+    tokenizer = task.stage.encoders[0].tokenizer
+    for number, ids in zip(make_batch(task).own_ids, inputs["ids_0"][inputs["own"]], strict=True):
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() in task.train.captions[number]
 
 
 def test_a_part_of_the_batch_sees_all_texts_and_its_own_pictures(task):
     whole, part = task.inputs(make_batch(task)), task.inputs(make_batch(task, slice(4, 8)))
-    assert torch.equal(whole["ids"], part["ids"])
-    for name in ("pixels", "own", "positive"):
+    assert torch.equal(whole["ids_0"], part["ids_0"])
+    for name in ("pictures", "thumbnails", "own", "positive"):
         assert torch.equal(whole[name][4:], part[name])
 
 
@@ -60,26 +102,159 @@ def test_the_layout_term_reaches_the_words_residual_and_never_padding():
     assert tokens.grad[1, 2:].abs().max() == 0 and (tokens.grad[mask].abs().sum(-1) > 0).all()
 
 
+def test_the_plain_projection_learns_and_teaches_nobody(task):
+    """Its loss reaches its own weights alone, and without it the others' gradients are the same."""
+    objective = task.players["text_encoder"].objective.eval()
+    inputs = task.inputs(make_batch(task))
+    hidden = objective.hidden({k: v for k, v in inputs.items() if k.endswith("_0")})
+    seen = objective.matcher(inputs["pictures"])
+    loss = objective._probe(seen, hidden, inputs["shared"], inputs["text_places"], inputs["positive"])
+    loss.sum().backward()
+    reached = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached and all(name.startswith("matcher.projection.") for name in reached)
+    objective.zero_grad()
+
+
 def test_word_vectors_stay_the_words_identity(task):
-    assert not task.stage.encoder.get_input_embeddings().weight.requires_grad
-    assert not task.stage.adapter.word_in.weight.requires_grad
+    assert not task.stage.encoders[0].model.get_input_embeddings().weight.requires_grad
+    assert not task.stage.adapter.inputs[0].word_in.weight.requires_grad
 
 
-def test_hard_negatives_of_scenes_are_never_true():
-    pictures = data.load(data.DataConfig(count=200, resolution=32))
-    for number, captions in enumerate(pictures.captions):
-        assert hard_negative(pictures, number, seed=0) not in captions
+def test_a_frozen_encoders_states_are_read_from_the_cache_as_they_were(tmp_path, pretrained):
+    task = make_task(tmp_path, "--encoder.name", pretrained["bert"], "--cache_dtype", "float32")
+    objective = task.players["text_encoder"].objective
+    assert not objective.encoders and not any("bert" in name.lower() for name, _ in objective.named_parameters())
+    inputs = task.inputs(make_batch(task))
+    texts = list(task.texts.numbers)
+    chosen = [task.own[i] for i in make_batch(task).own_ids]
+    encoder = task.stage.encoders[0]
+    for row, own in enumerate(inputs["own"].tolist()):
+        kept = inputs["mask_0"][own]
+        with torch.no_grad():
+            ways = [encoder(*encoder.tokenize([texts[number]])) for number in chosen[row]]
+        close = [
+            w.states.shape[1] == kept.sum() and torch.allclose(w.states[0], inputs["states_0"][own][kept], atol=1e-6)
+            for w in ways
+        ]
+        best = ways[close.index(True)]
+        torch.testing.assert_close(best.pooled[0], inputs["pooled_0"][own], rtol=0, atol=1e-6)
+        assert torch.equal(best.words[0], inputs["words_0"][own][kept])
 
 
-def test_hard_negatives_of_other_captions_swap_two_words():
-    captions = [["a dog on a mat"], ["cat"], ["red red"]]
-    pictures = data.CaptionedPictures(np.zeros((3, 3, 4, 4), np.uint8), captions, "test")
-    swapped = hard_negative(pictures, 0, seed=0)
-    assert sorted(swapped.split()) == sorted(captions[0][0].split()) and swapped != captions[0][0]
-    assert hard_negative(pictures, 1, seed=0) == "red red" and hard_negative(pictures, 2, seed=0) == "a dog on a mat"
+def test_the_last_layers_alone_are_trained(tmp_path, pretrained):
+    task = make_task(tmp_path, "--encoder.name", pretrained["bert"], "--encoder.train_layers", 2)
+    model = task.players["text_encoder"].objective.encoders["0"]
+    trained = {name.split(".layer.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"1", "2"} and not any(p.requires_grad for p in model.embeddings.parameters())
+    with pytest.raises(ValueError, match="train_layers 4: BertModel has 3"):
+        make_task(tmp_path, "--encoder.name", pretrained["bert"], "--encoder.train_layers", 4)
 
 
-def test_a_swap_is_a_caption_of_the_swapped_scene():
-    scene = shapes.sample_scene(0, 3, kinds=("two_objects",))
-    twin, _ = shapes.swapped(scene, 1)
-    assert twin.canonical() != scene.canonical()
+def test_lora_starts_as_the_encoder_and_merges_into_it(pretrained):
+    from sd_mini.load_encoder import load_encoder
+
+    for name in ("bert", "t5"):
+        _, model = load_encoder(pretrained[name])
+        ids = torch.tensor([[5, 6, 7]])
+        before = model(input_ids=ids).last_hidden_state
+        thaw(model, 0, lora_rank=2)
+        assert all("lora" in n for n, p in model.named_parameters() if p.requires_grad)
+        torch.testing.assert_close(model(input_ids=ids).last_hidden_state, before)
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                torch.nn.init.normal_(p)
+        changed, plain = model(input_ids=ids).last_hidden_state, merged(model)
+        assert not torch.allclose(changed, before)
+        torch.testing.assert_close(plain(input_ids=ids).last_hidden_state, changed, rtol=1e-4, atol=1e-5)
+        assert not any("lora" in n for n in plain.state_dict())
+        assert any("lora" in n for n in model.state_dict())
+
+
+ENCODERS = {
+    "frozen": lambda p: ["--encoder.name", p["bert"]],
+    "lora": lambda p: ["--encoder.name", p["bert"], "--encoder.lora_rank", 2],
+    "last layers and a frozen second": lambda p: [
+        "--encoder.name", p["t5"], "--encoder.train_layers", 1, "--encoder_2", f"{{name: {p['bert']}, max_length: 20}}"
+    ],
+    "from scratch beside a frozen one, infonce": lambda p: [
+        "--encoder_2", f"{{name: {p['t5']}, max_length: 16}}", "--loss.infonce", 1, "--twins", 2
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_through_all_three_stages_to_a_picture(tmp_path, smoke_run, pretrained, kind):
+    """Whatever the encoders: trained, exported, read back by stage 3, joined, saved and loaded as a pipeline."""
+    overrides = [str(o) for o in ENCODERS[kind](pretrained)]
+    assert launch("text_encoder", tmp_path, *overrides) == 0
+    (tmp_path / "autoencoder").symlink_to(smoke_run / "autoencoder")
+    assert launch("noise_predictor", tmp_path) == 0
+    pipeline = Pipeline.from_run(tmp_path)
+    pipeline.save(tmp_path / "pipeline")
+    loaded = Pipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    made = [
+        p("a red circle", generator=torch.Generator().manual_seed(0), output_type="np").images for p in (pipeline, loaded)
+    ]
+    assert np.isfinite(made[0]).all()
+    np.testing.assert_allclose(*made, rtol=0, atol=1e-6)
+    embeds, mask = loaded.encode_prompt("a red circle")
+    again = loaded(
+        prompt_embeds=embeds, prompt_mask=mask, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+    np.testing.assert_allclose(again, made[0], rtol=0, atol=1e-6)
+    stage = TextStage.from_parts(load_stage(tmp_path / "text_encoder" / "final").parts)
+    with torch.no_grad():
+        out = stage.encode(["a red circle", "two small blue squares"])
+    assert out.tokens[out.mask].std().item() == pytest.approx(1, abs=0.25)
+
+
+def test_a_frozen_open_clip_tower_and_its_text_half(tmp_path):
+    name = save_model(tmp_path / "model")
+    assert launch("text_encoder", tmp_path / "run", "--tower.name", name, "--encoder.name", name,
+                  "--encoder.max_length", "16", "--train.steps", "3") == 0  # fmt: skip
+    stage = load_stage(tmp_path / "run" / "text_encoder" / "final")
+    assert type(stage.parts["text_encoder"]).__name__ == "CLIPTextModelWithProjection"
+    assert stage.parts["matcher"].config.feature_dim == 8
+
+
+def test_features_made_elsewhere(tmp_path, capsys):
+    np.save(tmp_path / "train.npy", np.random.default_rng(0).normal(size=(64, 12)).astype(np.float32))
+    np.save(tmp_path / "valid.npy", np.zeros((15, 12), np.float32))
+    arguments = ("--tower.features", str(tmp_path), "--train.steps", "3")
+    assert launch("text_encoder", tmp_path / "run", *arguments) == 2
+    assert "(15, 12); expected floats, (16, F)" in error_line(capsys.readouterr().err)
+    np.save(tmp_path / "valid.npy", np.zeros((16, 12), np.float32))
+    assert launch("text_encoder", tmp_path / "run", *arguments) == 0
+    assert load_stage(tmp_path / "run" / "text_encoder" / "final").parts["matcher"].config.feature_dim == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--encoder.lora_rank", "2"], "are for a pretrained encoder"),
+        (["--encoder", "{name: x, lora_rank: 2, train_layers: 1}"], "expected one of them"),
+        (["--loss.infonce", "1", "--train.accumulation", "2"], "expected accumulation 1"),
+        (["--encoder.max_length", "8", "--strict", "true"], "first is in row 0,.*shorten them, raise encoder"),
+        (["--encoder.name", "ViT-B-32", "--encoder.weights", "none.pt"], r"no weights file none\.pt"),
+        (["--tower.features", "/nowhere"], "tower.features: /nowhere/train.npy cannot be read"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path, capsys, arguments, says):
+    import re
+
+    assert launch("text_encoder", tmp_path / "run", *arguments) == 2
+    assert re.search(says, error_line(capsys.readouterr().err))
+    assert not (tmp_path / "run" / "text_encoder").exists()
+
+
+def test_the_share_of_cut_captions_is_said_before_training(tmp_path, capsys):
+    task = make_task(tmp_path, "--encoder.max_length", 8)
+    said = capsys.readouterr().err
+    assert "shapes:train:" in said and "captions (" in said and "more than 8 tokens" in said and "loses" in said
+    inputs = task.inputs(make_batch(task))
+    end = task.stage.encoders[0].tokenizer.eos_token_id
+    last = inputs["mask_0"].sum(1) - 1
+    assert (inputs["ids_0"][torch.arange(len(last)), last] == end).all()
+
+

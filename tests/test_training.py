@@ -128,7 +128,7 @@ def test_other_data_is_another_cache(smoke_run, tmp_path):
         ("autoencoder", ["--train.muon_lr", "0.02"], "train.muon_lr 0.02: expected a network with linear layers"),
         ("text_encoder", ["--encoder.name", "no/such-model"], "text encoder 'no/such-model'"),
         ("text_encoder", ["--adapter.heads", "5"], "dim 32 is not a multiple of heads 5"),
-        ("text_encoder", ["--adapter.max_length", "8"], "at most 8 fit"),
+        ("text_encoder", ["--encoder.max_length", "8", "--strict", "true"], "more than 8 tokens"),
         ("text_encoder", ["--tower.patch", "5"], "tower.patch 5 does not divide"),
         ("text_encoder", ["--data.text_column", "null", "--data.source", "x"], "give both, from the same data"),
         ("autoencoder", ["--data.resolution", "64"], "valid.resolution 32; give both the same"),

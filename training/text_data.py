@@ -39,7 +39,10 @@ def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], 
     `captions` are those of each row of the data set `name`. Raises ValueError, the row named, for a caption that cannot
     be encoded and, if `strict`, for the first that would be cut.
     """
-    first = {text: row for row, several in reversed(list(enumerate(captions))) for text in several}
+    first: dict[str, int] = {}
+    for row, several in enumerate(captions):
+        for text in several:
+            first.setdefault(text, row)
     texts = list(first)
     for encoder in encoders:
         rows, cuts = encoder.token_rows(texts, where=lambda i: f"row {first[texts[i]]} of {name}: a caption")

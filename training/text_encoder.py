@@ -141,6 +141,8 @@ class TextTask:
         lengths = [encoder.max_length for encoder in encoders]
         adapter = TextAdapter(*map(list, zip(*widths, strict=True)), lengths, **config.adapter.model_dump())
         self.stage = TextStage(encoders, adapter)
+        self.features = self._features(cache)
+        tower = self._tower()  # the last that can be refused: from here on there are caches
         self.texts = text_data.Texts(self.stage, trained)
         self.own = [self.texts.add(captions) for captions in self.train.captions]
         self.twins = [
@@ -150,8 +152,7 @@ class TextTask:
         self.texts.close(cache, config.cache_dtype)
         for read, encoder, rows in zip(adapter.inputs, encoders, self.texts.rows, strict=True):
             read.set_words(text_data.occurring_words(encoder, rows))
-        self.features = self._features(cache)
-        matcher = Matcher(config.adapter.dim, **self._tower(), projected_dim=projected_dim(self.stage))
+        matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
         objective = Objective(self.stage, trained, matcher, config.loss)
         self.players = {"text_encoder": Player(objective, config.train)}
 

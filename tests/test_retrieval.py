@@ -1,0 +1,83 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from sd_mini import data, retrieval, shapes
+from sd_mini.retrieval import Matcher, phrased_alike, recalls, text_scores, twin
+
+
+def test_recall_by_hand():
+    """Four pictures along the axes; the texts lean from their own picture towards the next one."""
+    pictures = torch.eye(4)
+    texts = torch.eye(4) + torch.tensor([0.0, 2.0, 0.6, 2.0])[:, None] * torch.eye(4).roll(1, dims=1)
+    texts /= texts.norm(dim=1, keepdim=True)
+    found = recalls(pictures, texts, ["a", "b", "c", "d"], slice(0, 4))
+    assert found["recall_at_1"].tolist() == [1, 0, 1, 0] and found["recall_at_5"].tolist() == [1] * 4
+    assert found["recall_of_captions_at_1"].tolist() == [1, 1, 0, 0]
+
+
+def test_a_picture_of_the_same_caption_is_as_right():
+    pictures, texts = torch.eye(3), torch.eye(3)[[1, 1, 2]]
+    found = recalls(pictures, texts, ["same", "same", "other"], slice(0, 3))
+    assert found["recall_at_1"].tolist() == [1, 1, 1]
+    assert recalls(pictures, texts, ["a", "b", "c"], slice(0, 3))["recall_at_1"].tolist() == [0, 1, 1]
+
+
+def test_parts_of_the_rows_score_as_the_whole():
+    torch.manual_seed(0)
+    pictures, texts = (torch.nn.functional.normalize(torch.randn(9, 4), dim=-1) for _ in range(2))
+    captions = list("abcdefgha")
+    whole = recalls(pictures, texts, captions, slice(0, 9))
+    parts = [recalls(pictures, texts, captions, slice(a, b)) for a, b in pairwise((0, 4, 9))]
+    for name, scores in whole.items():
+        assert np.array_equal(scores, np.concatenate([part[name] for part in parts]))
+
+
+def test_twins_of_scenes_are_never_true_and_differ_in_what_was_changed_alone():
+    pictures = data.load(data.DataConfig(count=200, resolution=32))
+    for number, captions in enumerate(pictures.captions):
+        other = twin(pictures, number, seed=0)
+        assert other not in captions and other != twin(pictures, number, seed=5) or number
+        assert len(other.split()) == pytest.approx(len(phrased_alike(pictures, number).split()), abs=4)
+
+
+def test_a_swap_is_a_caption_of_the_swapped_scene():
+    scene = shapes.sample_scene(0, 3, kinds=("two_objects",))
+    other, _ = shapes.swapped(scene, 1)
+    assert other.canonical() != scene.canonical()
+
+
+def test_twins_of_other_captions_are_their_own_words():
+    captions = [["a dog by a mat"], ["cat"], ["red circle", "blue circle"]]
+    pictures = data.CaptionedPictures(np.zeros((3, 3, 4, 4), np.uint8), captions, "test")
+    assert sorted(twin(pictures, 0, seed=0).split()) == sorted(captions[0][0].split())
+    assert twin(pictures, 1, seed=0) == "red circle"
+    assert {twin(pictures, 2, seed=s) for s in range(60)}.isdisjoint(captions[2])
+
+
+def test_scores_of_a_run_are_those_computed_plainly(tiny_run):
+    """Against rankings made one picture at a time with numpy."""
+    from sd_mini.stages import load_stage
+    from sd_mini.text_encoder import TextStage
+
+    parts = load_stage(tiny_run / "text_encoder" / "final").parts
+    stage, matcher = TextStage.from_parts(parts), parts["matcher"]
+    pictures = data.load(data.DataConfig(split="test", count=12, resolution=32))
+    scores = text_scores(stage, matcher, pictures, pictures.pixels(range(12)), slice(0, 12))
+    captions = [phrased_alike(pictures, i) for i in range(12)]
+    with torch.no_grad():
+        seen = matcher(pictures.pixels(range(12))).numpy()
+        said = np.stack([stage.encode([c]).pooled[0].numpy() for c in captions])
+        wrong = np.stack([stage.encode([twin(pictures, i, retrieval.MEASURED)]).pooled[0].numpy() for i in range(12)])
+    said, wrong = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (said, wrong))
+    ranks = [int((seen[i] @ said.T > seen[i] @ said[i]).sum()) for i in range(12)]
+    assert scores["recall_of_captions_at_5"].tolist() == [float(rank < 5) for rank in ranks]
+    assert scores["binding"].tolist() == [float(seen[i] @ said[i] > seen[i] @ wrong[i]) for i in range(12)]
+
+
+def test_the_matcher_takes_pixels_or_features():
+    pixels, features = Matcher(16, width=16), Matcher(16, feature_dim=10)
+    assert pixels(torch.zeros(2, 3, 32, 32)).shape == features(torch.zeros(2, 10)).shape == (2, 16)
+    torch.testing.assert_close(pixels(torch.randn(2, 3, 32, 32)).norm(dim=1), torch.ones(2))

@@ -1,0 +1,41 @@
+import pytest
+
+from sd_mini.texts import check_text, shown, word_twins
+
+
+def test_attributes_are_exchanged_before_anything_else():
+    found = word_twins("a red dog and a blue cat")
+    assert "a blue dog and a red cat" in found and "a green dog and a blue cat" in found
+    assert all("dog" in twin and "cat" in twin for twin in found)
+
+
+def test_relations_are_turned_round():
+    assert word_twins("a dog above a mat") == ["a dog below a mat"]
+    assert "arrow pointing right" in word_twins("arrow pointing left")
+
+
+def test_other_words_change_places():
+    assert word_twins("dog on mat") == ["dog in mat"]
+    assert word_twins("dog, mat!") == ["mat, dog!"]
+    assert sorted(word_twins("grinning cat face")) == ["cat grinning face", "face cat grinning", "grinning face cat"]
+
+
+@pytest.mark.parametrize("text", ["cat", "cat cat", "...", "Cat cat"])
+def test_words_that_give_no_twin(text):
+    assert word_twins(text) == []
+
+
+def test_a_twin_has_other_words_or_another_order():
+    for text in ("Red Circle", "two GREEN stars", "日本 語", "it's a-b"):
+        twins = word_twins(text)
+        assert text not in twins and len(set(twins)) == len(twins)
+
+
+def test_check_text_names_where():
+    with pytest.raises(ValueError, match=r"row 3: a caption has a lone surrogate, U\+DC00, at character 1"):
+        check_text("a\udc00", "row 3: a caption")
+    check_text("nul \x00 and \u202e bidi", "row 3")
+
+
+def test_shown_is_one_short_line():
+    assert shown("a\nb") == "'a\\nb'" and len(shown("x" * 10**6)) == 80
