@@ -17,6 +17,7 @@ from typing import Any
 from eval import report
 from eval.generate import Sampling
 from eval.measure import FIRST_SCENE_SEED, Measured, measure_captions, measure_shapes
+from eval.text import TextProbe
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import DataConfig
@@ -41,14 +42,16 @@ def _main(argv: Sequence[str]) -> None:
         guidance=pipeline.config.default_guidance if options.guidance is None else options.guidance,
         batch=options.batch,
     )
+    stages = report.stages_beside(options.pipeline, pipeline.config.stages)
+    probe = TextProbe(stages["text_encoder"]) if "text_encoder" in stages else None
     if options.data == "shapes":
-        measured = measure_shapes(pipeline, options.prompts, options.seed, sampling)
+        measured = measure_shapes(pipeline, options.prompts, options.seed, sampling, probe)
     else:
         data = DataConfig(source=options.data, split=options.split or "test", resolution=pipeline.config.resolution)
-        measured = measure_captions(pipeline, data, options.prompts, sampling)
+        measured = measure_captions(pipeline, data, options.prompts, sampling, probe)
     full = {
         **measured.scores,
-        "seconds": report.seconds(options.pipeline, pipeline.config.stages, time.perf_counter() - started),
+        "seconds": report.seconds(stages, time.perf_counter() - started),
         "protocol": _protocol(pipeline, options, sampling, measured),
     }
     report.write(options.out, full, measured.galleries)

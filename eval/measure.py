@@ -12,8 +12,9 @@ from eval.composition import Verdict, judge, summarise
 from eval.composition_objects import MIN_SIDE
 from eval.generate import Sampling, generate
 from eval.reconstruction import reconstruct, reconstruction_psnr
+from eval.text import TextProbe, blame
 from sd_mini import shapes
-from sd_mini.data import DataConfig, load
+from sd_mini.data import CaptionedPictures, DataConfig, load
 from sd_mini.pipeline import Pipeline
 
 # prompts a split; with the world's mix of kinds, test then asks for about 175 single objects and 200 pairs
@@ -50,8 +51,11 @@ class Measured:
     galleries: list[Gallery]
 
 
-def measure_shapes(pipeline: Pipeline, prompts: int | None, seed: int, sampling: Sampling) -> Measured:
-    """The three splits training has not seen, judged; beside each the ceiling, true drawings through the autoencoder.
+def measure_shapes(
+    pipeline: Pipeline, prompts: int | None, seed: int, sampling: Sampling, probe: TextProbe | None = None
+) -> Measured:
+    """The three splits training has not seen, judged; beside each the ceiling, true drawings through the autoencoder,
+    and, with `probe`, what the text stage alone knows of the same scenes.
 
     `prompts` asks for so many a split instead of PROMPTS. Raises ValueError if the pictures are too small to be read.
     """
@@ -71,10 +75,26 @@ def measure_shapes(pipeline: Pipeline, prompts: int | None, seed: int, sampling:
             verdicts = _judge_all(made, scenes)
             scores["composition"][split] = summarise(verdicts)
             scores["ceiling"][split] = summarise(_judge_all(reconstructed, scenes))
+            if probe is not None:
+                config = DataConfig(
+                    split=split, count=count, seed=FIRST_SCENE_SEED + seed, resolution=probe.resolution
+                )
+                _add_text(scores, split, probe, load(config))
+                binding = scores["text"].get(split, {}).get("binding")
+                if binding is not None:
+                    both = (scores[part][split]["all"]["exact"] for part in ("composition", "ceiling"))
+                    scores.setdefault("blame", {})[split] = blame(*both, binding)
             if split == "test":
                 scores["reconstruction"] = reconstruction_psnr(drawn, reconstructed)
                 galleries = pick_galleries(made, captions, verdicts)
     return Measured(scores, counts, galleries)
+
+
+def _add_text(scores: dict[str, Any], split: str, probe: TextProbe, data: CaptionedPictures) -> None:
+    if probe.sees_pixels:
+        scores.setdefault("text", {})[split] = probe.scores(data)
+    else:
+        scores["text"] = probe.recorded()
 
 
 def _caption(scene: shapes.Scene, index: int) -> str:
@@ -103,8 +123,11 @@ def _note(verdict: Verdict) -> str:
     return "cannot be read" if verdict.abstain else f"{verdict.soft:.0%} of the facts hold"
 
 
-def measure_captions(pipeline: Pipeline, data: DataConfig, prompts: int | None, sampling: Sampling) -> Measured:
-    """Captions of any other data, of which only the autoencoder can be scored: nothing here judges their pictures.
+def measure_captions(
+    pipeline: Pipeline, data: DataConfig, prompts: int | None, sampling: Sampling, probe: TextProbe | None = None
+) -> Measured:
+    """Captions of any other data, of which only the autoencoder and, with `probe`, the text stage can be scored:
+    nothing here judges their pictures.
 
     Raises ValueError for what `data` cannot be read as, pictures without captions, and fewer rows than `prompts`.
     """
@@ -118,7 +141,10 @@ def measure_captions(pipeline: Pipeline, data: DataConfig, prompts: int | None, 
     with tqdm(total=len(chosen), desc="pictures", delay=1) as bar:
         made = generate(pipeline, chosen, sampling, bar)
     psnr = reconstruction_psnr(rows.pictures, reconstruct(pipeline.autoencoder, rows.pictures, sampling.batch))
+    scores: dict[str, Any] = {"reconstruction": psnr}
+    if probe is not None and all(rows.captions):
+        _add_text(scores, data.split, probe, load(data.model_copy(update={"resolution": probe.resolution})))
     shown = [Tile(*row) for row in zip(made, chosen, strict=True)][:PICTURES_OF_OTHER_DATA]
     rule = f"The first {len(shown)} captions in order, whatever came of them."
     gallery = Gallery(f"Pictures of the {data.split} split", rule, shown)
-    return Measured({"reconstruction": psnr}, {data.split: len(chosen)}, [gallery])
+    return Measured(scores, {data.split: len(chosen)}, [gallery])

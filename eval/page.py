@@ -65,6 +65,36 @@ passed through the autoencoder alone: what is lost there, no prompt and no noise
 <p>There are no composition scores: only the scenes of the shapes world come with a graph that a picture can be checked
 against. These pictures are to be looked at; the autoencoder is measured.</p>
 {% endif %}
+{% if blame %}
+<h2>Which stage is to blame</h2>
+<p>Of all prompts of a split. The autoencoder: what even true drawings lose in it. The text encoder, at most: captions
+that it does not tell from their twin (<b>binding</b>, below), of those that are left. The noise predictor: the rest.</p>
+<table>
+<tr><th>split</th><th>exact</th><th>autoencoder</th><th>text encoder</th><th>noise predictor</th></tr>
+{% for split, parts in blame.items() %}
+<tr><td>{{ split }}</td><td>{{ percent(1 - parts.values() | sum) }}</td><td>{{ percent(parts.autoencoder) }}</td>
+<td>{{ percent(parts.text_encoder) }}</td><td>{{ percent(parts.noise_predictor) }}</td></tr>
+{% endfor %}
+</table>
+{% endif %}
+{% if text %}
+<h2>The text stage alone</h2>
+<p>Measured on true pictures. Binding: how often a picture is nearer to its caption than to its twin, which differs in
+one attribute or relation (chance 50 %), by the adapter and by a plain projection of the same encoder. Recall@k: how
+often a caption finds its picture among the first k of n; in brackets by the plain projection.</p>
+<table>
+<tr><th>split</th><th>binding</th><th>95 %</th><th>plain projection</th><th>recall@1</th><th>@5</th><th>@10</th><th>n</th></tr>
+{% for split, row in text.items() %}
+<tr><td>{{ split }}</td><td>{{ percent(row.binding) }}</td>
+<td>{{ "%.1f" | format(100 * row.binding_low) }}–{{ "%.1f" | format(100 * row.binding_high) }}</td>
+<td>{{ percent(row.binding_projection) }}</td>
+{% for k in (1, 5, 10) %}
+<td>{{ percent(row["recall_at_%d" % k]) }} ({{ percent(row["recall_at_%d_projection" % k]) }})</td>
+{% endfor %}
+<td>{{ row.n }}</td></tr>
+{% endfor %}
+</table>
+{% endif %}
 <p>Reconstruction by the autoencoder: {{ "%.2f" | format(reconstruction.psnr) }} dB PSNR, the mean of
 {{ reconstruction.n }} pictures.</p>
 {% for gallery in galleries %}
@@ -106,6 +136,9 @@ def render(report: dict[str, Any], galleries: list[Gallery]) -> str:
     return environment.from_string(_TEMPLATE).render(
         splits=_rows(report),
         reconstruction=report["reconstruction"],
+        text=report.get("text"),
+        blame=report.get("blame"),
+        percent=lambda share: f"{100 * share:.1f} %",
         seconds=report["seconds"],
         protocol=report["protocol"],
         galleries=galleries,

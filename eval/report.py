@@ -17,20 +17,21 @@ _GRID_COLUMNS = 6
 _GRID_SCALE = 2
 
 
-def seconds(pipeline: Path, stages: dict[str, str], evaluation: float) -> dict[str, float]:
-    """Seconds each stage was trained for, the evaluation, and `total`, their sum.
+def stages_beside(pipeline: Path, stages: dict[str, str]) -> dict[str, Path]:
+    """The exported stages that a pipeline was joined from, by name, of those that still lie in its run.
 
-    `pipeline` is the folder that was measured: a run, or a run's `pipeline/`. A stage is left out unless the one that
-    lies in that run is the one the pipeline was joined from, by `stages`, its hashes by name.
+    `pipeline` is the folder that was measured: a run, or a run's `pipeline/`; `stages` its hashes by name.
     """
     is_run = any((pipeline / kind / "final").is_dir() for kind in KINDS)
     run = pipeline if is_run else pipeline.resolve().parent
-    spent = {}
-    for kind in KINDS:
-        folder = run / kind / "final"
-        contract = read_contract(folder, kind) if (folder / CONTRACT).is_file() else {}
-        if kind in stages and contract.get("hash") == stages[kind] and "seconds" in contract:
-            spent[kind] = contract["seconds"]
+    folders = {kind: run / kind / "final" for kind in KINDS if (run / kind / "final" / CONTRACT).is_file()}
+    return {k: f for k, f in folders.items() if k in stages and read_contract(f, k).get("hash") == stages[k]}
+
+
+def seconds(stages: dict[str, Path], evaluation: float) -> dict[str, float]:
+    """Seconds each of the exported stages was trained for, the evaluation, and `total`, their sum."""
+    contracts = {kind: read_contract(folder, kind) for kind, folder in stages.items()}
+    spent = {kind: contract["seconds"] for kind, contract in contracts.items() if "seconds" in contract}
     spent["evaluation"] = round(evaluation, 1)
     return {**spent, "total": round(sum(spent.values()), 1)}
 
@@ -58,11 +59,21 @@ def table(report: dict[str, Any]) -> str:
             _cell(scores.get(category), report["ceiling"][split].get(category)) for split, scores in splits.items()
         ]
         lines.append(f"{category.replace('_', ' '):13}" + "".join(f"{cell:>32}" for cell in cells))
+    if report.get("text"):
+        lines.append("text stage: " + "; ".join(_text_line(*entry) for entry in report["text"].items()))
     reconstruction = report["reconstruction"]
     lines.append(f"reconstruction: {reconstruction['psnr']:.2f} dB PSNR over {reconstruction['n']} pictures")
     spent = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report["seconds"].items())
     lines.append(f"seconds: {spent}")
     return "\n".join(lines)
+
+
+def _text_line(split: str, scores: dict[str, float]) -> str:
+    shares = {name: f"{100 * scores[name]:.1f}" for name in ("binding", "binding_projection", "recall_at_1")}
+    return (
+        f"{split}: binding {shares['binding']} % (plain projection {shares['binding_projection']} %), "
+        f"recall@1 {shares['recall_at_1']} % of {scores['n']}"
+    )
 
 
 def _cell(score: dict[str, float] | None, ceiling: dict[str, float] | None) -> str:

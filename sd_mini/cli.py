@@ -73,6 +73,7 @@ def _parser() -> Parser:
     generate.add_argument("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
     generate.add_argument("--height", type=whole(1), help="px; the training resolution if left out")
     generate.add_argument("--width", type=whole(1), help="px; the training resolution if left out")
+    generate.add_argument("--strict", action="store_true", help="refuse a prompt that is too long, instead of cutting it")
     generate.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
 
     inspect = commands.add_parser("inspect", help="print what a run holds")
@@ -177,6 +178,7 @@ def _generate(options: argparse.Namespace) -> None:
             width=options.width,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
+            strict=options.strict,
             generator=torch.Generator().manual_seed(seed),
         )
         _save(made.images[0], target, picture_format)

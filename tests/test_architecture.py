@@ -12,8 +12,9 @@ ROOT = Path(__file__).parent.parent
 ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"eval", "sd_mini"}}
 # inside sd_mini a module may import only modules of a lower layer, or of its own
 LAYERS = [
-    {"config", "images", "diffusion"} | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")},
-    {"text_encoder", "autoencoder", "noise_predictor", "data"},
+    {"config", "images", "diffusion", "texts"} | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")},
+    {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor", "data"},
+    {"retrieval"},
     {"stages"},
     {"pipeline"},
     {"cli"},

@@ -117,7 +117,7 @@ def test_generate_refuses_before_it_loads_anything(options, parts, tiny_run, tmp
         (PROMPT, ["--height", "33"], ["height 33", "32", "36"]),
         (PROMPT, ["--guidance", "-1"], ["guidance", "-1"]),
         ("  ", [], ["empty"]),
-        ("red " * 99, [], ["tokens", "24"]),
+        ("red " * 99, ["--strict"], ["tokens", "24"]),
     ],
 )
 def test_generate_refuses_what_no_picture_comes_out_of(prompt, options, parts, tiny_run, tmp_path, capsys):

@@ -16,11 +16,16 @@ import torch
 from PIL import Image
 
 from eval.__main__ import main
-from eval.composition import CategoryVerdict, Verdict, judge, summarise
+from eval.composition import CategoryVerdict, Verdict, judge, summarise, wilson
 from eval.measure import PROMPTS, pick_galleries
 from eval.reconstruction import reconstruct
-from eval.report import seconds, table
+from eval.report import seconds, stages_beside, table
+from eval.text import blame
 from sd_mini import Pipeline, images, shapes
+from sd_mini.data import DataConfig, load
+from sd_mini.retrieval import text_scores
+from sd_mini.stages import load_stage
+from sd_mini.text_encoder import TextStage
 
 PROMPTS_ASKED, STEPS, SEED = 13, 2, 7
 SPLITS = ("test", "heldout_pairs", "heldout_relations")
@@ -78,7 +83,7 @@ def verdicts_of(pictures, scenes):
 
 
 def test_report_has_every_field_and_no_other(report, tiny_run):
-    assert set(report) == {"composition", "ceiling", "reconstruction", "seconds", "protocol"}
+    assert set(report) == {"composition", "ceiling", "text", "blame", "reconstruction", "seconds", "protocol"}
     for part in ("composition", "ceiling"):
         assert tuple(report[part]) == SPLITS
         for split, categories in report[part].items():
@@ -156,10 +161,35 @@ def test_seconds_are_those_of_the_stages_that_were_joined(report, tiny_run, tmp_
         sum(trained.values()) + spent["evaluation"], abs=0.1
     )
     stages = report["protocol"]["stages"]
-    assert seconds(tiny_run, stages, 1.0) == seconds(tiny_run / "pipeline", stages, 1.0)
-    other = seconds(tiny_run / "pipeline", {**stages, "autoencoder": "0" * 64}, 1.0)
-    assert other == {"text_encoder": 1.5, "noise_predictor": 3.0, "evaluation": 1.0, "total": 5.5}
-    assert seconds(tmp_path, stages, 1.0) == {"evaluation": 1.0, "total": 1.0}
+    assert stages_beside(tiny_run, stages) == stages_beside(tiny_run / "pipeline", stages)
+    other = stages_beside(tiny_run / "pipeline", {**stages, "autoencoder": "0" * 64})
+    assert seconds(other, 1.0) == {"text_encoder": 1.5, "noise_predictor": 3.0, "evaluation": 1.0, "total": 5.5}
+    assert stages_beside(tmp_path, stages) == {} and seconds({}, 1.0) == {"evaluation": 1.0, "total": 1.0}
+
+
+def test_the_text_stage_is_scored_on_the_scenes_that_are_asked_for(report, tiny_run):
+    """The same numbers from the stage folder, its rows scored in two halves."""
+    parts = load_stage(tiny_run / "text_encoder" / "final").parts
+    stage, matcher = TextStage.from_parts(parts), parts["matcher"]
+    assert tuple(report["text"]) == SPLITS
+    for split, entry in report["text"].items():
+        pictures = load(DataConfig(split=split, count=PROMPTS_ASKED, seed=1000 + SEED, resolution=32))
+        pixels = pictures.pixels(range(PROMPTS_ASKED))
+        halves = [text_scores(stage, matcher, pictures, pixels, rows) for rows in (slice(0, 6), slice(6, 13))]
+        for name in ("recall_at_1", "recall_at_5", "recall_at_10", "binding", "binding_projection"):
+            assert entry[name] == pytest.approx(np.concatenate([half[name] for half in halves]).mean(), abs=1e-6)
+        assert (entry["binding_low"], entry["binding_high"]) == wilson(round(13 * entry["binding"]), 13)
+        assert entry["n"] == PROMPTS_ASKED
+
+
+def test_the_blame_is_shared_out_whole(report):
+    for split in SPLITS:
+        exact, ceiling = (report[part][split]["all"]["exact"] for part in ("composition", "ceiling"))
+        parts = report["blame"][split]
+        assert sum(parts.values()) + exact == pytest.approx(1) and min(parts.values()) >= 0
+        assert parts == blame(exact, ceiling, report["text"][split]["binding"])
+    assert blame(0.5, 0.9, 0.8) == pytest.approx({"autoencoder": 0.1, "text_encoder": 0.18, "noise_predictor": 0.22})
+    assert blame(0.95, 0.9, 0.8) == pytest.approx({"autoencoder": 0.05, "text_encoder": 0, "noise_predictor": 0})
 
 
 class Page(HTMLParser):
@@ -233,8 +263,8 @@ def test_the_table_has_every_number(report):
     interval = f"[{100 * score['low']:.1f}-{100 * score['high']:.1f}]"
     expected = [f"{100 * score['exact']:.1f}", interval, str(PROMPTS_ASKED), f"{100 * ceiling['exact']:.1f}"]
     assert lines[10].split()[1:5] == expected
-    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[11]
-    assert "noise predictor 3.0" in lines[12] and f"total {report['seconds']['total']:.1f}" in lines[12]
+    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[12] and lines[11].startswith("text stage: test: binding")
+    assert "noise predictor 3.0" in lines[13] and f"total {report['seconds']['total']:.1f}" in lines[13]
 
 
 def test_the_same_seed_gives_the_same_report(folder, report, tiny_run, tmp_path, capsys):
@@ -270,14 +300,14 @@ def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_r
     out = tmp_path / "report"
     assert run(tiny_run / "pipeline", out, "--data", str(captioned), "--prompts", "3") == 0
     report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"reconstruction", "seconds", "protocol"}
+    assert set(report) == {"text", "reconstruction", "seconds", "protocol"} and report["text"]["test"]["n"] == 4
     assert report["reconstruction"]["n"] == len(CAPTIONS)
     assert report["protocol"]["prompts"] == {"test": 3} and "scene_seed" not in report["protocol"]
     page = Page(out / "report.html")
     assert page.alternatives == CAPTIONS[:3] and "b" not in page.tags  # a caption's markup is text
     assert "no composition scores" in page.text
     assert (out / "grid.png").is_file()
-    assert len(capsys.readouterr().out.splitlines()) == 3  # PSNR, seconds, the page's path
+    assert len(capsys.readouterr().out.splitlines()) == 4  # text, PSNR, seconds, the page's path
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, 
 def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
     """Features made elsewhere, a .npy file of (N, F) numbers, a row for each picture in order. Raises ValueError."""
     try:
-        features = np.load(path, allow_pickle=False)
+        features = np.load(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
     if features.ndim != 2 or len(features) != len(pictures) or features.dtype.kind != "f":
