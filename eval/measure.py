@@ -76,9 +76,7 @@ def measure_shapes(
             scores["composition"][split] = summarise(verdicts)
             scores["ceiling"][split] = summarise(_judge_all(reconstructed, scenes))
             if probe is not None:
-                config = DataConfig(
-                    split=split, count=count, seed=FIRST_SCENE_SEED + seed, resolution=probe.resolution
-                )
+                config = DataConfig(split=split, count=count, seed=FIRST_SCENE_SEED + seed, resolution=probe.resolution)
                 _add_text(scores, split, probe, load(config))
                 binding = scores["text"].get(split, {}).get("binding")
                 if binding is not None:

@@ -73,7 +73,9 @@ def _parser() -> Parser:
     generate.add_argument("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
     generate.add_argument("--height", type=whole(1), help="px; the training resolution if left out")
     generate.add_argument("--width", type=whole(1), help="px; the training resolution if left out")
-    generate.add_argument("--strict", action="store_true", help="refuse a prompt that is too long, instead of cutting it")
+    generate.add_argument(
+        "--strict", action="store_true", help="refuse a prompt that is too long, instead of cutting it"
+    )
     generate.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
 
     inspect = commands.add_parser("inspect", help="print what a run holds")

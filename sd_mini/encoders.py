@@ -142,4 +142,3 @@ def open_clip_cleaning(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
-

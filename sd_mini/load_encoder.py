@@ -107,7 +107,7 @@ def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTo
 
 
 def _package_folder(name: str) -> Path:
-    """"package:PACKAGE/FOLDER" => where it lies. The package is found, not imported: nothing of it is run."""
+    """ "package:PACKAGE/FOLDER" => where it lies. The package is found, not imported: nothing of it is run."""
     package, _, folder = name.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:

@@ -22,7 +22,10 @@ from torch.nn.functional import rms_norm
 from sd_mini.encoders import Encoder, Hidden, Tokens
 
 MAX_ENCODERS = 3
-_SUFFIXES = ("", *(f"_{i}" for i in range(2, MAX_ENCODERS + 1)))  # text_encoder, text_encoder_2, ... as diffusers has it
+_SUFFIXES = (
+    "",
+    *(f"_{i}" for i in range(2, MAX_ENCODERS + 1)),
+)  # text_encoder, text_encoder_2, ... as diffusers has it
 _BUCKET = 256  # prompts of like length that are encoded together
 
 

@@ -63,7 +63,9 @@ def _attribute_swaps(words: list[str]) -> list[list[str]]:
     for i, word in enumerate(lower):
         mates = _CLASS.get(word, [])
         swaps += [_changed(words, {i: words[j], j: words[i]}) for j in range(i) if lower[j] in mates]
-        swaps += [_changed(words, {i: mate}) for mate in mates if mate not in lower and {mate, word} != {"gray", "grey"}]
+        swaps += [
+            _changed(words, {i: mate}) for mate in mates if mate not in lower and {mate, word} != {"gray", "grey"}
+        ]
     return swaps
 
 
@@ -87,4 +89,3 @@ def _rebuilt(text: str, spans: list[tuple[int, int]], words: list[str]) -> str:
         parts += [text[end:a], word]
         end = b
     return "".join([*parts, text[end:]])
-

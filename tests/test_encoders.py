@@ -189,7 +189,9 @@ def test_what_is_no_text_is_refused_by_number(encoder, prompt, says):
         encoder.tokenize(["red", prompt])
 
 
-@pytest.mark.parametrize("text", ["nul \x00 here", "\u202eright to left\u202c", "🎈🏳️‍🌈", "你好 мир", "é" * 5, "\u200b zero width"])
+@pytest.mark.parametrize(
+    "text", ["nul \x00 here", "\u202eright to left\u202c", "🎈🏳️‍🌈", "你好 мир", "é" * 5, "\u200b zero width"]
+)
 def test_unusual_text_is_encoded_as_the_stock_tokenizer_does(encoder, text):
     ids, mask = encoder.tokenize([text], warn=False)
     expected = encoder.tokenizer(text, truncation=True, max_length=20)["input_ids"]

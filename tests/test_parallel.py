@@ -56,7 +56,7 @@ def test_every_step_sees_the_same(smoke_run, tmp_path, stage):
         codes, said = launch_apart(stage, run, *more, ranks=ranks)
         assert not any(codes), said
         traces[name] = trace(run / stage)
-    names = {"autoencoder": {"pixels", "noise", "posterior_noise"}, "text_encoder": {"pixels", "own"}}
+    names = {"autoencoder": {"pixels", "noise", "posterior_noise"}, "text_encoder": {"pictures", "thumbnails", "own"}}
     names["noise_predictor"] = {"latents", "noise", "timesteps", "prompt_embeds", "prompt_mask"}
     assert len(traces["whole"]) == 6 * 8 and set(traces["whole"][0, 0]) >= {"id", *names[stage]}
     assert all(found == traces["whole"] for found in traces.values())

@@ -263,7 +263,9 @@ def test_the_table_has_every_number(report):
     interval = f"[{100 * score['low']:.1f}-{100 * score['high']:.1f}]"
     expected = [f"{100 * score['exact']:.1f}", interval, str(PROMPTS_ASKED), f"{100 * ceiling['exact']:.1f}"]
     assert lines[10].split()[1:5] == expected
-    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[12] and lines[11].startswith("text stage: test: binding")
+    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[12] and lines[11].startswith(
+        "text stage: test: binding"
+    )
     assert "noise predictor 3.0" in lines[13] and f"total {report['seconds']['total']:.1f}" in lines[13]
 
 

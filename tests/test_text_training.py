@@ -70,10 +70,9 @@ def test_infonce_is_cross_entropy_where_one_is_right_and_their_share_where_sever
 def test_each_picture_comes_with_a_caption_of_its_own(task):
     inputs = task.inputs(make_batch(task))
     rows = torch.arange(8)
-    column = inputs["shared"][inputs["own"]]
-    assert inputs["positive"][rows, column].all()
+    assert inputs["positive"][rows, inputs["own"]].all()
     tokenizer = task.stage.encoders[0].tokenizer
-    for number, ids in zip(make_batch(task).own_ids, inputs["ids_0"][inputs["own"]], strict=True):
+    for number, ids in zip(make_batch(task).own_ids, inputs["ids_0"][inputs["here"]][inputs["own"]], strict=True):
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() in task.train.captions[number]
 
 
@@ -128,7 +127,7 @@ def test_a_frozen_encoders_states_are_read_from_the_cache_as_they_were(tmp_path,
     texts = list(task.texts.numbers)
     chosen = [task.own[i] for i in make_batch(task).own_ids]
     encoder = task.stage.encoders[0]
-    for row, own in enumerate(inputs["own"].tolist()):
+    for row, own in enumerate(inputs["here"][inputs["own"]].tolist()):
         kept = inputs["mask_0"][own]
         with torch.no_grad():
             ways = [encoder(*encoder.tokenize([texts[number]])) for number in chosen[row]]
@@ -194,7 +193,8 @@ def test_through_all_three_stages_to_a_picture(tmp_path, smoke_run, pretrained, 
     loaded = Pipeline.from_pretrained(tmp_path / "pipeline")
     loaded.set_progress_bar_config(disable=True)
     made = [
-        p("a red circle", generator=torch.Generator().manual_seed(0), output_type="np").images for p in (pipeline, loaded)
+        p("a red circle", generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (pipeline, loaded)
     ]
     assert np.isfinite(made[0]).all()
     np.testing.assert_allclose(*made, rtol=0, atol=1e-6)
@@ -256,5 +256,3 @@ def test_the_share_of_cut_captions_is_said_before_training(tmp_path, capsys):
     end = task.stage.encoders[0].tokenizer.eos_token_id
     last = inputs["mask_0"].sum(1) - 1
     assert (inputs["ids_0"][torch.arange(len(last)), last] == end).all()
-
-

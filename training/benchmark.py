@@ -2,6 +2,7 @@
 
 python -m training.benchmark loop STAGE --config FILE --run RUN
 python -m training.benchmark save
+python -m training.benchmark encode TEXT_STAGE
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from sd_mini import shapes
 from sd_mini.config import command
-from training import checkpoint
+from sd_mini.stages import load_stage
+from sd_mini.text_encoder import TextStage
+from training import cache, checkpoint
 from training.launch import parse
 from training.loader import iterate
 from training.loop import Loop
-from training.process import join_processes
+from training.process import join_processes, tune_cpu
 from training.task import Origin
 
 WARM_UP, MEASURED = 10, 100  # updates
@@ -121,13 +126,47 @@ def _plain_write(root: Path, tensors: dict[str, dict[str, torch.Tensor]], synced
             checkpoint.sync(root / f"{file}.safetensors")
 
 
+def encode_cost(folder: str, count: int = 100_000) -> None:
+    """So many unique captions through a text stage into a cache on disk: seconds, and how the memory grew.
+
+    The captions are those of shapes scenes, each numbered, so that no two are alike and their lengths differ.
+    """
+    stage = TextStage.from_parts(load_stage(folder, "text_encoder").parts)
+    scenes = shapes.sample_scenes(count, "train", seed=1)
+    captions = [f"{i} {shapes.caption(scene, i % 4)}" for i, scene in enumerate(scenes)]
+    join_processes()
+    tune_cpu(1)
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def anonymous() -> int:
+        fields = Path("/proc/self/statm").read_text().split()
+        return (int(fields[1]) - int(fields[2])) * page
+
+    def encode_rows(rows: slice) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            made = stage.encode(captions[rows], warn=False)
+        memory.append(anonymous())
+        return {"tokens": made.tokens.numpy(), "mask": made.mask.numpy()}
+
+    memory: list[int] = []
+    with tempfile.TemporaryDirectory(dir=".") as home:
+        start = time.perf_counter()
+        cache.encode(Path(home), {"benchmark": folder}, count, encode_rows, "captions")
+        seconds = time.perf_counter() - start
+    settled = memory[len(memory) // 4]
+    print(f"{count} captions in {seconds:.1f} s, {count / seconds:.0f} a second")
+    print(f"memory after a quarter {settled / 2**20:.0f} MiB, at most {(max(memory) - settled) / 2**20:+.1f} MiB later")
+
+
 def main(argv: Sequence[str]) -> None:
     if list(argv) == ["save"]:
         save_cost()
+    elif len(argv) == 2 and argv[0] == "encode":
+        encode_cost(argv[1])
     elif len(argv) >= 2 and argv[0] == "loop":
         loop_cost(argv[1], argv[2:])
     else:
-        raise ValueError("expected `save`, or `loop STAGE --config FILE --run RUN`")
+        raise ValueError("expected `save`, `encode TEXT_STAGE`, or `loop STAGE --config FILE --run RUN`")
 
 
 if __name__ == "__main__":

@@ -185,12 +185,14 @@ class TextTask:
         here = columns[share(len(columns), PartialState().num_processes, PartialState().process_index)]
         here = list(dict.fromkeys([*here, *chosen[batch.rows]]))
         number = {text: i for i, text in enumerate(here)}
+        column = {text: i for i, text in enumerate(columns)}
         pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
         own_captions = [set(self.own[i]) for i in batch.own_ids]
         return {
             "pictures": pixels if self.features is None else self.features[0][batch.own_ids],
             "thumbnails": adaptive_avg_pool2d(pixels, 8),
-            "own": torch.tensor([number[text] for text in chosen[batch.rows]]),
+            "own": torch.tensor([column[text] for text in chosen[batch.rows]]),
+            "here": torch.tensor([number.get(text, -1) for text in columns]),
             "positive": torch.tensor([[text in own for text in columns] for own in own_captions]),
             "text_places": places,
             "shared": shared,
@@ -277,9 +279,7 @@ def _spread(texts: list[str], at_most: int) -> list[str]:
     return [texts[i * len(texts) // at_most] for i in range(at_most)] if len(texts) > at_most else texts
 
 
-main = launch.Program(
-    TextConfig, "text_encoder", lambda launched: TextTask(launched.config, launched.run / "cache")
-)
+main = launch.Program(TextConfig, "text_encoder", lambda launched: TextTask(launched.config, launched.run / "cache"))
 
 
 if __name__ == "__main__":

@@ -125,14 +125,16 @@ class Objective(nn.Module):
         pictures: Tensor,
         thumbnails: Tensor,
         own: Tensor,
+        here: Tensor,
         text_places: Tensor,
         positive: Tensor,
         shared: Tensor,
         **texts: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """pictures (b, ...) as the matcher takes them; thumbnails (b, 3, 8, 8); texts: those that this process encodes,
-        of which the first `shared` (n,) numbers go to all; own (b,): the number of each picture's caption among them;
-        text_places (T,): see `of_all`; positive (b, T) bool: which of all texts are true of it. For InfoNCE also
+        """pictures (b, ...) as the matcher takes them; thumbnails (b, 3, 8, 8); own (b,): the number of each picture's
+        caption among the T texts of the global batch; positive (b, T) bool: which of these are true of it; texts: those
+        that this process encodes, where text t is number here[t], -1 if another process has it; shared (n,): those of
+        them that go to all processes, and text_places (T,) where they then stand, see `of_all`. For InfoNCE also
         picture_places (B,) and shared_pictures, the same for pictures, and true_of (b, B) bool: of which pictures each
         one's caption is true."""
         hidden = self.hidden(texts)
@@ -149,11 +151,11 @@ class Objective(nn.Module):
         metrics["siglip"] = siglip.mean()
         if self.weights.infonce:
             pictures = of_all(seen[texts["shared_pictures"]], texts["picture_places"])
-            back = normalize(encoded.pooled[own], dim=-1) @ pictures.T * scale
+            back = normalize(encoded.pooled[here[own]], dim=-1) @ pictures.T * scale
             infonce = (infonce_losses(logits, positive) + infonce_losses(back, texts["true_of"])) / 2
             losses, metrics["infonce"] = losses + self.weights.infonce * infonce, infonce.mean()
         if self.layout is not None:
-            guess = self.layout(encoded.tokens[own], encoded.mask[own])
+            guess = self.layout(encoded.tokens[here[own]], encoded.mask[here[own]])
             layout = (guess - thumbnails).square().mean((1, 2, 3))
             losses, metrics["layout"] = losses + self.weights.layout * layout, layout.mean()
         best = logits.argmax(1, keepdim=True)
