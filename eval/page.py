@@ -68,7 +68,8 @@ against. These pictures are to be looked at; the autoencoder is measured.</p>
 {% if blame %}
 <h2>Which stage is to blame</h2>
 <p>Of all prompts of a split. The autoencoder: what even true drawings lose in it. The text encoder, at most: captions
-that it does not tell from their twin (<b>binding</b>, below), of those that are left. The noise predictor: the rest.</p>
+that it does not tell from their twin (<b>binding</b>, below), of those that are left. The noise predictor: the
+rest.</p>
 <table>
 <tr><th>split</th><th>exact</th><th>autoencoder</th><th>text encoder</th><th>noise predictor</th></tr>
 {% for split, parts in blame.items() %}
@@ -83,7 +84,8 @@ that it does not tell from their twin (<b>binding</b>, below), of those that are
 one attribute or relation (chance 50 %), by the adapter and by a plain projection of the same encoder. Recall@k: how
 often a caption finds its picture among the first k of n; in brackets by the plain projection.</p>
 <table>
-<tr><th>split</th><th>binding</th><th>95 %</th><th>plain projection</th><th>recall@1</th><th>@5</th><th>@10</th><th>n</th></tr>
+<tr><th>split</th><th>binding</th><th>95 %</th><th>plain projection</th>
+<th>recall@1</th><th>@5</th><th>@10</th><th>n</th></tr>
 {% for split, row in text.items() %}
 <tr><td>{{ split }}</td><td>{{ percent(row.binding) }}</td>
 <td>{{ "%.1f" | format(100 * row.binding_low) }}–{{ "%.1f" | format(100 * row.binding_high) }}</td>

@@ -1,7 +1,7 @@
 """What the text stage alone is worth: does a caption find its picture, and is it told from its twin?
 
-It is measured on the pictures of the data themselves, so that neither the autoencoder nor the noise predictor has a part
-in it, by the matcher that stage 1 trained beside its adapter.
+It is measured on the pictures of the data themselves, so that neither the autoencoder nor the noise predictor has a
+part in it, by the matcher that stage 1 trained beside its adapter.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Hidden(NamedTuple):
 
 
 class Encoder:
-    """A transformers text model and its tokenizer. `max_length`: tokens a prompt, the tokenizer's own marks included."""
+    """A transformers text model and its tokenizer. `max_length`: tokens a prompt, the tokenizer's marks included."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
         self.tokenizer, self.model, self.max_length = tokenizer, model, max_length

@@ -77,7 +77,7 @@ def twin(pictures: CaptionedPictures, number: int, seed: int) -> str:
     """A caption that is nearly true of picture `number`; another `seed` gives another.
 
     Of a scene graph its caption with one attribute, place, count or relation changed, in phrasing `number` modulo their
-    count; of any other data the first caption with its words changed (`word_twins`). Without either, the next picture's.
+    count; of any other data the first caption with its words changed (`word_twins`). Without either, the next one's.
     """
     if pictures.scenes is not None:
         phrasings = shapes.captions(shapes.swapped(pictures.scenes[number], number + seed)[0])

@@ -176,7 +176,7 @@ class TextStage:
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any]) -> TextStage:
-        """From tokenizer, text_encoder, tokenizer_2, ... and text_adapter; others, and those that are None, are left."""
+        """From tokenizer, text_encoder, tokenizer_2, ... and text_adapter; what is None is left out."""
         adapter: TextAdapter = parts["text_adapter"]
         pairs = [(parts.get(f"tokenizer{s}"), parts.get(f"text_encoder{s}")) for s in _SUFFIXES]
         pairs = [pair for pair in pairs if pair[1] is not None]

@@ -11,8 +11,8 @@ import torch
 
 from sd_mini import images, noise_predictor, shapes, stages
 from sd_mini.autoencoder import Autoencoder
-from sd_mini.pipeline import Pipeline
 from sd_mini.load_encoder import clip_tokenizer, small_clip
+from sd_mini.pipeline import Pipeline
 from sd_mini.retrieval import Matcher, projected_dim
 from sd_mini.text_encoder import TextAdapter, TextStage
 

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import read
 from sd_mini.data import CaptionedPictures, DataConfig, load
-from sd_mini.stages import Stage
 from sd_mini.load_encoder import clip_tokenizer, small_clip
+from sd_mini.stages import Stage
 from sd_mini.text_encoder import TextAdapter
 from training.noise_predictor import Encoded, PredictorConfig
 

@@ -39,7 +39,7 @@ def test_twins_of_scenes_are_never_true_and_differ_in_what_was_changed_alone():
     pictures = data.load(data.DataConfig(count=200, resolution=32))
     for number, captions in enumerate(pictures.captions):
         other = twin(pictures, number, seed=0)
-        assert other not in captions and other != twin(pictures, number, seed=5) or number
+        assert (other not in captions and other != twin(pictures, number, seed=5)) or number
         assert len(other.split()) == pytest.approx(len(phrased_alike(pictures, number).split()), abs=4)
 
 

@@ -48,7 +48,7 @@ def test_a_prompt_does_not_depend_on_those_beside_it(stage):
 
 
 def test_padding_is_never_seen(stage):
-    (ids, mask) = stage.tokenize(CAPTIONS[:4] + ["cross"])[0]
+    (ids, mask) = stage.tokenize([*CAPTIONS[:4], "cross"])[0]
     other = torch.where(mask, ids, 7)
     with torch.no_grad():
         a, b = (stage.adapter(stage.hidden([(x, mask)])) for x in (ids, other))
@@ -169,13 +169,13 @@ def test_a_long_prompt_is_cut_with_a_warning_that_names_the_words(stage, caplog)
     long = "a small red circle in the top left " + "and more " * 10 + "zebra"
     with caplog.at_level(logging.WARNING, logger="sd_mini"), torch.no_grad():
         out = stage.encode(["cross", long])
-    (ids, mask), end = stage.tokenize(["cross", long], warn=False)[0], stage.encoders[0].tokenizer.eos_token_id
+    (ids, _), end = stage.tokenize(["cross", long], warn=False)[0], stage.encoders[0].tokenizer.eos_token_id
     assert out.mask[1].all() and ids[1, -1] == end and (ids[1] == end).sum() == 1
     assert "zebra" in caplog.text and "more than 20 tokens" in caplog.text and "top left" not in caplog.messages[0][90:]
 
 
 def test_strict_refuses_a_long_prompt(stage):
-    with pytest.raises(ValueError, match="more than 20 tokens.*shorten it by"):
+    with pytest.raises(ValueError, match=r"more than 20 tokens.*shorten it by"):
         stage.encode(["red " * 40], strict=True)
 
 

@@ -126,7 +126,7 @@ def occurring_words(encoder: Encoder, rows: Iterable[Iterable[int]]) -> Tensor:
 
 
 def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, folder: Path) -> Tensor:
-    """A frozen open_clip picture tower's features of every picture, (N, F), from the cache in `folder` if it has them."""
+    """A frozen open_clip picture tower's features of every picture, (N, F); `folder` takes their cache."""
     model, transform = load_open_clip(name, weights)
     device = PartialState().device
     model.to(device)

@@ -19,7 +19,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_mini import images, stages
 from sd_mini.config import Config, command
-from sd_mini.data import CaptionedPictures, DataConfig, load_captioned, unique_captions
+from sd_mini.data import DataConfig, load_captioned, unique_captions
 from sd_mini.encoders import Encoder
 from sd_mini.load_encoder import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
 from sd_mini.retrieval import Matcher, projected_dim, text_scores, text_vectors, twin
