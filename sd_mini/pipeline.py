@@ -23,9 +23,9 @@ from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
 from sd_mini.diffusion import check_guidance, guide
 from sd_mini.noise_predictor import speed_up
+from sd_mini.pipeline_inputs import check_counts, check_embeds, check_texts, listed
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
-from sd_mini.texts import check_text
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -136,35 +136,14 @@ class Pipeline(DiffusionPipeline):
         prompt_mask: Tensor | None = None,
     ) -> None:
         """Raises ValueError, one line, for anything no picture can be made from. Nothing has been computed yet."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError(
-                "expected either prompt or prompt_embeds, got " + ("neither" if prompt is None else "both")
-            )
-        for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if texts is not None and not isinstance(texts, str | list | tuple):
-                raise ValueError(f"{name} is a {type(texts).__name__}; expected text or a list of texts")
-            if texts is not None and len(texts := _listed(texts)) == 0:
-                raise ValueError(f"{name} is an empty list; give at least one text")
-            for number, text in enumerate(texts or []):
-                check_text(text, f"{name} {number}")
-        self._check_embeds(prompt_embeds, prompt_mask)
-        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images_per_prompt)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r}: expected a whole number of at least 1")
+        check_texts(prompt, negative_prompt, prompt_embeds)
+        check_embeds(prompt_embeds, prompt_mask, self.text_adapter.length, self.text_adapter.config.dim)
+        check_counts(num_inference_steps=steps, num_images_per_prompt=num_images_per_prompt)
         check_guidance(guidance_scale)
         self.latent_shape(height, width)
         if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
             raise ValueError(
                 f"latents are {tuple(latents.shape)}; expected (B, {str(self.latent_shape(height, width))[1:]}"
-            )
-
-    def _check_embeds(self, prompt_embeds: Tensor | None, prompt_mask: Tensor | None) -> None:
-        if (prompt_embeds is None) != (prompt_mask is None):
-            raise ValueError("prompt_embeds and prompt_mask: expected both, as encode_prompt gives them, or neither")
-        expected = (self.text_adapter.length, self.text_adapter.config.dim)
-        if prompt_embeds is not None and tuple(prompt_embeds.shape[1:]) != expected:
-            raise ValueError(
-                f"prompt_embeds are {tuple(prompt_embeds.shape)}; expected (B, {expected[0]}, {expected[1]})"
             )
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -192,7 +171,7 @@ class Pipeline(DiffusionPipeline):
         A prompt that is too long is cut, with a warning that names the words; `strict` raises ValueError instead.
         """
         if prompt_embeds is None:
-            encoded = self.text_stage.encode(_listed(prompt), strict)
+            encoded = self.text_stage.encode(listed(prompt), strict)
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
         prompt_embeds = prompt_embeds.to(self._execution_device, self.noise_predictor.dtype)
         prompt_mask = prompt_mask.to(self._execution_device)
@@ -206,7 +185,7 @@ class Pipeline(DiffusionPipeline):
         if negative is None:
             null: PromptEmbeds = self.text_stage.null(batch)
             return null.tokens.to(self.noise_predictor.dtype), null.mask
-        texts = _listed(negative)
+        texts = listed(negative)
         if len(texts) == 1:
             texts = texts * (batch // per_prompt)
         if len(texts) * per_prompt != batch:
@@ -337,7 +316,3 @@ class Pipeline(DiffusionPipeline):
 
 
 _STAGE_ORDER = ("text_encoder", "autoencoder", "noise_predictor")
-
-
-def _listed(prompt: str | list[str] | tuple[str, ...]) -> list[str]:
-    return [prompt] if isinstance(prompt, str) else list(prompt)

@@ -16,7 +16,7 @@ LAYERS = [
     {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor", "data"},
     {"retrieval"},
     {"stages"},
-    {"pipeline"},
+    {"pipeline", "pipeline_inputs"},
     {"cli"},
 ]
 
