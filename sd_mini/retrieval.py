@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from sd_mini import shapes
 from sd_mini.data import CaptionedPictures
 from sd_mini.encoders import Hidden
-from sd_mini.text_encoder import TextStage
+from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
 from sd_mini.texts import word_twins
 
 RANKS = (1, 5, 10)
+CELLS = 4  # a side, into which the picture side divides a picture
+_PICTURES = 32  # whose late scores with all texts are in memory at a time
 MEASURED = 1  # the seed of the twins that are measured with; training draws its own
+
+
+class Seen(NamedTuple):
+    """What the matcher makes of B pictures: `vector` (B, dim), and `cells` (B, C, K), each of length 1."""
+
+    vector: Tensor
+    cells: Tensor | None
+
+
+class Said(NamedTuple):
+    """What it makes of T texts: `vector` (T, dim) and `words` (T, L, K), each of length 1; `mask` (T, L)."""
+
+    vector: Tensor
+    words: Tensor | None
+    mask: Tensor
 
 
 class Matcher(ModelMixin, ConfigMixin):
     """The picture side of stage 1, and beside the adapter a plain projection of the same encoder, to compare it with.
 
     Pictures come as pixels, through a small convolutional tower, or, with `feature_dim`, as the features that a frozen
-    tower made of them. It is saved beside the text stage for its report; a pipeline does not need it.
+    tower made of them. A text and a picture are compared whole by whole, by their vectors' cosine, and, with
+    `late_dim`, word by word: each word with the cell of the picture that it fits best (late interaction, Yao et al.
+    2021, "FILIP", eq. 3 to 5). It is saved beside the text stage for its report; a pipeline does not need it.
     """
 
     @register_to_config
@@ -34,31 +54,42 @@ class Matcher(ModelMixin, ConfigMixin):
         self,
         dim: int = 128,
         width: int = 64,
-        patch: int = 4,
+        patch: int = 2,
         feature_dim: int | None = None,
+        late_dim: int = 64,
         projected_dim: int = 128,
     ):
         super().__init__()
         if feature_dim is None:
-            self.features = nn.Sequential(
-                nn.PixelUnshuffle(patch),
-                nn.Conv2d(3 * patch**2, width, 3, padding=1),
-                nn.GELU(),
-                nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-                nn.GELU(),
-                nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-                nn.GELU(),
-                nn.AdaptiveAvgPool2d(4),  # keeps where things are, in 4 x 4 cells
-                nn.Flatten(),
-            )
+            self.tower = PictureTower(width, patch)
+            feature_dim = self.tower.dim
+            if late_dim:
+                self.cell = nn.Linear(2 * width, late_dim)
+                self.place = nn.Parameter(torch.randn(CELLS**2, late_dim) / 2)
+                self.word = nn.Linear(dim, late_dim)
         else:
-            self.features = nn.LayerNorm(feature_dim)
-        self.out = nn.Sequential(nn.Linear(feature_dim or 32 * width, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+            self.tower = nn.LayerNorm(feature_dim)
+        self.read = nn.Sequential(nn.Linear(feature_dim, 4 * dim), nn.GELU())
+        self.out = nn.Linear(4 * dim, dim)
         self.projection = nn.Sequential(nn.LayerNorm(projected_dim), nn.Linear(projected_dim, dim))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """pixels (B, 3, R, R), or features (B, feature_dim) => (B, dim) of length 1."""
-        return normalize(self.out(self.features(pictures)), dim=-1)
+    @property
+    def is_late(self) -> bool:
+        return self.config.feature_dim is None and self.config.late_dim > 0
+
+    def forward(self, pictures: Tensor) -> Seen:
+        """pixels (B, 3, R, R), or features (B, feature_dim) => Seen."""
+        if self.config.feature_dim is not None:
+            return Seen(normalize(self.out(self.read(self.tower(pictures))), dim=-1), None)
+        cells, flat = self.tower(pictures)
+        placed = normalize(self.cell(cells) + self.place, dim=-1) if self.is_late else None
+        return Seen(normalize(self.out(self.read(flat)), dim=-1), placed)
+
+    def texts(self, adapter: TextAdapter, encoded: PromptEmbeds) -> Said:
+        """What `adapter` made of T texts => Said."""
+        vector = normalize(encoded.pooled, dim=-1)
+        words = normalize(self.word(adapter.raw(encoded.tokens)), dim=-1) if self.is_late else None
+        return Said(vector, words, encoded.mask)
 
     def project(self, hidden: Sequence[Hidden]) -> Tensor:
         """Each encoder's Hidden of B texts => (B, dim) of length 1: the mean state and the pooled vector, projected."""
@@ -67,6 +98,42 @@ class Matcher(ModelMixin, ConfigMixin):
             weight = one.mask[..., None].to(one.states.dtype)
             parts += [(one.states * weight).sum(1) / weight.sum(1).clamp(min=1), one.pooled]
         return normalize(self.projection(torch.cat(parts, dim=-1)), dim=-1)
+
+
+class PictureTower(nn.Module):
+    """pixels (B, 3, R, R) => cells (B, CELLS^2, 2 width), and them flat beside the picture in 8 x 8 pixels, (B, dim).
+
+    The small picture tells the colours plainly; what is left to the convolutions is mostly shape.
+    """
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        widths = (3 * patch**2, width // 2, width, 2 * width, 2 * width)
+        strides = (1, 2, 2, 1)
+        self.dim = 2 * width * CELLS**2 + 3 * 64
+        layers = [nn.PixelUnshuffle(patch)]
+        for narrow, wide, stride in zip(widths, widths[1:], strides, strict=False):
+            layers += [nn.Conv2d(narrow, wide, 3, stride=stride, padding=1), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(CELLS))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cells = self.layers(pixels).flatten(2)
+        small = nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
+        return cells.mT, torch.cat([cells.flatten(1), small], dim=1)
+
+
+def late_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """cells (B, C, K), words (T, L, K), mask (T, L) => (B, T): the mean over a text's words of each one's best cell."""
+    best = torch.einsum("tlk,bck->btlc", words, cells).amax(-1)
+    weight = mask.to(best.dtype)
+    return (best * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+
+
+def pair_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """As `late_scores`, of picture i and text i alone: (B, C, K), (B, L, K), (B, L) => (B,)."""
+    best = torch.einsum("blk,bck->blc", words, cells).amax(-1)
+    weight = mask.to(best.dtype)
+    return (best * weight).sum(-1) / weight.sum(-1).clamp(min=1)
 
 
 def projected_dim(stage: TextStage) -> int:
@@ -94,30 +161,62 @@ def phrased_alike(pictures: CaptionedPictures, number: int) -> str:
     return own[number % len(own)] if pictures.scenes is not None else own[0]
 
 
+def similarity(seen: Seen, said: Said) -> Tensor:
+    """B pictures, T texts => (B, T): the cosine of their vectors, and with cells the late score too, added."""
+    cosine = seen.vector @ said.vector.T
+    if seen.cells is None or said.words is None:
+        return cosine
+    parts = [late_scores(cells, said.words, said.mask) for cells in seen.cells.split(_PICTURES)]
+    return cosine + torch.cat(parts)
+
+
+def own_similarity(seen: Seen, said: Said) -> Tensor:
+    """`similarity` of picture i and text i: (B,)."""
+    cosine = (seen.vector * said.vector).sum(1)
+    if seen.cells is None or said.words is None:
+        return cosine
+    return cosine + pair_scores(seen.cells, said.words, said.mask)
+
+
 @torch.no_grad()
-def text_vectors(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """N texts => (N, dim) by the adapter and (N, dim) by the plain projection, all of length 1."""
-    adapted, projected = [], []
+def look(matcher: Matcher, pictures: Tensor) -> Seen:
+    """N pictures => Seen, in parts."""
+    parts = [matcher(part.to(matcher.device)) for part in pictures.split(256)]
+    cells = None if parts[0].cells is None else torch.cat([part.cells for part in parts])
+    return Seen(torch.cat([part.vector for part in parts]), cells)
+
+
+@torch.no_grad()
+def say(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tuple[Said, Said]:
+    """N texts => what the adapter says of them, and what the plain projection does."""
+    said, projected = [], []
     for start in range(0, len(texts), 256):
-        hidden = stage.hidden(stage.tokenize(texts[start : start + 256]))
-        adapted.append(normalize(stage.adapter(hidden).pooled, dim=-1))
+        hidden = stage.hidden(stage.tokenize(texts[start : start + 256], warn=False))
+        said.append(matcher.texts(stage.adapter, stage.adapter(hidden)))
         projected.append(matcher.project(hidden))
-    return torch.cat(adapted), torch.cat(projected)
+    longest = max(part.mask.shape[1] for part in said)
+    missing = [longest - part.mask.shape[1] for part in said]
+    mask = torch.cat([pad(part.mask, (0, n)) for part, n in zip(said, missing, strict=True)])
+    words = None
+    if matcher.is_late:
+        words = torch.cat([pad(part.words, (0, 0, 0, n)) for part, n in zip(said, missing, strict=True)])
+    return Said(torch.cat([p.vector for p in said]), words, mask), Said(torch.cat(projected), None, mask)
 
 
-def recalls(pictures: Tensor, texts: Tensor, captions: Sequence[str], rows: slice) -> dict[str, np.ndarray]:
-    """Unit vectors of N pictures and of their N captions => for each of `rows`, 0 or 1, whether the caption finds its
-    picture among the first 1, 5, 10 of all N, and the picture its caption.
+def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, np.ndarray]:
+    """`similarity` (N, N) of N pictures and their N captions => for each of `rows`, 0 or 1, whether the caption finds
+    its picture among the first 1, 5, 10 of all N, and the picture its caption.
 
     Equal captions are one: a picture of the same caption counts as found.
     """
-    same = torch.tensor([[a == b for b in captions] for a in captions[rows]], device=texts.device)
-    own = torch.arange(rows.start, rows.stop, device=texts.device)[:, None]
+    same = torch.tensor([[a == b for b in captions] for a in captions[rows]], device=scores.device)
+    own = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
+    of_pictures, of_captions = scores.T[rows], scores[rows]
+    best = torch.where(same, of_pictures, -torch.inf).amax(1)
+    ways = {"recall": (of_pictures, best), "recall_of_captions": (of_captions, of_captions.gather(1, own)[:, 0])}
     found = {}
-    ways = {"recall": texts[rows] @ pictures.T, "recall_of_captions": pictures[rows] @ texts.T}
-    for name, scores in ways.items():
-        best = torch.where(same, scores, -torch.inf).amax(1) if name == "recall" else scores.gather(1, own)[:, 0]
-        beaten_by = ((scores > best[:, None]) & ~same).sum(1)
+    for name, (way, reached) in ways.items():
+        beaten_by = ((way > reached[:, None]) & ~same).sum(1)
         found |= {f"{name}_at_{k}": (beaten_by < k).float().cpu().numpy() for k in RANKS}
     return found
 
@@ -131,16 +230,13 @@ def text_scores(
     `pictures`: all N of `data`, as the matcher takes them.
     """
     captions = [phrased_alike(data, i) for i in range(len(data))]
-    wrong = [twin(data, i, seed=MEASURED) for i in range(rows.start, rows.stop)]
-    with torch.no_grad():
-        seen = torch.cat([matcher(part.to(matcher.device)) for part in pictures.split(256)])
-    adapted, projected = text_vectors(stage, matcher, captions)
-    scores = recalls(seen, adapted, captions, rows)
-    before = recalls(seen, projected, captions, rows)
-    scores |= {f"{name}_projection": values for name, values in before.items()}
-    for name, right, other in zip(
-        ("binding", "binding_projection"), (adapted, projected), text_vectors(stage, matcher, wrong), strict=True
-    ):
-        margin = (seen[rows] * (right[rows] - other)).sum(1)
-        scores[name] = (margin > 0).float().cpu().numpy()
-    return scores
+    twisted = [twin(data, i, seed=MEASURED) for i in range(rows.start, rows.stop)]
+    seen = look(matcher, pictures)
+    own = Seen(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
+    ways = zip(("", "_projection"), say(stage, matcher, captions), say(stage, matcher, twisted), strict=True)
+    found = {}
+    for name, right, wrong in ways:
+        found |= {f"{key}{name}": hits for key, hits in recalls(similarity(seen, right), captions, rows).items()}
+        rows_right = Said(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
+        found[f"binding{name}"] = (own_similarity(own, rows_right) > own_similarity(own, wrong)).float().cpu().numpy()
+    return found

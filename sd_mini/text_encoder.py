@@ -159,6 +159,10 @@ class TextAdapter(ModelMixin, ConfigMixin):
         pooled = pooled + self.pool((refined * weight).sum(1) / weight.sum(1).clamp(min=1))
         return PromptEmbeds(tokens * weight, mask, pooled / self.pooled_rms)
 
+    def raw(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, dim) as they were before they were standardised."""
+        return tokens * self.token_std + self.token_mean
+
     def null(self, batch: int) -> PromptEmbeds:
         """The null condition, `batch` times, at the whole length: one learned token, the rest padding."""
         mask = torch.zeros(batch, self.length, dtype=torch.bool, device=self.null_word.device)

@@ -6,6 +6,8 @@ import torch
 
 from sd_mini import data, retrieval, shapes
 from sd_mini.retrieval import Matcher, phrased_alike, recalls, text_scores, twin
+from sd_mini.stages import load_stage
+from sd_mini.text_encoder import TextStage
 
 
 def test_recall_by_hand():
@@ -13,24 +15,24 @@ def test_recall_by_hand():
     pictures = torch.eye(4)
     texts = torch.eye(4) + torch.tensor([0.0, 2.0, 0.6, 2.0])[:, None] * torch.eye(4).roll(1, dims=1)
     texts /= texts.norm(dim=1, keepdim=True)
-    found = recalls(pictures, texts, ["a", "b", "c", "d"], slice(0, 4))
+    found = recalls(pictures @ texts.T, ["a", "b", "c", "d"], slice(0, 4))
     assert found["recall_at_1"].tolist() == [1, 0, 1, 0] and found["recall_at_5"].tolist() == [1] * 4
     assert found["recall_of_captions_at_1"].tolist() == [1, 1, 0, 0]
 
 
 def test_a_picture_of_the_same_caption_is_as_right():
     pictures, texts = torch.eye(3), torch.eye(3)[[1, 1, 2]]
-    found = recalls(pictures, texts, ["same", "same", "other"], slice(0, 3))
+    found = recalls(pictures @ texts.T, ["same", "same", "other"], slice(0, 3))
     assert found["recall_at_1"].tolist() == [1, 1, 1]
-    assert recalls(pictures, texts, ["a", "b", "c"], slice(0, 3))["recall_at_1"].tolist() == [0, 1, 1]
+    assert recalls(pictures @ texts.T, ["a", "b", "c"], slice(0, 3))["recall_at_1"].tolist() == [0, 1, 1]
 
 
 def test_parts_of_the_rows_score_as_the_whole():
     torch.manual_seed(0)
     pictures, texts = (torch.nn.functional.normalize(torch.randn(9, 4), dim=-1) for _ in range(2))
     captions = list("abcdefgha")
-    whole = recalls(pictures, texts, captions, slice(0, 9))
-    parts = [recalls(pictures, texts, captions, slice(a, b)) for a, b in pairwise((0, 4, 9))]
+    whole = recalls(pictures @ texts.T, captions, slice(0, 9))
+    parts = [recalls(pictures @ texts.T, captions, slice(a, b)) for a, b in pairwise((0, 4, 9))]
     for name, scores in whole.items():
         assert np.array_equal(scores, np.concatenate([part[name] for part in parts]))
 
@@ -58,26 +60,38 @@ def test_twins_of_other_captions_are_their_own_words():
 
 
 def test_scores_of_a_run_are_those_computed_plainly(tiny_run):
-    """Against rankings made one picture at a time with numpy."""
-    from sd_mini.stages import load_stage
-    from sd_mini.text_encoder import TextStage
-
+    """Against one text and one picture at a time, the late score by a loop over its words."""
     parts = load_stage(tiny_run / "text_encoder" / "final").parts
     stage, matcher = TextStage.from_parts(parts), parts["matcher"]
+    assert matcher.is_late
     pictures = data.load(data.DataConfig(split="test", count=12, resolution=32))
     scores = text_scores(stage, matcher, pictures, pictures.pixels(range(12)), slice(0, 12))
+
+    def plainly(number, text):
+        vector, cells = (part[0] for part in matcher(pictures.pixels([number])))
+        out = stage.encode([text])
+        tokens = stage.adapter.raw(out.tokens)[out.mask]
+        words = torch.nn.functional.normalize(matcher.word(tokens), dim=-1)
+        late = sum(max(float(word @ cell) for cell in cells) for word in words) / len(words)
+        return float(vector @ torch.nn.functional.normalize(out.pooled[0], dim=-1)) + late
+
     captions = [phrased_alike(pictures, i) for i in range(12)]
     with torch.no_grad():
-        seen = matcher(pictures.pixels(range(12))).numpy()
-        said = np.stack([stage.encode([c]).pooled[0].numpy() for c in captions])
-        wrong = np.stack([stage.encode([twin(pictures, i, retrieval.MEASURED)]).pooled[0].numpy() for i in range(12)])
-    said, wrong = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (said, wrong))
-    ranks = [int((seen[i] @ said.T > seen[i] @ said[i]).sum()) for i in range(12)]
+        table = np.array([[plainly(i, text) for text in captions] for i in range(12)])
+        wrong = [plainly(i, twin(pictures, i, retrieval.MEASURED)) for i in range(12)]
+    ranks = [int((table[i] > table[i, i] + 1e-6).sum()) for i in range(12)]
     assert scores["recall_of_captions_at_5"].tolist() == [float(rank < 5) for rank in ranks]
-    assert scores["binding"].tolist() == [float(seen[i] @ said[i] > seen[i] @ wrong[i]) for i in range(12)]
+    ranks = [int((table[:, i] > table[i, i] + 1e-6).sum()) for i in range(12)]
+    assert scores["recall_at_5"].tolist() == [float(rank < 5) for rank in ranks]
+    assert scores["binding"].tolist() == [float(table[i, i] > wrong[i]) for i in range(12)]
 
 
 def test_the_matcher_takes_pixels_or_features():
     pixels, features = Matcher(16, width=16), Matcher(16, feature_dim=10)
-    assert pixels(torch.zeros(2, 3, 32, 32)).shape == features(torch.zeros(2, 10)).shape == (2, 16)
-    torch.testing.assert_close(pixels(torch.randn(2, 3, 32, 32)).norm(dim=1), torch.ones(2))
+    seen = pixels(torch.randn(2, 3, 32, 32))
+    assert seen.vector.shape == features(torch.zeros(2, 10)).vector.shape == (2, 16)
+    torch.testing.assert_close(seen.vector.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(seen.cells.norm(dim=2), torch.ones(2, 16))
+    assert (
+        features(torch.zeros(2, 10)).cells is None and Matcher(16, late_dim=0)(torch.zeros(2, 3, 32, 32)).cells is None
+    )

@@ -106,7 +106,7 @@ def test_the_plain_projection_learns_and_teaches_nobody(task):
     objective = task.players["text_encoder"].objective.eval()
     inputs = task.inputs(make_batch(task))
     hidden = objective.hidden({k: v for k, v in inputs.items() if k.endswith("_0")})
-    seen = objective.matcher(inputs["pictures"])
+    seen = objective.matcher(inputs["pictures"]).vector
     loss = objective._probe(seen, hidden, inputs["shared"], inputs["text_places"], inputs["positive"])
     loss.sum().backward()
     reached = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}

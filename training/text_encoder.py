@@ -22,7 +22,7 @@ from sd_mini.config import Config, command
 from sd_mini.data import DataConfig, load_captioned, unique_captions
 from sd_mini.encoders import Encoder
 from sd_mini.load_encoder import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
-from sd_mini.retrieval import Matcher, projected_dim, text_scores, text_vectors, twin
+from sd_mini.retrieval import Matcher, look, projected_dim, say, similarity, text_scores, twin
 from sd_mini.text_encoder import TextAdapter, TextStage
 from training import launch, text_data
 from training.augment import AugmentConfig, augment
@@ -82,8 +82,10 @@ class TowerConfig(Config):
     """The picture side: a small convolutional tower from scratch, or what a frozen one says of the pictures."""
 
     width: int = Field(64, ge=8)
-    patch: int = Field(4, ge=1)
+    patch: int = Field(2, ge=1)
     """pixels a side that the first layer folds into channels"""
+    late_dim: int = Field(64, ge=1)
+    """channels in which words are compared with parts of a picture"""
     name: str | None = None
     """a frozen open_clip model's picture half: an architecture (with `weights`) or "local-dir:FOLDER\""""
     weights: str | None = None
@@ -152,6 +154,7 @@ class TextTask:
         self.texts.close(cache, config.cache_dtype)
         for read, encoder, rows in zip(adapter.inputs, encoders, self.texts.rows, strict=True):
             read.set_words(text_data.occurring_words(encoder, rows))
+        tower["late_dim"] = config.tower.late_dim if config.loss.late else 0
         matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
         objective = Objective(self.stage, trained, matcher, config.loss)
         self.players = {"text_encoder": Player(objective, config.train)}
@@ -225,8 +228,8 @@ class TextTask:
         """For eight held-out captions, the held-out picture that each finds."""
         count = min(256, len(self.valid))
         captions = [c[0] for c in self.valid.captions[: min(8, count)]]
-        texts, _ = text_vectors(self.stage_of(objective), objective.matcher, captions)
-        found = (texts @ objective.matcher(self._valid_pictures(count).to(texts.device)).T).argmax(1).tolist()
+        said, _ = say(self.stage_of(objective), objective.matcher, captions)
+        found = similarity(look(objective.matcher, self._valid_pictures(count)), said).argmax(0).tolist()
         return images.grid([self.valid.pictures[i] for i in found], columns=4, labels=captions, scale=2)
 
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from sd_mini.config import Config
 from sd_mini.encoders import Encoder, Hidden, Tokens
-from sd_mini.retrieval import Matcher
+from sd_mini.retrieval import Matcher, Said, Seen, late_scores
 from sd_mini.text_encoder import TextStage
 
 
@@ -24,6 +24,8 @@ class LossConfig(Config):
     """which caption goes with which picture, from the pooled vectors, each pair judged alone"""
     infonce: float = Field(0.0, ge=0)
     """the same, each picture's captions against all others and the reverse (CLIP's loss)"""
+    late: float = Field(0.1, ge=0)
+    """the same as siglip, word by word: each word with the part of the picture that it fits best"""
     layout: float = Field(20.0, ge=0)
     """the picture in 8 x 8 pixels, from the token vectors: what makes them say which word belongs where"""
 
@@ -75,12 +77,16 @@ class Gathered(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def is_shared() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def of_all(own: Tensor, places: Tensor) -> Tensor:
     """This process's rows (n, D) => those of all processes in the order of the global batch, (N, D).
 
     `places` (N,): where each stands when every process's rows, filled up to the most that one has, are joined.
     """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+    if not is_shared():
         return own[places]
     if isinstance(own, FakeTensor):  # counted, not computed: nobody else is asked
         return own[:1].expand(len(places), -1)
@@ -100,8 +106,9 @@ class Objective(nn.Module):
         self.adapter, self.matcher, self.weights = stage.adapter, matcher, weights
         dim, heads = stage.adapter.config.dim, stage.adapter.config.heads
         self.layout = LayoutHead(dim, heads) if weights.layout else None
-        # SigLIP's start: logits begin near the log odds of a positive pair. FSDP2 shards no scalars, so one value each
-        self.log_scale, self.bias = nn.Parameter(torch.tensor([10.0]).log()), nn.Parameter(torch.tensor([-10.0]))
+        # SigLIP's start, of the vectors and of the words: logits begin near the log odds of a positive pair
+        self.log_scale = nn.Parameter(torch.tensor([10.0, 10.0]).log())
+        self.bias = nn.Parameter(torch.tensor([-10.0, -10.0]))
 
     def encoder(self, number: int) -> Encoder | None:
         """Encoder `number` as it is now in this module; none if it is not one of those that are trained."""
@@ -139,19 +146,22 @@ class Objective(nn.Module):
         one's caption is true."""
         hidden = self.hidden(texts)
         encoded, null = self.adapter(hidden), self.adapter.null(1)
-        seen = self.matcher(pictures)
-        vectors = of_all(normalize(encoded.pooled, dim=-1)[shared], text_places)
-        scale, metrics = self.log_scale.exp(), {}
-        logits = seen @ vectors.T * scale + self.bias
+        seen, said = self.matcher(pictures), self.matcher.texts(self.adapter, encoded)
+        vectors = of_all(said.vector[shared], text_places)
+        scale, metrics = self.log_scale[0].exp(), {}
+        logits = seen.vector @ vectors.T * scale + self.bias[0]
         # saying nothing is true of every picture: that is what trains the null condition
-        nothing = seen @ normalize(null.pooled, dim=-1).T * scale + self.bias
+        nothing = seen.vector @ normalize(null.pooled, dim=-1).T * scale + self.bias[0]
         all_positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
         siglip = siglip_losses(torch.cat([logits, nothing], dim=1), all_positive)
-        losses = self.weights.siglip * siglip + self._probe(seen, hidden, shared, text_places, positive)
+        losses = self.weights.siglip * siglip + self._probe(seen.vector, hidden, shared, text_places, positive)
         metrics["siglip"] = siglip.mean()
+        if self.matcher.is_late:
+            late = siglip_losses(self._late(seen, said, shared, text_places), positive)
+            losses, metrics["late"] = losses + self.weights.late * late, late.mean()
         if self.weights.infonce:
-            pictures = of_all(seen[texts["shared_pictures"]], texts["picture_places"])
-            back = normalize(encoded.pooled[here[own]], dim=-1) @ pictures.T * scale
+            pictures = of_all(seen.vector[texts["shared_pictures"]], texts["picture_places"])
+            back = said.vector[here[own]] @ pictures.T * scale
             infonce = (infonce_losses(logits, positive) + infonce_losses(back, texts["true_of"])) / 2
             losses, metrics["infonce"] = losses + self.weights.infonce * infonce, infonce.mean()
         if self.layout is not None:
@@ -162,11 +172,21 @@ class Objective(nn.Module):
         metrics["in_batch_accuracy"] = positive.gather(1, best).float().mean()
         return losses, metrics
 
+    def _late(self, seen: Seen, said: Said, shared: Tensor, text_places: Tensor) -> Tensor:
+        """Logits (b, T) from the words of all processes' texts, which are filled up to the whole length on the way."""
+        missing = self.adapter.length - said.mask.shape[1] if is_shared() else 0
+        words = pad(said.words[shared], (0, 0, 0, missing))
+        mask = pad(said.mask[shared], (0, missing)).to(words.dtype)
+        flat = of_all(torch.cat([words.flatten(1), mask], dim=1), text_places)
+        width = words[0].numel()
+        scores = late_scores(seen.cells, flat[:, :width].unflatten(1, words.shape[1:]), flat[:, width:])
+        return scores * self.log_scale[1].exp() + self.bias[1]
+
     def _probe(
         self, seen: Tensor, hidden: list[Hidden], shared: Tensor, text_places: Tensor, positive: Tensor
     ) -> Tensor:
         """The plain projection learns beside the rest, from what the encoder says, and teaches nobody: (b,)."""
         still = [Hidden(h.states.detach(), h.words.detach(), h.mask, h.pooled.detach()) for h in hidden]
         vectors = of_all(self.matcher.project(still)[shared], text_places)
-        logits = seen.detach() @ vectors.T * self.log_scale.detach().exp() + self.bias.detach()
+        logits = seen.detach() @ vectors.T * self.log_scale[0].detach().exp() + self.bias[0].detach()
         return (self.weights.siglip + self.weights.infonce) * siglip_losses(logits, positive)
