@@ -20,12 +20,13 @@ from eval.composition import CategoryVerdict, Verdict, judge, summarise, wilson
 from eval.measure import PROMPTS, pick_galleries
 from eval.reconstruction import reconstruct
 from eval.report import seconds, stages_beside, table
-from eval.text import blame
+from eval.text import TextProbe, blame
 from sd_mini import Pipeline, images, shapes
 from sd_mini.data import DataConfig, load
 from sd_mini.retrieval import text_scores
 from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
+from tests.launching import launch
 
 PROMPTS_ASKED, STEPS, SEED = 13, 2, 7
 SPLITS = ("test", "heldout_pairs", "heldout_relations")
@@ -180,6 +181,19 @@ def test_the_text_stage_is_scored_on_the_scenes_that_are_asked_for(report, tiny_
             assert entry[name] == pytest.approx(np.concatenate([half[name] for half in halves]).mean(), abs=1e-6)
         assert (entry["binding_low"], entry["binding_high"]) == wilson(round(13 * entry["binding"]), 13)
         assert entry["n"] == PROMPTS_ASKED
+
+
+def test_a_matcher_of_features_reports_what_was_measured_in_training(tmp_path):
+    """The features of other pictures are not at hand, so nothing is measured anew."""
+    for name, count in (("train", 64), ("valid", 16)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=(count, 12)).astype(np.float32))
+    assert launch("text_encoder", tmp_path / "run", "--tower.features", str(tmp_path), "--train.steps", "3") == 0
+    folder = tmp_path / "run" / "text_encoder" / "final"
+    probe, recorded = TextProbe(folder), json.loads((folder / "stage.json").read_text())["scores"]
+    assert not probe.sees_pixels
+    entry = probe.recorded()["test"]
+    assert entry["n"] == 16 and all(entry[name] == pytest.approx(value) for name, value in recorded.items())
+    assert entry["binding_low"] < recorded["binding"] + 1e-9 < entry["binding_high"] + 2e-9
 
 
 def test_the_blame_is_shared_out_whole(report):
