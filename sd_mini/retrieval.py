@@ -103,12 +103,13 @@ class Matcher(ModelMixin, ConfigMixin):
 class PictureTower(nn.Module):
     """pixels (B, 3, R, R) => cells (B, CELLS^2, 2 width), and them flat beside the picture in 8 x 8 pixels, (B, dim).
 
-    The small picture tells the colours plainly; what is left to the convolutions is mostly shape.
+    The small picture tells the colours plainly, and a fourth channel the edges, whatever their colour: so a shape is
+    known in colours that it was never seen in.
     """
 
     def __init__(self, width: int, patch: int):
         super().__init__()
-        widths = (3 * patch**2, width // 2, width, 2 * width, 2 * width)
+        widths = (4 * patch**2, width // 2, width, 2 * width, 2 * width)
         strides = (1, 2, 2, 1)
         self.dim = 2 * width * CELLS**2 + 3 * 64
         layers = [nn.PixelUnshuffle(patch)]
@@ -117,9 +118,16 @@ class PictureTower(nn.Module):
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(CELLS))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        cells = self.layers(pixels).flatten(2)
+        cells = self.layers(torch.cat([pixels, edges(pixels)], dim=1)).flatten(2)
         small = nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
         return cells.mT, torch.cat([cells.flatten(1), small], dim=1)
+
+
+def edges(pixels: Tensor) -> Tensor:
+    """(B, 3, R, R) => (B, 1, R, R): the longest of the three channels' gradients, 0 along the lower and right edge."""
+    corner = pixels[:, :, :-1, :-1]
+    down, right = pixels[:, :, 1:, :-1] - corner, pixels[:, :, :-1, 1:] - corner
+    return pad((down.square() + right.square()).amax(1, keepdim=True).sqrt(), (0, 1, 0, 1))
 
 
 def late_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:

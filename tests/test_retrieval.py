@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sd_mini import data, retrieval, shapes
-from sd_mini.retrieval import Matcher, phrased_alike, recalls, text_scores, twin
+from sd_mini.retrieval import Matcher, edges, phrased_alike, recalls, text_scores, twin
 from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
 
@@ -84,6 +84,18 @@ def test_scores_of_a_run_are_those_computed_plainly(tiny_run):
     ranks = [int((table[:, i] > table[i, i] + 1e-6).sum()) for i in range(12)]
     assert scores["recall_at_5"].tolist() == [float(rank < 5) for rank in ranks]
     assert scores["binding"].tolist() == [float(table[i, i] > wrong[i]) for i in range(12)]
+
+
+def test_edges_are_the_steepest_channels_and_the_same_in_other_colours():
+    pixels = torch.zeros(1, 3, 6, 6)
+    pixels[0, 0, 2:4, 2:4] = 0.5  # a red square
+    found = edges(pixels)
+    assert (
+        found.shape == (1, 1, 6, 6) and found[0, 0, 2, 1] == 0.5 and found[0, 0, 3, 3].item() == pytest.approx(0.5**0.5)
+    )
+    assert found[0, 0, 2, 2] == 0 and torch.equal(found, edges(pixels[:, [2, 0, 1]]))
+    flat = torch.full((1, 3, 4, 4), 0.3)
+    assert edges(flat).abs().max() == 0
 
 
 def test_the_matcher_takes_pixels_or_features():
