@@ -132,9 +132,11 @@ def edges(pixels: Tensor) -> Tensor:
 
 def late_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     """cells (B, C, K), words (T, L, K), mask (T, L) => (B, T): the mean over a text's words of each one's best cell."""
-    best = torch.einsum("tlk,bck->btlc", words, cells).amax(-1)
+    count, length = mask.shape
+    each = words.flatten(0, 1) @ cells.flatten(0, 1).T  # one product, and the maximum over what lies side by side
+    best = each.view(count, length, *cells.shape[:2]).max(-1).values  # (T, L, B)
     weight = mask.to(best.dtype)
-    return (best * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+    return ((best * weight[..., None]).sum(1) / weight.sum(1).clamp(min=1)[:, None]).T
 
 
 def pair_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:

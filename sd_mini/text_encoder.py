@@ -41,13 +41,14 @@ class PromptEmbeds:
 class RefinerBlock(nn.Module):
     """Pre-norm transformer block over a caption's own tokens; padding is never attended to."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float):
         super().__init__()
         self.heads = heads
         self.norm_attention, self.norm_mlp = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        wide = round(mlp_ratio * dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, wide), nn.GELU(), nn.Linear(wide, dim))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         b, length, dim = x.shape
@@ -104,6 +105,7 @@ class TextAdapter(ModelMixin, ConfigMixin):
         dim: int = 128,
         depth: int = 2,
         heads: int = 4,
+        mlp_ratio: float = 4.0,
         identity_scale: float = 1.0,
         residual_scale: float = 0.3,
     ):
@@ -112,7 +114,7 @@ class TextAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"adapter: dim {dim} is not a multiple of heads {heads}; choose heads that divide it")
         self.inputs = nn.ModuleList(EncoderInput(s, w, dim) for s, w in zip(state_dims, word_dims, strict=True))
         self.register_buffer("places", torch.randn(sum(lengths), dim))
-        self.blocks = nn.ModuleList(RefinerBlock(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(RefinerBlock(dim, heads, mlp_ratio) for _ in range(depth))
         self.norm_out = nn.RMSNorm(dim, elementwise_affine=False)
         self.pool = nn.Linear(dim, dim)
         self.pooled_norm = nn.RMSNorm(sum(pooled_dims))

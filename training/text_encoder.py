@@ -72,6 +72,8 @@ class AdapterConfig(Config):
     depth: int = Field(2, ge=0)
     """refiner blocks; 0 is a plain projection"""
     heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    """width of a refiner block's hidden layer, in widths of the tokens"""
     identity_scale: float = Field(1.0, ge=0)
     """how much of each word's own vector and place is in its token; 0 leaves the refined states alone"""
     residual_scale: float = Field(0.3, ge=0)
