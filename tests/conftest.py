@@ -48,6 +48,16 @@ def smoke_run(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def shapes_report(tiny_run, tmp_path_factory) -> Path:
+    """The report folder of the tiny run on the shapes world."""
+    from tests import reporting
+
+    out = tmp_path_factory.mktemp("shapes") / "report"
+    reporting.make(tiny_run / "pipeline", out)
+    return out
+
+
 @pytest.fixture
 def halfway(smoke_run, tmp_path) -> Path:
     """A noise predictor's folder with one checkpoint, of step 3 of 6, in a run of its own."""
