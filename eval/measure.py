@@ -78,7 +78,7 @@ def measure_shapes(
             if probe is not None:
                 config = DataConfig(split=split, count=count, seed=FIRST_SCENE_SEED + seed, resolution=probe.resolution)
                 _add_text(scores, split, probe, load(config))
-                binding = scores["text"].get(split, {}).get("binding")
+                binding = scores.get("text", {}).get(split, {}).get("binding")
                 if binding is not None:
                     both = (scores[part][split]["all"]["exact"] for part in ("composition", "ceiling"))
                     scores.setdefault("blame", {})[split] = blame(*both, binding)
@@ -89,10 +89,9 @@ def measure_shapes(
 
 
 def _add_text(scores: dict[str, Any], split: str, probe: TextProbe, data: CaptionedPictures) -> None:
-    if probe.sees_pixels:
-        scores.setdefault("text", {})[split] = probe.scores(data)
-    else:
-        scores["text"] = probe.recorded()
+    entry = probe.scores(data) if probe.sees_pixels else probe.recorded(data.name)
+    if entry is not None:
+        scores.setdefault("text", {})[split] = entry
 
 
 def _caption(scene: shapes.Scene, index: int) -> str:

@@ -68,8 +68,8 @@ against. These pictures are to be looked at; the autoencoder is measured.</p>
 {% if blame %}
 <h2>Which stage is to blame</h2>
 <p>Of all prompts of a split. The autoencoder: what even true drawings lose in it. The text encoder, at most: captions
-that it does not tell from their twin (<b>binding</b>, below), of those that are left. The noise predictor: the
-rest.</p>
+that it does not tell from their twin, of those that are left: twice the misses of <b>binding</b>, below, as half of the
+guesses are right. The noise predictor: the rest.</p>
 <table>
 <tr><th>split</th><th>exact</th><th>autoencoder</th><th>text encoder</th><th>noise predictor</th></tr>
 {% for split, parts in blame.items() %}

@@ -18,6 +18,7 @@ from sd_mini.texts import check_text, shown
 logger = logging.getLogger("sd_mini")
 
 _WARNINGS = 3  # prompts of one call that are named one by one
+_CAUSAL: dict[tuple, bool] = {}
 OPEN_CLIP_CLEANING = "open_clip_cleaning"  # a tokenizer's init argument, so that it is saved and loaded with it
 
 
@@ -43,20 +44,29 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
         self.tokenizer, self.model, self.max_length = tokenizer, model, max_length
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = _most_tokens(model)
         if limit is not None and max_length > limit:
             raise ValueError(
                 f"encoder: max_length {max_length}, but {type(model).__name__} reads at most {limit} tokens; "
                 "give that or less"
             )
-        self.causal = any(getattr(module, "is_causal", False) for module in model.modules())
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Widths of the states, the word vectors and the pooled vector."""
-        config, words = self.model.config, self.model.get_input_embeddings().weight.shape[1]
-        pooled = config.projection_dim if type(self.model).__name__ == "CLIPTextModelWithProjection" else None
-        return config.hidden_size, words, pooled or config.hidden_size
+        """Widths of the states, the word vectors and the pooled vector, as two tokens come out.
+
+        Raises ValueError for a model that does not make a state of each token of a text.
+        """
+        ids = torch.full((1, 2), self.tokenizer.pad_token_id, device=self.model.device)
+        try:
+            with torch.no_grad():
+                hidden = self(ids, torch.ones_like(ids, dtype=torch.bool))
+        except Exception as error:  # of its own kind for each model that wants pictures, sounds or a decoder's input
+            raise ValueError(
+                f"encoder: {type(self.model).__name__} does not read a text alone: expected a text model, such as a "
+                f"two-tower model's text half ({' '.join(str(error).split())[:200]})"
+            ) from error
+        return hidden.states.shape[-1], hidden.words.shape[-1], hidden.pooled.shape[-1]
 
     def tokenize(self, prompts: Sequence[str], strict: bool = False, warn: bool = True) -> Tokens:
         """N prompts => Tokens. One that is too long is cut, its end mark kept, and a warning names the words that go;
@@ -130,10 +140,39 @@ class Encoder:
             return out.text_embeds
         if name == "CLIPTextModel":
             return out.pooler_output
-        if self.causal:
+        if _is_causal(self.model):
             return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
         weight = mask[..., None].to(states.dtype)
         return (states * weight).sum(1) / weight.sum(1)
+
+
+def _most_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has places for; RoBERTa's kin keep the first ones for padding."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        is_places = isinstance(module, torch.nn.Embedding) and module is not words and module.num_embeddings == limit
+        if is_places and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether a token's state knows nothing of those after it; tried once a class, by changing the last of two."""
+    kind = (type(model), getattr(model.config, "is_decoder", None))
+    if kind not in _CAUSAL:
+        ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+        was_training = model.training
+        with torch.no_grad():
+            first = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+        model.train(was_training)
+        _CAUSAL[kind] = torch.allclose(first[0], first[1], rtol=1e-4, atol=1e-6)
+    return _CAUSAL[kind]
+
+
+def buckets(lengths: Tensor, size: int = 256) -> tuple[Tensor, ...]:
+    """(N,) lengths => the N row numbers in groups of `size`, like lengths together: short ones cost little."""
+    return lengths.argsort(stable=True).split(size)
 
 
 def open_clip_cleaning(text: str) -> str:

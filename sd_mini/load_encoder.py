@@ -21,13 +21,15 @@ from transformers import (
 
 PACKAGE = "package:"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+_TOKENIZER = " or ".join(_TOKENIZER_FILES)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def clip_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A byte-complete CLIP BPE trained on `captions`; `vocab_size` is an approximate ceiling.
 
-    All 256 bytes stay in the vocabulary, alone and as a word's end, so no text maps to `<|endoftext|>` mid-sentence.
+    All 256 bytes stay in the vocabulary, alone and as a word's end, so no text but that very mark maps to
+    `<|endoftext|>` mid-sentence.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -81,22 +83,33 @@ def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTo
     from transformers import AutoConfig, AutoTokenizer
 
     name = _package_folder(str(name)) if str(name).startswith(PACKAGE) else name
-    missing = _missing_files(str(name), tokenizer)
-    if missing and Path(name).exists():
+    local, missing = Path(name).exists(), _missing_files(str(name), tokenizer)
+    needed = [files for files in missing if files != _TOKENIZER]  # of which some families have other files
+    if local and needed:
         raise ValueError(
             f"text encoder {str(name)!r}: it is a folder without {', '.join(missing)}; put what is missing there"
         )
+    sides = {"padding_side": "right", "truncation_side": "right"}
     try:
-        family = _encoder_class(AutoConfig.from_pretrained(name))
-        encoder = family.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        words = AutoTokenizer.from_pretrained(name, padding_side="right") if tokenizer else None
-    except (OSError, KeyError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        family = _encoder_class(config)
+        encoder, report = family.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        words = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **sides) if tokenizer else None
+    except Exception as error:  # the libraries raise whatever their parsers do
         reason = " ".join(str(error).split())[:300]
-        lacks = f"the hub's local cache has no {', no '.join(missing)} of it; " if missing else ""
+        where = "it is a folder without" if local else "the hub's local cache has none of its"
+        lacks = f"{where} {', '.join(missing)}; " if missing else ""
         raise ValueError(
             f"text encoder {str(name)!r}: {lacks}expected a hub name, or a folder with config.json, model.safetensors "
-            f"and the tokenizer's files: {reason}"
-        ) from None
+            f"and the tokenizer's files, of a text model: {reason}"
+        ) from error
+    if drawn := sorted(key for key in report["missing_keys"] if "pooler" not in key):
+        raise ValueError(
+            f"text encoder {str(name)!r}: its weights lack {drawn[0]} and {len(drawn) - 1} more that its config asks "
+            "for; give the config that they were saved with"
+        )
     if words is not None and words.pad_token is None:
         if words.eos_token is None:
             raise ValueError(
@@ -184,7 +197,7 @@ def load_open_clip(name: str, weights: str | None = None) -> tuple[Any, Any]:
         model, _, transform = open_clip.create_model_and_transforms(
             name, pretrained=weights, precision="fp32", weights_only=True
         )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except Exception as error:  # whatever its parsers and torch's raise
         raise ValueError(f"open_clip {name!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), transform
 

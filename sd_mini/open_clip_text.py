@@ -15,7 +15,7 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
     import open_clip
 
     text = getattr(model, "text", model)  # a CustomTextCLIP keeps its text half apart, a CLIP is it
-    words = open_clip.get_tokenizer(name)
+    words = open_clip.get_tokenizer(name) if hasattr(text, "token_embedding") else None
     for reason in _hindrances(text, words):
         raise ValueError(
             f"open_clip {name!r}: its text half has {reason}, expected CLIP's own transformer and tokenizer; give the "
@@ -31,7 +31,7 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
         num_hidden_layers=len(text.transformer.resblocks),
         num_attention_heads=block.attn.num_heads,
         max_position_embeddings=text.context_length,
-        hidden_act="quick_gelu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu",
+        hidden_act=_activation(block.mlp.gelu),
         layer_norm_eps=text.ln_final.eps,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -63,7 +63,19 @@ def _hindrances(text: nn.Module, words: Any) -> list[str]:
         if not isinstance(block.attn, nn.MultiheadAttention) or parts - expected or parts & {"ls_1", "ls_2"}:
             found.append("blocks of another kind")
             break
+        if _activation(block.mlp.gelu) is None:
+            found.append("another activation")
+            break
     return found
+
+
+def _activation(module: nn.Module) -> str | None:
+    """transformers' name of a block's activation; none where it has another."""
+    if type(module).__name__ == "QuickGELU":
+        return "quick_gelu"
+    if type(module) is nn.GELU:
+        return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
+    return None
 
 
 def _tokenizer(words: Any, length: int) -> CLIPTokenizer:

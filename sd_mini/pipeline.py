@@ -170,6 +170,8 @@ class Pipeline(DiffusionPipeline):
 
         A prompt that is too long is cut, with a warning that names the words; `strict` raises ValueError instead.
         """
+        check_texts(prompt, None, prompt_embeds)
+        check_embeds(prompt_embeds, prompt_mask, self.text_adapter.length, self.text_adapter.config.dim)
         if prompt_embeds is None:
             encoded = self.text_stage.encode(listed(prompt), strict)
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
@@ -183,8 +185,9 @@ class Pipeline(DiffusionPipeline):
     ) -> tuple[Tensor, Tensor]:
         """The condition that guidance leads away from: the trained null one, or a prompt of the user's."""
         if negative is None:
-            null: PromptEmbeds = self.text_stage.null(batch)
-            return null.tokens.to(self.noise_predictor.dtype), null.mask
+            null: PromptEmbeds = self.text_adapter.null(batch)
+            device = self._execution_device
+            return null.tokens.to(device, self.noise_predictor.dtype), null.mask.to(device)
         texts = listed(negative)
         if len(texts) == 1:
             texts = texts * (batch // per_prompt)

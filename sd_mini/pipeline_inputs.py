@@ -33,6 +33,9 @@ def check_embeds(prompt_embeds: Tensor | None, prompt_mask: Tensor | None, lengt
         raise ValueError("prompt_embeds and prompt_mask: expected both, as encode_prompt gives them, or neither")
     if prompt_embeds is None or prompt_mask is None:
         return
+    for name, value in (("prompt_embeds", prompt_embeds), ("prompt_mask", prompt_mask)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}; expected a tensor, as encode_prompt gives it")
     if tuple(prompt_embeds.shape[1:]) != (length, dim):
         raise ValueError(f"prompt_embeds are {tuple(prompt_embeds.shape)}; expected (B, {length}, {dim})")
     if prompt_mask.shape != prompt_embeds.shape[:2]:

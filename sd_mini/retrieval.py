@@ -17,7 +17,7 @@ from sd_mini import shapes
 from sd_mini.data import CaptionedPictures
 from sd_mini.encoders import Hidden
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
-from sd_mini.texts import word_twins
+from sd_mini.texts import shown, word_twins
 
 RANKS = (1, 5, 10)
 CELLS = 4  # a side, into which the picture side divides a picture
@@ -150,25 +150,28 @@ def projected_dim(stage: TextStage) -> int:
     return sum(states + pooled for states, _, pooled in (encoder.widths for encoder in stage.encoders))
 
 
-def twin(pictures: CaptionedPictures, number: int, seed: int) -> str:
-    """A caption that is nearly true of picture `number`; another `seed` gives another.
+def twin(pictures: CaptionedPictures, number: int, seed: int, caption: int) -> str:
+    """A text that is nearly true of picture `number`, the twin of its caption `caption`; another `seed` gives another.
 
-    Of a scene graph its caption with one attribute, place, count or relation changed, in phrasing `number` modulo their
-    count; of any other data the first caption with its words changed (`word_twins`). Without either, the next one's.
+    Of a scene graph the caption with one attribute, place, count or relation changed, in the same phrasing; of any
+    other data the caption's own words changed (`word_twins`). Without either, the next other caption.
+    Raises ValueError where all captions are the same.
     """
-    if pictures.scenes is not None:
-        phrasings = shapes.captions(shapes.swapped(pictures.scenes[number], number + seed)[0])
-        return phrasings[number % len(phrasings)]
-    found = [text for text in word_twins(pictures.captions[number][0]) if text not in pictures.captions[number]]
-    if not found:
-        return pictures.captions[(number + 1) % len(pictures)][0]
-    return found[random.Random(f"{seed}/{number}").randrange(len(found))]
-
-
-def phrased_alike(pictures: CaptionedPictures, number: int) -> str:
-    """The caption of picture `number` that differs from its twin by nothing but what was changed."""
     own = pictures.captions[number]
-    return own[number % len(own)] if pictures.scenes is not None else own[0]
+    if pictures.scenes is not None:
+        return shapes.caption(shapes.swapped(pictures.scenes[number], number + seed)[0], caption)
+    if found := [text for text in word_twins(own[caption]) if text not in own]:
+        return found[random.Random(f"{seed}/{number}").randrange(len(found))]
+    following = (pictures.captions[(number + i) % len(pictures)][0] for i in range(1, len(pictures)))
+    other = next((text for text in following if text not in own), None)
+    if other is None:
+        raise ValueError(f"{pictures.name}: every caption is {shown(own[0])}; expected at least two different ones")
+    return other
+
+
+def measured_caption(pictures: CaptionedPictures, number: int) -> int:
+    """Which of its captions picture `number` is measured by: in scenes each phrasing in turn, else the main one."""
+    return number % len(pictures.captions[number]) if pictures.scenes is not None else 0
 
 
 def similarity(seen: Seen, said: Said) -> Tensor:
@@ -219,7 +222,8 @@ def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, n
 
     Equal captions are one: a picture of the same caption counts as found.
     """
-    same = torch.tensor([[a == b for b in captions] for a in captions[rows]], device=scores.device)
+    numbers = torch.from_numpy(np.unique(captions, return_inverse=True)[1]).to(scores.device)
+    same = numbers[rows, None] == numbers
     own = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
     of_pictures, of_captions = scores.T[rows], scores[rows]
     best = torch.where(same, of_pictures, -torch.inf).amax(1)
@@ -235,18 +239,23 @@ def text_scores(
     stage: TextStage, matcher: Matcher, data: CaptionedPictures, pictures: Tensor, rows: slice
 ) -> dict[str, np.ndarray]:
     """What is said of a text stage, for each of `rows`, 0 or 1: `recalls`, and whether the picture is nearer to its
-    caption than to its twin, by the adapter (`binding`) and by the plain projection (`binding_projection`).
+    caption than to its twin, by the adapter (`binding`), by its pooled vector alone (`binding_pooled`), which is all
+    that the plain projection has, and by that (`binding_projection`).
 
     `pictures`: all N of `data`, as the matcher takes them.
     """
-    captions = [phrased_alike(data, i) for i in range(len(data))]
-    twisted = [twin(data, i, seed=MEASURED) for i in range(rows.start, rows.stop)]
+    which = [measured_caption(data, i) for i in range(len(data))]
+    captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
+    twisted = [twin(data, i, MEASURED, which[i]) for i in range(rows.start, rows.stop)]
     seen = look(matcher, pictures)
     own = Seen(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
     ways = zip(("", "_projection"), say(stage, matcher, captions), say(stage, matcher, twisted), strict=True)
     found = {}
     for name, right, wrong in ways:
         found |= {f"{key}{name}": hits for key, hits in recalls(similarity(seen, right), captions, rows).items()}
-        rows_right = Said(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
-        found[f"binding{name}"] = (own_similarity(own, rows_right) > own_similarity(own, wrong)).float().cpu().numpy()
+        true = Said(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
+        found[f"binding{name}"] = (own_similarity(own, true) > own_similarity(own, wrong)).float().cpu().numpy()
+        if not name:
+            margin = (own.vector * (true.vector - wrong.vector)).sum(1)
+            found["binding_pooled"] = (margin > 0).float().cpu().numpy()
     return found

@@ -19,14 +19,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from sd_mini.encoders import Encoder, Hidden, Tokens
+from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
 
 MAX_ENCODERS = 3
 _SUFFIXES = (
     "",
     *(f"_{i}" for i in range(2, MAX_ENCODERS + 1)),
 )  # text_encoder, text_encoder_2, ... as diffusers has it
-_BUCKET = 256  # prompts of like length that are encoded together
+_PART = 1024  # prompts in memory at a time while the tokens are measured
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,12 @@ class TextStage:
         """From tokenizer, text_encoder, tokenizer_2, ... and text_adapter; what is None is left out."""
         adapter: TextAdapter = parts["text_adapter"]
         pairs = [(parts.get(f"tokenizer{s}"), parts.get(f"text_encoder{s}")) for s in _SUFFIXES]
-        pairs = [pair for pair in pairs if pair[1] is not None]
+        pairs = [pair for pair in pairs if None not in pair]
+        if len(pairs) != len(adapter.config.lengths):
+            raise ValueError(
+                f"{len(pairs)} text encoders with their tokenizers, and a text_adapter of "
+                f"{len(adapter.config.lengths)}; give all, or prompt_embeds and prompt_mask instead of prompts"
+            )
         return cls([Encoder(*p, n) for p, n in zip(pairs, adapter.config.lengths, strict=True)], adapter)
 
     @property
@@ -201,9 +206,13 @@ class TextStage:
         return [encoder.tokenize(prompts, strict, warn) for encoder in self.encoders]
 
     def hidden(self, tokens: Sequence[Tokens]) -> list[Hidden]:
-        device = self.adapter.device
-        pairs = zip(self.encoders, tokens, strict=True)
-        return [encoder(ids.to(device), mask.to(device)) for encoder, (ids, mask) in pairs]
+        """Each encoder's Hidden, where the adapter is and in its dtype; the encoder may be elsewhere, in bfloat16."""
+        device, dtype, found = self.adapter.device, self.adapter.dtype, []
+        for encoder, (ids, mask) in zip(self.encoders, tokens, strict=True):
+            states, words, mask, pooled = encoder(ids.to(encoder.model.device), mask.to(encoder.model.device))
+            states, words, pooled = (x.to(device, dtype) for x in (states, words, pooled))
+            found.append(Hidden(states, words, mask.to(device), pooled))
+        return found
 
     def encode(self, prompts: Sequence[str], strict: bool = False, warn: bool = True) -> PromptEmbeds:
         """B prompts => PromptEmbeds of the whole length, on the adapter's device.
@@ -217,7 +226,7 @@ class TextStage:
         masks = torch.zeros(count, adapter.length, device=adapter.device, dtype=torch.bool)
         pooled = torch.zeros(count, dim, device=adapter.device, dtype=adapter.dtype)
         lengths = [mask.sum(1) for _, mask in tokens]
-        for rows in torch.stack(lengths).sum(0).argsort(stable=True).split(_BUCKET):
+        for rows in buckets(torch.stack(lengths).sum(0)):
             longest = [int(length[rows].max()) for length in lengths]
             own = [Tokens(t.ids[rows, :n], t.mask[rows, :n]) for t, n in zip(tokens, longest, strict=True)]
             part = adapter(self.hidden(own))
@@ -236,8 +245,8 @@ class TextStage:
         adapter, dim = self.adapter, self.adapter.config.dim
         adapter.set_statistics(torch.zeros(dim), torch.ones(dim), torch.ones(1))
         total, squares, pooled, count = (torch.zeros(n, dtype=torch.float64) for n in (dim, dim, 1, 1))
-        for start in range(0, len(prompts), 4 * _BUCKET):
-            part = self.encode(prompts[start : start + 4 * _BUCKET], warn=False)
+        for start in range(0, len(prompts), _PART):
+            part = self.encode(prompts[start : start + _PART], warn=False)
             tokens = part.tokens[part.mask].double().cpu()
             total += tokens.sum(0)
             squares += tokens.square().sum(0)

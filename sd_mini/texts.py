@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 
-# words of one class stand for each other, so exchanging two of them, or taking another one, changes an attribute
+# words of one class stand for each other, so exchanging two of them, or taking another one, changes an attribute; those
+# joined by | mean the same, which would change nothing
 _ATTRIBUTES = (
-    "red orange yellow green blue purple pink brown black white gray grey cyan magenta gold silver",
-    "small large big little tiny huge tall short long thin thick",
+    "red orange yellow green blue purple|violet pink brown black white gray|grey cyan magenta gold silver",
+    "small|little|tiny large|big|huge",
     "one two three four five six seven eight nine ten",
-    "happy sad angry smiling crying sleeping laughing",
-    "light dark open closed old new young full empty",
-)
+    "happy|joyful sad angry sleeping surprised",
+    "open closed", "old new|young", "full empty", "light dark", "tall short", "thin thick",
+)  # fmt: skip
 _OPPOSITES = (
     "left right", "above below", "over under", "up down", "upwards downwards", "top bottom", "before behind",
     "in on", "inside outside", "with without", "north south", "east west", "first last", "near far",
     "upper lower", "front back", "to from", "clockwise counterclockwise", "leftwards rightwards",
 )  # fmt: skip
-_CLASS = {word: words.split() for words in _ATTRIBUTES for word in words.split()}
+_MEANING = {  # word => (its class, its meaning)
+    word: (number, group.index(same))
+    for number, group in enumerate(words.split() for words in _ATTRIBUTES)
+    for same in group
+    for word in same.split("|")
+}
+_MOST = 64  # words of a text that are looked at, and of its twins in another order
 _OPPOSITE = {a: b for pair in _OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
 _WORD = re.compile(r"[^\W_]+")
 
@@ -50,7 +58,7 @@ def word_twins(text: str) -> list[str]:
 
     None where the words give none: one word of no known class, or all words alike. Matching is whole words, lower case.
     """
-    spans = [match.span() for match in _WORD.finditer(text)]
+    spans = [match.span() for match in islice(_WORD.finditer(text), _MOST)]
     words = [text[a:b] for a, b in spans]
     found = [*_attribute_swaps(words), *_relation_swaps(words)] or _order_swaps(words)
     twins = [_rebuilt(text, spans, changed) for changed in found]
@@ -59,13 +67,15 @@ def word_twins(text: str) -> list[str]:
 
 def _attribute_swaps(words: list[str]) -> list[list[str]]:
     lower = [word.lower() for word in words]
+    meanings = [_MEANING.get(word) for word in lower]
     swaps = []
-    for i, word in enumerate(lower):
-        mates = _CLASS.get(word, [])
-        swaps += [_changed(words, {i: words[j], j: words[i]}) for j in range(i) if lower[j] in mates]
-        swaps += [
-            _changed(words, {i: mate}) for mate in mates if mate not in lower and {mate, word} != {"gray", "grey"}
-        ]
+    for i, own in enumerate(meanings):
+        if own is None:
+            continue
+        fellows = [j for j in range(i) if meanings[j] is not None and meanings[j][0] == own[0] and meanings[j] != own]
+        swaps += [_changed(words, {i: words[j], j: words[i]}) for j in fellows]
+        others = [same.split("|")[0] for same in _ATTRIBUTES[own[0]].split()]
+        swaps += [_changed(words, {i: w}) for w in others if _MEANING[w] != own and _MEANING[w] not in meanings]
     return swaps
 
 
@@ -74,8 +84,8 @@ def _relation_swaps(words: list[str]) -> list[list[str]]:
 
 
 def _order_swaps(words: list[str]) -> list[list[str]]:
-    pairs = [(a, b) for b in range(len(words)) for a in range(b) if words[a].lower() != words[b].lower()]
-    return [_changed(words, {a: words[b], b: words[a]}) for a, b in pairs[:64]]
+    pairs = ((a, b) for b in range(len(words)) for a in range(b) if words[a].lower() != words[b].lower())
+    return [_changed(words, {a: words[b], b: words[a]}) for a, b in islice(pairs, _MOST)]
 
 
 def _changed(words: list[str], changes: dict[int, str]) -> list[str]:

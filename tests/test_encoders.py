@@ -7,6 +7,9 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertModel,
+    BertTokenizerFast,
+    BloomConfig,
+    BloomModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -14,10 +17,19 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaModel,
+    OPTConfig,
+    OPTModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    T5Tokenizer,
 )
 
 from sd_mini import shapes
@@ -67,6 +79,13 @@ FAMILIES = {
     ),
     "bert": lambda n, _: BertModel(BertConfig(vocab_size=n, **SIZES)),
     "gpt2": lambda n, _: GPT2Model(GPT2Config(vocab_size=n, n_embd=16, n_layer=2, n_head=2)),
+    "roberta": lambda n, _: RobertaModel(RobertaConfig(vocab_size=n, max_position_embeddings=22, **SIZES)),
+    "opt": lambda n, _: OPTModel(
+        OPTConfig(
+            vocab_size=n, word_embed_proj_dim=8, ffn_dim=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+        )
+    ),
+    "bloom": lambda n, _: BloomModel(BloomConfig(vocab_size=n, hidden_size=16, n_layer=2, n_head=2)),
     "llama": lambda n, _: LlamaModel(LlamaConfig(vocab_size=n, **SIZES)),
 }
 
@@ -103,7 +122,7 @@ def test_every_family_gives_what_the_stock_class_gives(tmp_path, tokenizer, fami
         states, own = stock_states(model, torch.tensor([words(prompt)["input_ids"]]))
         torch.testing.assert_close(row[kept], states, rtol=0, atol=1e-6)
         if own is None:
-            own = states[-1] if family in ("gpt2", "llama") else states.mean(0)
+            own = states[-1] if family in ("gpt2", "llama", "opt", "bloom") else states.mean(0)
         torch.testing.assert_close(pooled, own, rtol=0, atol=1e-6)
     assert encoder.widths == (hidden.states.shape[-1], hidden.words.shape[-1], hidden.pooled.shape[-1])
 
@@ -148,7 +167,7 @@ def test_an_encoder_and_decoder_in_one_is_refused(tmp_path, tokenizer):
 
 
 def test_a_name_that_is_not_in_the_cache_says_so_offline():
-    with pytest.raises(ValueError, match=r"local cache has no config\.json, no model\.safetensors or"):
+    with pytest.raises(ValueError, match=r"local cache has none of its config\.json, model\.safetensors or"):
         load_encoder("somebody/some-text-model")
 
 
@@ -159,6 +178,84 @@ def test_the_files_that_a_folder_lacks_are_named(tmp_path, tokenizer, gone):
     (tmp_path / gone).unlink()
     with pytest.raises(ValueError, match=f"it is a folder without {gone}"):
         load_encoder(tmp_path)
+
+
+def test_t5s_own_tokenizer_and_mask(tmp_path):
+    """A unigram vocabulary, as SentencePiece makes it: the end mark is kept when a prompt is cut."""
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -9.0),
+        ("\u2581red", -1.0),
+        ("\u2581circle", -1.5),
+        ("\u2581", -3.0),
+    ]
+    words = T5Tokenizer(vocab=[*pieces, *((letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz")], extra_ids=0)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=len(words), **sizes)).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    encoder = Encoder(*load_encoder(tmp_path), 6)
+    ids, mask = encoder.tokenize(["red circle", "red circle red circle red circle red"], warn=False)
+    assert ids[0, : mask[0].sum()].tolist() == words("red circle")["input_ids"] and ids[1, -1] == words.eos_token_id
+    with torch.no_grad():
+        hidden = encoder(ids, mask)
+        stock = T5EncoderModel.from_pretrained(tmp_path)(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(hidden.states, stock, rtol=0, atol=1e-6)
+
+
+def test_berts_own_tokenizer_keeps_its_marks_and_case(tmp_path):
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "##s"]
+    words = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
+    BertModel(BertConfig(vocab_size=8, **SIZES)).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    encoder = Encoder(*load_encoder(tmp_path), 4)
+    ids, _ = encoder.tokenize(["Red circles", "red"], warn=False)
+    assert ids.tolist() == [[2, 5, 6, 3], [2, 5, 3, 0]]
+
+
+def test_a_tokenizer_that_cuts_on_the_left_cuts_on_the_right(tmp_path, tokenizer, caplog):
+    small_clip(tokenizer, 16, layers=1, heads=2, max_length=6).save_pretrained(tmp_path)
+    words = save_tokenizer(tokenizer, tmp_path)
+    words.truncation_side = "left"
+    words.save_pretrained(tmp_path)
+    Encoder(*load_encoder(tmp_path), 6).tokenize(["red circle red cross red square"])
+    kept, cut = caplog.messages[0].split("cut off: ")
+    assert "circle" in kept and "square" in cut and "circle" not in cut
+
+
+def test_weights_that_the_config_asks_for_may_not_be_missing(tmp_path, tokenizer):
+    small_clip(tokenizer, 16, layers=1, heads=2, max_length=20).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match=r"its weights lack .*layers\.1\."):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no weights"])
+def test_damaged_weights_are_one_line_with_the_encoders_name(tmp_path, tokenizer, damage):
+    small_clip(tokenizer, 16, layers=1, heads=2, max_length=20).save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(damage)
+    with pytest.raises(ValueError, match=f"text encoder '{tmp_path}'"):
+        load_encoder(tmp_path)
+
+
+def test_a_model_that_wants_pictures_too_is_refused(tokenizer):
+    text = SiglipTextConfig(vocab_size=len(tokenizer), **SIZES)
+    config = SiglipConfig(
+        text_config=text.to_dict(), vision_config=SiglipVisionConfig(**SIZES, image_size=32).to_dict()
+    )
+    with pytest.raises(ValueError, match="SiglipModel does not read a text alone"):
+        Encoder(tokenizer, SiglipModel(config), 20).widths  # noqa: B018
+
+
+def test_roberta_keeps_two_places_for_padding(tokenizer):
+    model = RobertaModel(RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=20, **SIZES))
+    with pytest.raises(ValueError, match="reads at most 18 tokens"):
+        Encoder(tokenizer, model, 19)
+    Encoder(tokenizer, model, 18)
 
 
 def test_more_tokens_than_the_model_has_places_are_refused(tokenizer):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
 from sd_mini.encoders import Encoder, open_clip_cleaning
 from sd_mini.load_encoder import load_open_clip, open_clip_encoder
+from training.text_data import model_hash
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
@@ -38,13 +39,32 @@ def assert_golden(name, weights=None):
     for row, kept, stock_row in zip(ids, mask, expected, strict=True):
         assert row[kept].tolist() == stock_row[: int(kept.sum())].tolist()
     with torch.no_grad():
-        torch.testing.assert_close(encoder(ids, mask).pooled, stock.encode_text(expected), rtol=0, atol=1e-6)
+        states, hidden = [], encoder(ids, mask)
+        getattr(stock, "text", stock).ln_final.register_forward_hook(lambda module, given, made: states.append(made))
+        torch.testing.assert_close(hidden.pooled, stock.encode_text(expected), rtol=0, atol=1e-6)
+    for row, kept, stock_row in zip(hidden.states, mask, states[0], strict=True):
+        torch.testing.assert_close(row[kept], stock_row[: int(kept.sum())], rtol=0, atol=1e-6)
     return encoder
 
 
 @pytest.mark.parametrize("model", [{}, {"quick_gelu": True}, {"custom_text": True}])
 def test_text_features_are_open_clips_own(tmp_path, model):
     assert_golden(save_model(tmp_path / "model", **model))
+
+
+def test_an_approximate_activation_is_taken_over(tmp_path):
+    text = {"act_kwargs": {"approximate": "tanh"}}
+    assert assert_golden(save_model(tmp_path / "model", text, custom_text=True)).model.config.hidden_act == (
+        "gelu_pytorch_tanh"
+    )
+
+
+def test_the_same_weights_built_otherwise_are_another_model(tmp_path):
+    """Their caches may not be taken for each other."""
+    plain, quick = (save_model(tmp_path / str(q), quick_gelu=q) for q in (False, True))
+    assert model_hash(open_clip_encoder(plain)[1]) != model_hash(open_clip_encoder(quick)[1])
+    assert model_hash(load_open_clip(plain)[0]) != model_hash(load_open_clip(quick)[0])
+    assert model_hash(load_open_clip(plain)[0]) == model_hash(load_open_clip(plain)[0])
 
 
 def test_an_architecture_and_its_weights_file(tmp_path, monkeypatch):

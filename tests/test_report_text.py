@@ -42,8 +42,8 @@ def test_a_matcher_of_features_reports_what_was_measured_in_training(tmp_path):
     assert launch("text_encoder", tmp_path / "run", "--tower.features", str(tmp_path), "--train.steps", "3") == 0
     folder = tmp_path / "run" / "text_encoder" / "final"
     probe, recorded = TextProbe(folder), json.loads((folder / "stage.json").read_text())["scores"]
-    assert not probe.sees_pixels
-    entry = probe.recorded()["test"]
+    assert not probe.sees_pixels and probe.recorded("other:test") is None
+    entry = probe.recorded("shapes:test")
     assert entry["n"] == 16 and all(entry[name] == pytest.approx(value) for name, value in recorded.items())
     assert entry["binding_low"] < recorded["binding"] + 1e-9 < entry["binding_high"] + 2e-9
 
@@ -54,5 +54,5 @@ def test_the_blame_is_shared_out_whole(report):
         parts = report["blame"][split]
         assert sum(parts.values()) + exact == pytest.approx(1) and min(parts.values()) >= 0
         assert parts == blame(exact, ceiling, report["text"][split]["binding"])
-    assert blame(0.5, 0.9, 0.8) == pytest.approx({"autoencoder": 0.1, "text_encoder": 0.18, "noise_predictor": 0.22})
+    assert blame(0.5, 0.9, 0.8) == pytest.approx({"autoencoder": 0.1, "text_encoder": 0.36, "noise_predictor": 0.04})
     assert blame(0.95, 0.9, 0.8) == pytest.approx({"autoencoder": 0.05, "text_encoder": 0, "noise_predictor": 0})

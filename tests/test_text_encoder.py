@@ -165,6 +165,21 @@ def test_parts_make_the_same_stage_again():
     assert [e.max_length for e in again.encoders] == [12, 20] and again.encoders[1].model is stage.encoders[1].model
 
 
+def test_an_encoder_of_its_own_precision_is_read_in_the_adapters():
+    stage, half = make_stage(), make_stage()
+    half.encoders[0].model.to(torch.bfloat16)
+    with torch.no_grad():
+        expected, out = (s.encode(["a small red circle"]) for s in (stage, half))
+    assert out.tokens.dtype == torch.float32
+    torch.testing.assert_close(out.tokens, expected.tokens, rtol=0, atol=0.1)
+
+
+def test_parts_of_which_one_is_missing_are_refused():
+    parts = make_stage(lengths=(12, 20)).parts
+    with pytest.raises(ValueError, match="1 text encoders with their tokenizers, and a text_adapter of 2"):
+        TextStage.from_parts({**parts, "text_encoder_2": None})
+
+
 def test_a_long_prompt_is_cut_with_a_warning_that_names_the_words(stage, caplog):
     long = "a small red circle in the top left " + "and more " * 10 + "zebra"
     with caplog.at_level(logging.WARNING, logger="sd_mini"), torch.no_grad():

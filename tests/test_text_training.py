@@ -1,3 +1,6 @@
+import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,8 @@ from tests.launching import error_line, launch
 from tests.test_open_clip import save_model
 from training.batches import Batch, batch_ids
 from training.partial import merged, thaw
-from training.text_encoder import TextConfig, TextTask
+from training.text_config import TextConfig
+from training.text_encoder import TextTask
 from training.text_losses import LayoutHead, infonce_losses, siglip_losses
 
 SMOKE = Path(__file__).parent.parent / "training" / "configs" / "smoke" / "text_encoder.yaml"
@@ -230,8 +234,44 @@ def test_features_made_elsewhere(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("train", "valid", "says"),
+    [
+        (np.zeros((64, 12)), np.zeros((16, 13)), "12, 13] wide; not alike"),
+        (np.zeros((64, 12)), np.full((16, 12), 1e300), "row 0 is not finite in float32"),
+        (np.zeros(64), np.zeros((16, 12)), "of shape (64,); expected floats"),
+        (np.zeros((64, 12), int), np.zeros((16, 12)), "is int64"),
+        (None, np.zeros((16, 12)), "cannot be read"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(tmp_path, capsys, train, valid, says):
+    np.save(tmp_path / "valid.npy", valid)
+    if train is None:
+        (tmp_path / "train.npy").touch()
+    else:
+        np.save(tmp_path / "train.npy", train)
+    assert launch("text_encoder", tmp_path / "run", "--tower.features", str(tmp_path)) == 2
+    assert says in error_line(capsys.readouterr().err)
+
+
+def test_another_encoder_or_tokenizer_is_another_cache_and_another_training(tmp_path, pretrained):
+    first = make_task(tmp_path, "--encoder.name", pretrained["bert"])
+    config = json.loads((pretrained["bert"] / "config.json").read_text())
+    other = shutil.copytree(pretrained["bert"], tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    second = make_task(tmp_path, "--encoder.name", other)
+    assert len(list((tmp_path / "text_states").iterdir())) == 2
+    assert first.identity["data"] == second.identity["data"]
+    assert first.identity["encoder_0"] != second.identity["encoder_0"]
+    make_task(tmp_path, "--encoder.name", other, "--encoder.max_length", 20)
+    assert len(list((tmp_path / "text_states").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--tower.features", "x", "--tower.name", "y"], "expected one of them"),
+        (["--tower.weights", "y"], "give its name too"),
+        (["--tower.features", "x", "--augment.shift", "2"], "leave mirror and shift at 0"),
         (["--encoder.lora_rank", "2"], "are for a pretrained encoder"),
         (["--encoder", "{name: x, lora_rank: 2, train_layers: 1}"], "expected one of them"),
         (["--loss.infonce", "1", "--train.accumulation", "2"], "expected accumulation 1"),
@@ -241,7 +281,6 @@ def test_features_made_elsewhere(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_nothing_written(tmp_path, capsys, arguments, says):
-    import re
 
     assert launch("text_encoder", tmp_path / "run", *arguments) == 2
     assert re.search(says, error_line(capsys.readouterr().err))

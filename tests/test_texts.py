@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from sd_mini.texts import check_text, shown, word_twins
@@ -29,6 +31,18 @@ def test_a_twin_has_other_words_or_another_order():
     for text in ("Red Circle", "two GREEN stars", "日本 語", "it's a-b"):
         twins = word_twins(text)
         assert text not in twins and len(set(twins)) == len(twins)
+
+
+def test_words_of_one_meaning_do_not_stand_for_each_other():
+    found = word_twins("a big gray dog beside a small huge cat")
+    assert not any(re.search(r"\b(large|little|tiny|grey)\b", twin) for twin in found if "big" in twin)
+    assert "a small gray dog beside a big huge cat" in found  # exchanged
+    assert not any("a large gray" in twin or "a huge gray" in twin for twin in found)
+
+
+def test_long_texts_take_no_longer():
+    assert 0 < len(word_twins("red dog " * 100_000)) < 1000
+    assert len(word_twins(" ".join(f"w{i}" for i in range(5000)))) == 64
 
 
 def test_check_text_names_where():

@@ -32,6 +32,7 @@ from training.loader import iterate
 from training.loop import Loop
 from training.process import join_processes, tune_cpu
 from training.task import Origin
+from training.text_data import CHUNK
 
 WARM_UP, MEASURED = 10, 100  # updates
 
@@ -151,7 +152,7 @@ def encode_cost(folder: str, count: int = 100_000) -> None:
     memory: list[int] = []
     with tempfile.TemporaryDirectory(dir=".") as home:
         start = time.perf_counter()
-        cache.encode(Path(home), {"benchmark": folder}, count, encode_rows, "captions")
+        cache.encode(Path(home), {"benchmark": folder}, count, encode_rows, "captions", chunk=CHUNK)
         seconds = time.perf_counter() - start
     settled = memory[len(memory) // 4]
     print(f"{count} captions in {seconds:.1f} s, {count / seconds:.0f} a second")

@@ -27,7 +27,7 @@ from training import cache, launch
 from training.batches import Batch, generator
 from training.players import Player
 from training.task import TrainConfig
-from training.text_data import report_cuts
+from training.text_data import CHUNK, report_cuts
 
 VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
 
@@ -126,6 +126,7 @@ class Encoded:
             encode_texts,
             f"prompts of {pictures.name}",
             dtype,
+            chunk=CHUNK,
         )
         self.tokens, self.mask = words["tokens"], words["mask"]
 

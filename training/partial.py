@@ -25,9 +25,8 @@ def thaw(model: nn.Module, last_layers: int, lora_rank: int) -> None:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks, in order: the longest list in the model."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    """The repeated blocks, in order: the outermost list of the model."""
+    return next((list(module) for module in model.modules() if isinstance(module, nn.ModuleList)), [])
 
 
 def _add_lora(model: nn.Module, layers: list[nn.Module], rank: int) -> None:

@@ -16,17 +16,20 @@ from tqdm import tqdm
 
 from sd_mini import images
 from sd_mini.data import CaptionedPictures
-from sd_mini.encoders import Encoder, Hidden
+from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
 from sd_mini.load_encoder import load_open_clip
 from sd_mini.stages import combined_hash
 from sd_mini.text_encoder import TextStage
 from sd_mini.texts import shown
 from training import cache
 
+CHUNK = 1024  # texts that are encoded at a time, like lengths together
+
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 of a model's class and weights."""
-    digest = hashlib.sha256(type(model).__name__.encode())
+    """SHA-256 of how a model is built and of its weights."""
+    config = model.config.to_json_string() if hasattr(model, "config") else ""
+    digest = hashlib.sha256(f"{model} {config}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -78,26 +81,33 @@ class Texts:
         """Call once, when all texts are in; `folder` takes the cache of what frozen encoders say."""
         texts = list(self.numbers)
         self.rows = [encoder.token_rows(texts)[0] for encoder in self.stage.encoders]
+        # the words of frozen encoders, kept here: the encoder itself may move to a device that no worker has
+        self.words = [Words(encoder, rows) for encoder, rows in zip(self.stage.encoders, self.rows, strict=True)]
         self.caches: dict[int, dict[str, cache.Rows]] = {}
         for i, encoder in enumerate(self.stage.encoders):
             if i not in self.trained:
-                self.caches[i] = self._encode(encoder, texts, folder, dtype)
+                self.caches[i] = self._encode(encoder, self.rows[i], folder, dtype)
 
-    def _encode(self, encoder: Encoder, texts: list[str], folder: Path, dtype: str) -> dict[str, cache.Rows]:
+    def _encode(self, encoder: Encoder, rows: list[list[int]], folder: Path, dtype: str) -> dict[str, cache.Rows]:
         device = PartialState().device
         encoder.model.to(device)
 
-        def encode_rows(rows: slice) -> dict[str, np.ndarray]:
-            tokens = encoder.tokenize(texts[rows], warn=False)
-            with torch.no_grad():
-                hidden = encoder(tokens.ids.to(device), tokens.mask.to(device))
-            states = torch.zeros(len(tokens.ids), encoder.max_length, hidden.states.shape[-1])
-            states[:, : tokens.ids.shape[1]] = hidden.states.cpu() * tokens.mask[..., None]
-            return {"states": states.numpy(), "pooled": hidden.pooled.float().cpu().numpy()}
+        def encode_rows(part: slice) -> dict[str, np.ndarray]:
+            own = rows[part]
+            states = torch.zeros(len(own), encoder.max_length, width)
+            pooled = torch.zeros(len(own), pooled_width)
+            for group in buckets(torch.tensor([len(row) for row in own])):
+                tokens = encoder.padded([own[i] for i in group.tolist()])
+                with torch.no_grad():
+                    hidden = encoder(tokens.ids.to(device), tokens.mask.to(device))
+                states[group, : tokens.ids.shape[1]] = (hidden.states * hidden.mask[..., None]).float().cpu()
+                pooled[group] = hidden.pooled.float().cpu()
+            return {"states": states.numpy(), "pooled": pooled.numpy()}
 
-        name = type(encoder.model).__name__
-        key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "texts": combined_hash(texts)}
-        found = cache.encode(folder / "text_states", key, len(texts), encode_rows, f"texts by {name}", dtype)
+        name, (width, _, pooled_width) = type(encoder.model).__name__, encoder.widths
+        key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": combined_hash(rows)}
+        title = f"texts by {name}"
+        found = cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, chunk=CHUNK)
         encoder.model.to("cpu")
         return found
 
@@ -111,18 +121,24 @@ class Texts:
             else:
                 ids, stored = np.asarray(numbers), self.caches[i]
                 states = torch.from_numpy(stored["states"][ids][:, : tokens.ids.shape[1]]).float()
-                with torch.no_grad():
-                    words = encoder.words(tokens.ids)
-                own = Hidden(states, words, tokens.mask, torch.from_numpy(stored["pooled"][ids]).float())
+                pooled = torch.from_numpy(stored["pooled"][ids]).float()
+                own = Hidden(states, self.words[i].take(tokens), tokens.mask, pooled)
             found |= {f"{name}_{i}": value for name, value in own._asdict().items()}
         return found
 
 
-def occurring_words(encoder: Encoder, rows: Iterable[Iterable[int]]) -> Tensor:
-    """Token numbers of many texts => the vectors of the words that occur, each once, (N, W)."""
-    ids = torch.tensor(sorted({number for row in rows for number in row}))
-    with torch.no_grad():
-        return encoder.words(ids)
+class Words:
+    """The vectors (N, W) of the words that occur in many texts, each once, on the CPU."""
+
+    def __init__(self, encoder: Encoder, rows: Iterable[Iterable[int]]):
+        self.ids = torch.tensor(sorted({number for row in rows for number in row}))
+        with torch.no_grad():
+            self.vectors = encoder.words(self.ids.to(encoder.model.device)).float().cpu()
+
+    def take(self, tokens: Tokens) -> Tensor:
+        """Tokens (B, L) => (B, L, W), zeros where there is padding."""
+        found = self.vectors[torch.searchsorted(self.ids, tokens.ids).clamp(max=len(self.ids) - 1)]
+        return found * tokens.mask[..., None]
 
 
 def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, folder: Path) -> Tensor:
@@ -146,13 +162,19 @@ def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
     """Features made elsewhere, a .npy file of (N, F) numbers, a row for each picture in order. Raises ValueError."""
     try:
         features = np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
+    if not isinstance(features, np.ndarray):
+        raise ValueError(f"tower.features: {path} holds several arrays; expected a .npy file of one, (N, F)")
     if features.ndim != 2 or len(features) != len(pictures) or features.dtype.kind != "f":
         raise ValueError(
             f"tower.features: {path} is {features.dtype} of shape {features.shape}; expected floats, "
             f"({len(pictures)}, F): a row for each picture of {pictures.name}"
         )
+    with np.errstate(over="ignore"):  # what float32 has no room for is found on the next line
+        features = features.astype(np.float32)
     if not np.isfinite(features).all():
-        raise ValueError(f"tower.features: {path}, row {np.argwhere(~np.isfinite(features))[0][0]} is not finite")
-    return torch.from_numpy(features.astype(np.float32))
+        raise ValueError(
+            f"tower.features: {path}, row {np.argwhere(~np.isfinite(features))[0][0]} is not finite in float32"
+        )
+    return torch.from_numpy(features)

@@ -5,130 +5,35 @@ accelerate launch -m training.text_encoder --config training/configs/shapes/text
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_mini import images, stages
-from sd_mini.config import Config, command
-from sd_mini.data import DataConfig, load_captioned, unique_captions
+from sd_mini.config import command
+from sd_mini.data import load_captioned, unique_captions
 from sd_mini.encoders import Encoder
 from sd_mini.load_encoder import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
 from sd_mini.retrieval import Matcher, look, projected_dim, say, similarity, text_scores, twin
 from sd_mini.text_encoder import TextAdapter, TextStage
 from training import launch, text_data
-from training.augment import AugmentConfig, augment
+from training.augment import augment
 from training.batches import Batch, row_slices
 from training.partial import merged, thaw
 from training.players import Player
 from training.process import share
-from training.task import TrainConfig
-from training.text_losses import LossConfig, Objective
+from training.text_config import TextConfig
+from training.text_losses import Objective
 
 STATISTICS_COUNT = 4096  # captions that the tokens' mean and std are measured on
-
-
-class EncoderConfig(Config):
-    """A text encoder under the adapter."""
-
-    name: str | None = None
-    """pretrained: a hub name, a folder, "package:PACKAGE/FOLDER", an open_clip architecture (with `weights`) or
-    "local-dir:FOLDER"; kept frozen unless the fields below say otherwise. none: a small CLIP model from scratch"""
-    weights: str | None = None
-    """weights file of an open_clip architecture"""
-    max_length: int = Field(24, ge=3)
-    """tokens a prompt, with the start and end marks"""
-    train_layers: int = Field(0, ge=0)
-    """train so many of a pretrained encoder's last layers"""
-    lora_rank: int = Field(0, ge=0)
-    """train low-rank additions to a pretrained encoder's linear layers; they are merged into it on export"""
-    vocab_size: int = Field(4096, ge=600)
-    """from scratch: about how many BPE tokens to learn from the captions"""
-    dim: int = Field(128, ge=8)
-    """from scratch, as are the next two"""
-    layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-
-    @model_validator(mode="after")
-    def _one_way_to_train(self) -> EncoderConfig:
-        if self.train_layers and self.lora_rank:
-            raise ValueError("train_layers and lora_rank: expected one of them, or neither")
-        if self.name is None and (self.train_layers or self.lora_rank or self.weights):
-            raise ValueError("train_layers, lora_rank and weights are for a pretrained encoder; give its name too")
-        return self
-
-
-class AdapterConfig(Config):
-    dim: int = Field(128, ge=8)
-    """width of the prompt embeddings"""
-    depth: int = Field(2, ge=0)
-    """refiner blocks; 0 is a plain projection"""
-    heads: int = Field(4, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    """width of a refiner block's hidden layer, in widths of the tokens"""
-    identity_scale: float = Field(1.0, ge=0)
-    """how much of each word's own vector and place is in its token; 0 leaves the refined states alone"""
-    residual_scale: float = Field(0.3, ge=0)
-    """how much of the refined states is added"""
-
-
-class TowerConfig(Config):
-    """The picture side: a small convolutional tower from scratch, or what a frozen one says of the pictures."""
-
-    width: int = Field(64, ge=8)
-    patch: int = Field(2, ge=1)
-    """pixels a side that the first layer folds into channels"""
-    late_dim: int = Field(64, ge=1)
-    """channels in which words are compared with parts of a picture"""
-    name: str | None = None
-    """a frozen open_clip model's picture half: an architecture (with `weights`) or "local-dir:FOLDER\""""
-    weights: str | None = None
-    """weights file of an open_clip architecture"""
-    features: str | None = None
-    """a folder with train.npy and valid.npy, (N, F) each: features made elsewhere, a row for each picture in order"""
-
-
-class TextConfig(Config):
-    data: DataConfig = DataConfig()
-    """captioned pictures to train on"""
-    valid: DataConfig = DataConfig(split="test", count=500)
-    """captioned pictures to measure retrieval and binding on"""
-    augment: AugmentConfig = AugmentConfig()
-    encoder: EncoderConfig = EncoderConfig()
-    encoder_2: EncoderConfig | None = None
-    """a second encoder, whose tokens follow the first one's; as encoder"""
-    encoder_3: EncoderConfig | None = None
-    adapter: AdapterConfig = AdapterConfig()
-    tower: TowerConfig = TowerConfig()
-    loss: LossConfig = LossConfig()
-    twins: int = Field(1, ge=1)
-    """hard negatives made of each picture's caption, of which a step draws one"""
-    strict: bool = False
-    """refuse captions that are longer than an encoder reads, instead of cutting them"""
-    cache_dtype: Literal["float16", "float32"] = "float16"
-    """how a frozen encoder's states lie on disk"""
-    train: TrainConfig = TrainConfig()
-
-    @property
-    def encoders(self) -> list[EncoderConfig]:
-        return [e for e in (self.encoder, self.encoder_2, self.encoder_3) if e is not None]
-
-    @model_validator(mode="after")
-    def _whole_batches_for_infonce(self) -> TextConfig:
-        if self.loss.infonce and self.train.accumulation > 1:
-            raise ValueError(
-                f"loss.infonce compares a text with every picture of the batch, and with train.accumulation "
-                f"{self.train.accumulation} a pass sees a part of them; expected accumulation 1"
-            )
-        return self
 
 
 class TextTask:
@@ -146,26 +51,43 @@ class TextTask:
         adapter = TextAdapter(*map(list, zip(*widths, strict=True)), lengths, **config.adapter.model_dump())
         self.stage = TextStage(encoders, adapter)
         self.features = self._features(cache)
+        self._identify(encoders)
         tower = self._tower()  # the last that can be refused: from here on there are caches
         self.texts = text_data.Texts(self.stage, trained)
         self.own = [self.texts.add(captions) for captions in self.train.captions]
-        self.twins = [
-            self.texts.add(twin(self.train, i, seed=i * (config.twins - 1) + k) for k in range(config.twins))
-            for i in range(self.count)
-        ]
+        self.twins = [[self.texts.add(self._twins_of(i, c)) for c in range(len(own))] for i, own in enumerate(self.own)]
         self.texts.close(cache, config.cache_dtype)
-        for read, encoder, rows in zip(adapter.inputs, encoders, self.texts.rows, strict=True):
-            read.set_words(text_data.occurring_words(encoder, rows))
+        for read, words in zip(adapter.inputs, self.texts.words, strict=True):
+            read.set_words(words.vectors)
         tower["late_dim"] = config.tower.late_dim if config.loss.late else 0
         matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
         objective = Objective(self.stage, trained, matcher, config.loss)
         self.players = {"text_encoder": Player(objective, config.train)}
 
+    def _twins_of(self, number: int, caption: int) -> list[str]:
+        count = self.config.twins
+        return [twin(self.train, number, number * (count - 1) + k, caption) for k in range(count)]
+
+    def _identify(self, encoders: list[Encoder]) -> None:
+        """What is trained on beside the data: another encoder or other features make it another training."""
+        for i, (encoder, config) in enumerate(zip(encoders, self.config.encoders, strict=True)):
+            if config.name is not None:
+                self.identity[f"encoder_{i}"] = text_data.model_hash(encoder.model)
+        if self.features is not None:
+            digests = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in self.features]
+            self.identity["features"] = "/".join(digests)
+
     def _features(self, cache: Path) -> list[Tensor] | None:
         """Of the training and the held-out pictures, where the picture side is a frozen tower's."""
         tower, parts = self.config.tower, {"train": self.train, "valid": self.valid}
         if tower.features is not None:
-            return [text_data.read_features(Path(tower.features) / f"{name}.npy", p) for name, p in parts.items()]
+            found = [text_data.read_features(Path(tower.features) / f"{name}.npy", p) for name, p in parts.items()]
+            widths = [part.shape[1] for part in found]
+            if len(set(widths)) > 1:
+                raise ValueError(
+                    f"tower.features {tower.features}: train.npy and valid.npy are {widths} wide; not alike"
+                )
+            return found
         if tower.name is not None:
             return [text_data.tower_features(tower.name, tower.weights, p, cache) for p in parts.values()]
         return None
@@ -182,8 +104,10 @@ class TextTask:
         """Each picture with one of its captions, drawn anew; the texts that this process encodes: its share of the
         global batch's captions and twins, and the captions of its own pictures."""
         caption, wrong = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
-        chosen = [self.own[i][int(u * len(self.own[i]))] for i, u in zip(batch.ids, caption, strict=True)]
-        twisted = [self.twins[i][int(u * len(self.twins[i]))] for i, u in zip(batch.ids, wrong, strict=True)]
+        which = [int(u * len(self.own[i])) for i, u in zip(batch.ids, caption, strict=True)]
+        chosen = [self.own[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        twins = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        twisted = [several[int(u * len(several))] for several, u in zip(twins, wrong, strict=True)]
         # a text that stands twice is one column; a caption and its twin stand side by side
         columns = list(dict.fromkeys(text for pair in zip(chosen, twisted, strict=True) for text in pair))
         places, shared = _shares([share(len(columns), PartialState().num_processes, r) for r in _ranks()])

@@ -16,6 +16,9 @@ from sd_mini.encoders import Encoder, Hidden, Tokens
 from sd_mini.retrieval import Matcher, Said, Seen, late_scores
 from sd_mini.text_encoder import TextStage
 
+# Adam takes steps of the same length for any weight; so small, it does not count in the gradient's norm
+_PROBE_WEIGHT = 1e-3
+
 
 class LossConfig(Config):
     """Weights of the terms; 0 leaves a term out."""
@@ -189,4 +192,4 @@ class Objective(nn.Module):
         still = [Hidden(h.states.detach(), h.words.detach(), h.mask, h.pooled.detach()) for h in hidden]
         vectors = of_all(self.matcher.project(still)[shared], text_places)
         logits = seen.detach() @ vectors.T * self.log_scale[0].detach().exp() + self.bias[0].detach()
-        return (self.weights.siglip + self.weights.infonce) * siglip_losses(logits, positive)
+        return _PROBE_WEIGHT * siglip_losses(logits, positive)
