@@ -150,18 +150,25 @@ def projected_dim(stage: TextStage) -> int:
     return sum(states + pooled for states, _, pooled in (encoder.widths for encoder in stage.encoders))
 
 
-def twin(pictures: CaptionedPictures, number: int, seed: int, caption: int) -> str:
-    """A text that is nearly true of picture `number`, the twin of its caption `caption`; another `seed` gives another.
+def twins(pictures: CaptionedPictures, number: int, seed: int) -> list[str]:
+    """Texts that are nearly true of picture `number`, one for each of its captions; another `seed` gives others.
 
-    Of a scene graph the caption with one attribute, place, count or relation changed, in the same phrasing; of any
-    other data the caption's own words changed (`word_twins`). Without either, the next other caption.
+    Of a scene graph the captions with one attribute, place, count or relation changed, each in its own phrasing; of any
+    other data each caption with its words changed (`word_twins`) or, where they give none, the next other caption.
     Raises ValueError where all captions are the same.
     """
     own = pictures.captions[number]
     if pictures.scenes is not None:
-        return shapes.caption(shapes.swapped(pictures.scenes[number], number + seed)[0], caption)
-    if found := [text for text in word_twins(own[caption]) if text not in own]:
-        return found[random.Random(f"{seed}/{number}").randrange(len(found))]
+        return shapes.captions(shapes.swapped(pictures.scenes[number], number + seed)[0])
+    draw, found = random.Random(f"{seed}/{number}"), []
+    for caption in own:
+        changed = [text for text in word_twins(caption) if text not in own]
+        found.append(draw.choice(changed) if changed else _next_other(pictures, number))
+    return found
+
+
+def _next_other(pictures: CaptionedPictures, number: int) -> str:
+    own = pictures.captions[number]
     following = (pictures.captions[(number + i) % len(pictures)][0] for i in range(1, len(pictures)))
     other = next((text for text in following if text not in own), None)
     if other is None:
@@ -246,7 +253,7 @@ def text_scores(
     """
     which = [measured_caption(data, i) for i in range(len(data))]
     captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
-    twisted = [twin(data, i, MEASURED, which[i]) for i in range(rows.start, rows.stop)]
+    twisted = [twins(data, i, MEASURED)[which[i]] for i in range(rows.start, rows.stop)]
     seen = look(matcher, pictures)
     own = Seen(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
     ways = zip(("", "_projection"), say(stage, matcher, captions), say(stage, matcher, twisted), strict=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sd_mini import data, retrieval, shapes
-from sd_mini.retrieval import Matcher, edges, measured_caption, recalls, text_scores, twin
+from sd_mini.retrieval import Matcher, edges, measured_caption, recalls, text_scores, twins
 from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
 
@@ -44,8 +44,7 @@ def test_twins_of_scenes_are_never_true_and_keep_the_phrasing():
     spoken = (*shapes.COLOURS, *shapes.SHAPES, *shapes.SIZES, "two", "three", "four", "left", "right", "above", "below")
     named = re.compile("|".join(sorted({*spoken, *shapes.PLACES, "to the", " of"}, key=len, reverse=True)))
     for number, captions in enumerate(pictures.captions):
-        for which, caption in enumerate(captions):
-            other = twin(pictures, number, 0, which)
+        for caption, other in zip(captions, twins(pictures, number, 0), strict=True):
             assert other not in captions
             bare = [re.sub(r"\W|es\b|s\b", "", named.sub("", text)) for text in (caption, other)]
             assert bare[0] == bare[1]
@@ -61,12 +60,12 @@ def test_a_swap_is_a_caption_of_the_swapped_scene():
 def test_twins_of_other_captions_are_their_own_words():
     captions = [["a dog by a mat"], ["cat"], ["cat"], ["red circle", "blue circle"]]
     pictures = data.CaptionedPictures(np.zeros((4, 3, 4, 4), np.uint8), captions, "test")
-    assert sorted(twin(pictures, 0, 0, 0).split()) == sorted(captions[0][0].split())
-    assert twin(pictures, 1, 0, 0) == "red circle"  # the next one is the same
-    assert {twin(pictures, 3, s, c) for s in range(60) for c in (0, 1)}.isdisjoint(captions[3])
+    assert sorted(twins(pictures, 0, 0)[0].split()) == sorted(captions[0][0].split())
+    assert twins(pictures, 1, 0) == ["red circle"]  # the next one is the same
+    assert {t for s in range(60) for t in twins(pictures, 3, s)}.isdisjoint(captions[3])
     alike = data.CaptionedPictures(np.zeros((2, 3, 4, 4), np.uint8), [["cat"], ["cat"]], "test")
     with pytest.raises(ValueError, match="every caption is 'cat'"):
-        twin(alike, 0, 0, 0)
+        twins(alike, 0, 0)
 
 
 def test_scores_of_a_run_are_those_computed_plainly(tiny_run):
@@ -89,7 +88,7 @@ def test_scores_of_a_run_are_those_computed_plainly(tiny_run):
     captions = [pictures.captions[i][c] for i, c in enumerate(which)]
     with torch.no_grad():
         table = np.array([[plainly(i, text) for text in captions] for i in range(12)])
-        wrong = [plainly(i, twin(pictures, i, retrieval.MEASURED, which[i])) for i in range(12)]
+        wrong = [plainly(i, twins(pictures, i, retrieval.MEASURED)[which[i]]) for i in range(12)]
     ranks = [int((table[i] > table[i, i] + 1e-6).sum()) for i in range(12)]
     assert scores["recall_of_captions_at_5"].tolist() == [float(rank < 5) for rank in ranks]
     ranks = [int((table[:, i] > table[i, i] + 1e-6).sum()) for i in range(12)]

@@ -22,7 +22,7 @@ from sd_mini.config import command
 from sd_mini.data import load_captioned, unique_captions
 from sd_mini.encoders import Encoder
 from sd_mini.load_encoder import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
-from sd_mini.retrieval import Matcher, look, projected_dim, say, similarity, text_scores, twin
+from sd_mini.retrieval import Matcher, look, projected_dim, say, similarity, text_scores, twins
 from sd_mini.text_encoder import TextAdapter, TextStage
 from training import launch, text_data
 from training.augment import augment
@@ -55,7 +55,7 @@ class TextTask:
         tower = self._tower()  # the last that can be refused: from here on there are caches
         self.texts = text_data.Texts(self.stage, trained)
         self.own = [self.texts.add(captions) for captions in self.train.captions]
-        self.twins = [[self.texts.add(self._twins_of(i, c)) for c in range(len(own))] for i, own in enumerate(self.own)]
+        self.twins = [self._add_twins(i) for i in range(self.count)]
         self.texts.close(cache, config.cache_dtype)
         for read, words in zip(adapter.inputs, self.texts.words, strict=True):
             read.set_words(words.vectors)
@@ -64,9 +64,11 @@ class TextTask:
         objective = Objective(self.stage, trained, matcher, config.loss)
         self.players = {"text_encoder": Player(objective, config.train)}
 
-    def _twins_of(self, number: int, caption: int) -> list[str]:
+    def _add_twins(self, number: int) -> list[list[int]]:
+        """The numbers of the twins of each of a picture's captions."""
         count = self.config.twins
-        return [twin(self.train, number, number * (count - 1) + k, caption) for k in range(count)]
+        drawn = [twins(self.train, number, number * (count - 1) + k) for k in range(count)]
+        return [self.texts.add(several) for several in zip(*drawn, strict=True)]
 
     def _identify(self, encoders: list[Encoder]) -> None:
         """What is trained on beside the data: another encoder or other features make it another training."""
@@ -106,8 +108,8 @@ class TextTask:
         caption, wrong = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
         which = [int(u * len(self.own[i])) for i, u in zip(batch.ids, caption, strict=True)]
         chosen = [self.own[i][c] for i, c in zip(batch.ids, which, strict=True)]
-        twins = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
-        twisted = [several[int(u * len(several))] for several, u in zip(twins, wrong, strict=True)]
+        false = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        twisted = [several[int(u * len(several))] for several, u in zip(false, wrong, strict=True)]
         # a text that stands twice is one column; a caption and its twin stand side by side
         columns = list(dict.fromkeys(text for pair in zip(chosen, twisted, strict=True) for text in pair))
         places, shared = _shares([share(len(columns), PartialState().num_processes, r) for r in _ranks()])
