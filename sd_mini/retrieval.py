@@ -112,13 +112,15 @@ class PictureTower(nn.Module):
         widths = (4 * patch**2, width // 2, width, 2 * width, 2 * width)
         strides = (1, 2, 2, 1)
         self.dim = 2 * width * CELLS**2 + 3 * 64
-        layers = [nn.PixelUnshuffle(patch)]
-        for narrow, wide, stride in zip(widths, widths[1:], strides, strict=False):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=stride, padding=1), nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(CELLS))
+        self.fold = nn.PixelUnshuffle(patch)
+        steps = zip(widths, widths[1:], strides, strict=False)
+        self.layers = nn.ModuleList(nn.Conv2d(narrow, wide, 3, stride, 1) for narrow, wide, stride in steps)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        cells = self.layers(torch.cat([pixels, edges(pixels)], dim=1)).flatten(2)
+        x = self.fold(torch.cat([pixels, edges(pixels)], dim=1))
+        for layer in self.layers:
+            x = nn.functional.gelu(layer(x))
+        cells = nn.functional.adaptive_avg_pool2d(x, CELLS).flatten(2)
         small = nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
         return cells.mT, torch.cat([cells.flatten(1), small], dim=1)
 

@@ -40,6 +40,20 @@ def test_muon_takes_the_steps_of_torchs_own(shape):
     assert (ours - theirs).norm() < 0.02 * moved  # theirs iterates in bfloat16
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_kernel_is_one_matrix_whatever_its_memory_order(memory):
+    start = torch.randn(16, 5, 3, 2, generator=torch.Generator().manual_seed(1))
+    kernel, matrix = nn.Parameter(start.clone().to(memory_format=memory)), nn.Parameter(start.clone().flatten(1))
+    for parameter in (kernel, matrix):
+        one = optimizer.MuonAdamW([{"params": [parameter], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1)
+        one.create_state()
+        for step in range(3):
+            gradients([matrix], step)
+            parameter.grad = matrix.grad.view(parameter.shape).clone()
+            one.step()
+    torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0, atol=1e-6)
+
+
 def test_the_rest_goes_by_adamw_bit_for_bit():
     start = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -59,15 +73,21 @@ def test_muon_gets_the_blocks_matrices_and_nothing_else():
             super().__init__()
             self.qkv, self.modulation, self.norm = nn.Linear(8, 24), nn.Linear(8, 16), nn.LayerNorm(8)
             self.frozen = nn.Linear(8, 8).requires_grad_(False)
+            self.conv = nn.Conv2d(8, 8, 3)
             self.time_emb = nn.ModuleList([nn.Linear(8, 8)])
 
     network = nn.Module()
     network.embedding, network.head = nn.Embedding(9, 8), nn.Linear(8, 3)
     network.blocks = nn.ModuleList(Block() for _ in range(2))
-    wanted = {id(block.qkv.weight) for block in network.blocks}
+    wanted = {id(weight) for block in network.blocks for weight in (block.qkv.weight, block.conv.weight)}
     assert {id(p) for p in optimizer.block_matrices(network)} == wanted
     groups = optimizer.build(network, OptimizerConfig(lr=1e-3, muon_lr=0.02)).param_groups
-    assert [(group["muon"], group["lr"]) for group in groups] == [(False, 1e-3), (True, 0.02)]
+    assert [(group["muon"], group["lr"]) for group in groups] == [(False, 1e-3), (True, 0.02), (True, 0.02)]
     everything = [p for group in groups for p in group["params"]]
     assert len(everything) == len({id(p) for p in everything}) == sum(p.requires_grad for p in network.parameters())
     assert not any(group["muon"] for group in optimizer.build(network, OptimizerConfig()).param_groups)
+
+
+def test_muon_without_a_matrix_to_train_is_refused():
+    with pytest.raises(ValueError, match=r"train.muon_lr 0\.02: expected a network with linear layers or convolutions"):
+        optimizer.build(nn.Sequential(nn.Linear(4, 4)), OptimizerConfig(muon_lr=0.02))

@@ -125,7 +125,6 @@ def test_other_data_is_another_cache(smoke_run, tmp_path):
         ("autoencoder", ["--model.network.latent_chanels", "4"], "'latent_chanels' is unknown"),
         ("autoencoder", ["--train.ema_width", "0.9"], "train.ema_width: got 0.9"),
         ("autoencoder", ["--train.ema_width", "0.07"], "ema_width 0.07 is made of snapshots; expected ema_snapshots"),
-        ("autoencoder", ["--train.muon_lr", "0.02"], "train.muon_lr 0.02: expected a network with linear layers"),
         ("text_encoder", ["--encoder.name", "no/such-model"], "text encoder 'no/such-model'"),
         ("text_encoder", ["--adapter.heads", "5"], "dim 32 is not a multiple of heads 5"),
         ("text_encoder", ["--encoder.max_length", "8", "--strict", "true"], "more than 8 tokens"),

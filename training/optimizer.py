@@ -95,13 +95,13 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
         # a matrix is orthogonalised whole, so what FSDP2 has split is joined for it
-        updates = orthogonalise(torch.stack([joined(a, p) for a, p in zip(ahead, trained, strict=True)]))
-        rows, columns = trained[0].shape
+        updates = orthogonalise(torch.stack([joined(a, p).flatten(1) for a, p in zip(ahead, trained, strict=True)]))
+        rows, columns = updates.shape[1:]
         # so that a tall matrix changes its outputs as much as a wide one: Jordan et al. 2024
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         weights = [own_part(p) for p in trained]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        parts = [part_like(update, p) for update, p in zip(updates, trained, strict=True)]
+        parts = [part_like(update.reshape(p.shape), p) for update, p in zip(updates, trained, strict=True)]
         torch._foreach_add_(weights, parts, alpha=-rate)
 
     def _adamw(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
@@ -137,8 +137,8 @@ def build(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:
         by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
     if muon_lr is not None and not by_shape:
         raise ValueError(
-            f"train.muon_lr {muon_lr:g}: expected a network with linear layers in its blocks, and here are none to "
-            "train by Muon; leave it out"
+            f"train.muon_lr {muon_lr:g}: expected a network with linear layers or convolutions in its blocks, and here "
+            "are none to train by Muon; leave it out"
         )
     taken = {id(p) for group in by_shape.values() for p in group}
     groups = [{"params": [p for p in trained if id(p) not in taken], "lr": config.lr}]
@@ -153,7 +153,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, st
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The weights that Muon is meant for: of linear layers inside repeated blocks (an `nn.ModuleList`).
+    """The weights that Muon is meant for: of linear layers and convolutions inside repeated blocks (`nn.ModuleList`).
+    A kernel is one matrix, its rows the outputs: Jordan et al. 2024.
 
     Not what turns time into modulation, and neither embeddings nor the layers before and behind the blocks, whose rows
     are no directions in the blocks' space.
@@ -162,7 +163,7 @@ def block_matrices(module: nn.Module) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for name, layer in module.named_modules():
         around = [blocks for blocks in lists if name.startswith(f"{blocks}.")]
-        if not around or not isinstance(layer, nn.Linear) or not layer.weight.requires_grad:
+        if not around or not isinstance(layer, nn.Linear | nn.Conv2d) or not layer.weight.requires_grad:
             continue
         within = name.removeprefix(min(around, key=len))  # its name from the outermost list on
         if not any(word in within for word in ("modulation", "emb", "norm")):
