@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,11 +23,9 @@ from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
 from sd_mini.diffusion import check_guidance, guide
 from sd_mini.noise_predictor import speed_up
-from sd_mini.pipeline_inputs import check_counts, check_embeds, check_texts, listed
+from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Pipeline(DiffusionPipeline):
@@ -38,7 +36,7 @@ class Pipeline(DiffusionPipeline):
     """
 
     _callback_tensor_inputs = ("latents",)
-    _optional_components = [f"{part}_{i}" for part in ("tokenizer", "text_encoder") for i in (2, 3)]  # noqa: RUF012
+    _optional_components: ClassVar[list[str]] = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]
 
     def __init__(
         self,
@@ -203,12 +201,8 @@ class Pipeline(DiffusionPipeline):
             if len(latents) != batch:
                 raise ValueError(f"{len(latents)} latents for {batch} pictures; give one each")
             return latents.to(self._execution_device, self.noise_predictor.dtype)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"{len(generator)} generators for {batch} pictures; give one, or one each")
-        generators = generator if isinstance(generator, list) else [generator] * batch
-        shape = self.latent_shape(height, width)
-        drawn = [torch.randn(shape, generator=g, device=g.device if g else "cpu").cpu() for g in generators]
-        return torch.stack(drawn).to(self._execution_device, self.noise_predictor.dtype)
+        drawn = draw_noise(batch, self.latent_shape(height, width), generator)
+        return drawn.to(self._execution_device, self.noise_predictor.dtype)
 
     def _set_timesteps(self, steps: int) -> Tensor:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sd_mini.texts import check_text
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def draw_noise(batch: int, shape: tuple[int, ...], generator: Generators) -> Tensor:
+    """Pure noise (batch, *shape) on the CPU, each picture's from its own generator, or in order from the one that all
+    share. Raises ValueError for another number of generators."""
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} pictures; give one, or one each")
+    generators = generator if isinstance(generator, list) else [generator] * batch
+    drawn = [torch.randn(shape, generator=g, device=g.device if g else "cpu").cpu() for g in generators]
+    return torch.stack(drawn)
 
 
 def listed(prompt: str | Sequence[str]) -> list[str]:

@@ -189,10 +189,7 @@ def test_captions_that_are_numbers_are_refused(tmp_path):
 def test_half_a_surrogate_pair_is_refused_with_its_row(tmp_path):
     """JSON can hold one, and no tokenizer can read it."""
     lines = [{"file_name": "0.png", "text": "red"}, {"file_name": "1.png", "text": "red \ud83d"}]
-    try:
-        refused(config(folder_of_pictures(tmp_path / "a", lines)), "surrogate|row 1|cannot read")
-    except UnicodeEncodeError:
-        pytest.fail("a traceback instead of a line")
+    refused(config(folder_of_pictures(tmp_path / "a", lines)), "surrogate pair .* in row 1")
 
 
 def test_missing_columns_are_refused_and_those_there_named(tmp_path):

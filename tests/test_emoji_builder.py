@@ -153,9 +153,7 @@ def missing(what: str) -> NoReturn:
     """What only the system's packages bring: a failure where `.ci/run` installs them, else skipped with their name."""
     if os.environ.get("CI"):
         pytest.fail(what)
-    pytest.skip(
-        what
-    )  # never under CI, see above: elsewhere a missing font is no fault, and `what` says what to install
+    pytest.skip(what)  # never under CI, where it fails; elsewhere a font that is not installed is no fault of the code
 
 
 def installed_font() -> Path:
