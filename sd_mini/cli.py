@@ -76,6 +76,9 @@ def _parser() -> Parser:
     generate.add_argument(
         "--strict", action="store_true", help="refuse a prompt that is too long, instead of cutting it"
     )
+    generate.add_argument(
+        "--tile", type=whole(1), help="decode in squares of so many latent cells a side: memory by the square"
+    )
     generate.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
 
     inspect = commands.add_parser("inspect", help="print what a run holds")
@@ -169,6 +172,8 @@ def _generate(options: argparse.Namespace) -> None:
     if options.count > 1:
         targets = [options.out.with_stem(f"{options.out.stem}_{i}") for i in range(options.count)]
     pipeline = open_pipeline(options.run)
+    if options.tile is not None:
+        pipeline.enable_vae_tiling(options.tile)
     import torch
 
     for seed, target in enumerate(targets, options.seed):
@@ -274,12 +279,11 @@ def _stage_facts(contract: dict[str, Any]) -> list[str]:
 
 
 def _belonging(contracts: dict[str, dict[str, Any]]) -> str:
-    hashes = {kind: contract["hash"] for kind, contract in contracts.items()}
     predictor = contracts.get("noise_predictor")
-    if predictor is None or len(hashes) < len(KINDS):
+    if predictor is None or len(contracts) < len(KINDS):
         return "whether they belong together shows when all three are trained"
     try:
-        check_belonging(predictor, text_encoder=hashes["text_encoder"], autoencoder=hashes["autoencoder"])
+        check_belonging(predictor, text_encoder=contracts["text_encoder"], autoencoder=contracts["autoencoder"])
     except ValueError as error:
         return str(error)
     return "belong together"

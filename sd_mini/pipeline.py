@@ -26,6 +26,7 @@ from sd_mini.noise_predictor import speed_up
 from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
+from sd_mini.tiles import check_tile
 
 
 class Pipeline(DiffusionPipeline):
@@ -74,6 +75,7 @@ class Pipeline(DiffusionPipeline):
             default_guidance=default_guidance,
             stages=dict(stages or {}),
         )
+        self.tile: int | None = None
 
     @classmethod
     def from_stages(
@@ -87,7 +89,7 @@ class Pipeline(DiffusionPipeline):
         given = {"text_encoder": text_encoder, "autoencoder": autoencoder, "noise_predictor": noise_predictor}
         stages = {kind: s if isinstance(s, Stage) else load_stage(s, kind) for kind, s in given.items()}
         text, vae, predictor = stages.values()
-        check_belonging(predictor.contract, text_encoder=text.hash, autoencoder=vae.hash)
+        check_belonging(predictor.contract, text_encoder=text.contract, autoencoder=vae.contract)
         return cls(
             **{name: part for name, part in text.parts.items() if name != "matcher"},  # which only stage 1 needs
             **vae.parts,
@@ -115,6 +117,17 @@ class Pipeline(DiffusionPipeline):
         """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one."""
         with atomic_folder(Path(folder)) as partial:
             self.save_pretrained(partial)
+
+    def enable_vae_tiling(self, tile: int = 64) -> None:
+        """Decode pictures larger than `tile` x `tile` latent cells in overlapping squares: memory goes by the square.
+
+        See `tiles.in_tiles` for what that changes. Raises ValueError for a tile smaller than what neighbours share.
+        """
+        check_tile(tile)
+        self.tile = tile
+
+    def disable_vae_tiling(self) -> None:
+        self.tile = None
 
     @property
     def text_stage(self) -> TextStage:
@@ -305,7 +318,7 @@ class Pipeline(DiffusionPipeline):
         return self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float().clamp(-1, 1)
+        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile).float().clamp(-1, 1)
         if output_type == "pil":
             return images.to_pil(images.to_uint8(pixels))
         unit = (pixels + 1) / 2

@@ -177,10 +177,15 @@ def _load_part(folder: Path) -> Any:
     return classes[name].from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
 
 
-def check_belonging(contract: dict[str, Any], **stages: str) -> None:
-    """Refuse stages that do not belong to the one with `contract`: `stages` are the hashes that stand there now."""
-    for name, found in stages.items():
-        expected = contract["trained_against"][name]
+def latents_of(contract: dict[str, Any]) -> str:
+    """The hash that names an autoencoder's latents: its own, or that of the one whose latents it kept or learned."""
+    return contract.get("latents_of", contract["hash"])
+
+
+def check_belonging(contract: dict[str, Any], **stages: dict[str, Any]) -> None:
+    """Refuse stages that do not belong to the one with `contract`: `stages` are the contracts of those there now."""
+    for name, other in stages.items():
+        expected, found = contract["trained_against"][name], latents_of(other)
         if found != expected:
             raise ValueError(
                 f"the {contract['kind']} was trained against {name} {expected[:12]}, but this {name} is {found[:12]}: "

@@ -21,6 +21,7 @@ from training import autoencoder, checkpoint, noise_predictor, text_encoder
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
+RECIPES = {"autoencoder": "autoencoder_dc"}
 Fault = Callable[[], None]
 
 _server = multiprocessing.get_context("forkserver")
@@ -28,7 +29,9 @@ _server.set_forkserver_preload(["tests.launching"])
 
 
 def arguments(stage: str, run: Path, *more: str) -> list[str]:
-    return ["--config", str(SMOKE / f"{stage}.yaml"), "--run", str(run), *more]
+    """Of the smoke recipe, unless `more` brings its own --config."""
+    config = () if "--config" in more else ("--config", str(SMOKE / f"{RECIPES.get(stage, stage)}.yaml"))
+    return [*config, "--run", str(run), *more]
 
 
 def launch(stage: str, run: Path, *more: str) -> int:

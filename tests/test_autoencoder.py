@@ -3,7 +3,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from sd_mini.autoencoder import Autoencoder
-from training.autoencoder import LossConfig, Objective, kl_term, reconstruction_terms
 
 DC = {
     f"{half}_{field}": value
@@ -17,6 +16,15 @@ KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }
+VQ = KL | {"num_vq_embeddings": 8}
+TINY = {
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "num_encoder_blocks": [1, 1],
+    "num_decoder_blocks": [1, 1],
+    "latent_channels": 4,
+}
+SMALL_PICTURE = {"factor": 2, "width": 8, "num_blocks": 1}
 
 
 @pytest.mark.parametrize(
@@ -26,14 +34,20 @@ KL = {
         ("dc", {"latent_channels": 4, **DC}, 4, 8),
         ("kl", KL, 1, 2),
         ("kl", KL, 2, 4),
+        ("vq", VQ, 1, 2),
+        ("vq", VQ, 2, 4),
+        ("tiny", TINY, 1, 2),
+        ("tiny", TINY, 2, 4),
+        ("small_picture", SMALL_PICTURE, 1, 2),
     ],
 )
 def test_every_kind_has_the_same_interface(tmp_path, kind, fields, patch, stride):
     torch.manual_seed(0)
     autoencoder = Autoencoder(kind, fields, patch)
-    autoencoder.set_statistics(torch.tensor([1.0, -1.0, 0.5, 0.0]), torch.tensor([2.0, 1.0, 0.5, 3.0]))
+    channels = 3 if kind == "small_picture" else 4
+    autoencoder.set_statistics(torch.tensor([1.0, -1.0, 0.5, 0.0])[:channels], torch.rand(channels) + 0.5)
     pixels = torch.rand(2, 3, 32, 16) * 2 - 1
-    assert autoencoder.stride == stride and autoencoder.latent_shape(32, 16) == (4, 32 // stride, 16 // stride)
+    assert autoencoder.stride == stride and autoencoder.latent_shape(32, 16) == (channels, 32 // stride, 16 // stride)
     with torch.no_grad():
         latents = autoencoder.encode(pixels)
         assert latents.shape == (2, *autoencoder.latent_shape(32, 16))
@@ -72,6 +86,8 @@ def test_sizes_that_do_not_fit_name_the_nearest():
         ("vae", {}, "kind 'vae' is unknown"),
         ("dc", {"channels": 3}, "'channels' is unknown to AutoencoderDC"),
         ("dc", {"latent_channels": -4}, "cannot be built"),
+        ("tiny", {"num_encoder_blocks": [1]}, "should have the same length"),
+        ("small_picture", {"in_channels": 1}, "expected the same"),
     ],
 )
 def test_bad_configs(kind, fields, says):
@@ -84,26 +100,68 @@ def test_a_dead_channel_is_refused():
         Autoencoder("kl", KL).set_statistics(torch.zeros(4), torch.tensor([1.0, 0.0, 1.0, 1.0]))
 
 
-def test_loss_terms_against_closed_forms():
-    pixels = torch.zeros(2, 3, 4, 4)
-    decoded = pixels + torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
-    terms = reconstruction_terms(decoded, pixels)
-    assert terms["l1"].tolist() == [0.5, 1.0] and terms["l2"].tolist() == [0.25, 1.0]
-    assert terms["gradient"].tolist() == [0.0, 0.0]
-    ramp = pixels + torch.arange(4.0)
-    assert reconstruction_terms(ramp, pixels)["gradient"].tolist() == [1.0, 1.0]
-    normal = torch.distributions.Normal(torch.full((1, 1, 2, 2), 0.3), torch.full((1, 1, 2, 2), 2.0))
-    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean()
-    assert kl_term(normal.mean, normal.variance.log()).item() == pytest.approx(expected.item(), rel=1e-6)
+def test_a_small_picture_is_the_picture_by_area():
+    autoencoder = Autoencoder("small_picture", {"factor": 4, "width": 8, "num_blocks": 1})
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = pixels.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5))
+    torch.testing.assert_close(autoencoder.raw_latents(pixels)[0], expected)
 
 
-@pytest.mark.parametrize("term", ["l1", "l2", "gradient", "kl"])
-def test_each_weight_turns_its_own_term(term):
+def test_codes_are_the_nearest_and_decoded_as_the_stock_model_does():
     torch.manual_seed(0)
-    autoencoder = Autoencoder("kl", KL)
-    weights = dict.fromkeys(("l1", "l2", "gradient", "kl"), 0.0) | {term: 2.0}
-    objective = Objective(autoencoder, LossConfig(**weights))
-    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
-    noise = torch.zeros(3, *autoencoder.latent_shape(16, 16))
-    losses, metrics = objective(pixels, noise, noise)
-    assert losses.mean().item() == pytest.approx(2 * metrics[term].item(), rel=1e-5)
+    autoencoder = Autoencoder("vq", VQ)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        raw, _ = autoencoder.raw_latents(pixels)
+        autoencoder.start_codebook(raw, torch.Generator().manual_seed(0))
+        book = autoencoder.network.quantize.embedding.weight
+        codes = autoencoder.codes(raw)
+        distance = (raw[:, None] - book[None, :, :, None, None]).square().sum(2)  # (B, codes, h, w)
+        assert torch.equal(codes.indices, distance.argmin(1))
+        torch.testing.assert_close(codes.vectors, book[codes.indices].permute(0, 3, 1, 2))
+        torch.testing.assert_close(autoencoder.decode_raw(raw), autoencoder.network(pixels).sample)
+        # begun as latents that occur, most of the codes are used at once
+        assert len(codes.indices.unique()) >= 6
+
+
+@pytest.mark.parametrize("cells", [(40, 32), (32, 61), (70, 50), (20, 20)])
+def test_tiles_show_no_seam(cells):
+    """A network of convolutions alone makes the same of tiles of 32 cells as of the whole."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder("dc", {"latent_channels": 4, **DC}, 4).eval()
+    latents = torch.randn(1, 4, *cells)
+    with torch.no_grad():
+        whole, tiled = autoencoder.decode(latents), autoencoder.decode(latents, tile=32)
+    assert tiled.shape == whole.shape and (tiled - whole).abs().max() < 1e-5
+
+
+def test_tiles_of_a_network_that_sees_all_of_a_tile_have_no_seam():
+    """With group norm and attention the tiles differ from the whole, but no more along their edges than elsewhere."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder("kl", KL).eval()
+    latents = torch.randn(1, 4, 50, 50)
+    with torch.no_grad():
+        whole, tiled = autoencoder.decode(latents), autoencoder.decode(latents, tile=32)
+    seam = slice(2 * 24, 2 * 26)  # where tiles that begin at 0 and 18 are blended
+    error = (tiled - whole).abs().mean((0, 1))
+    assert error[:, seam].mean() < 1.5 * error.mean() and error.max() < 0.5 * whole.std()
+
+
+def test_memory_goes_by_the_tile():
+    autoencoder = Autoencoder("dc", {"latent_channels": 4, **DC}, 4).eval()
+    largest = []
+    for layer in autoencoder.network.decoder.modules():
+        layer.register_forward_hook(lambda *call: largest.append(call[2].numel()))
+    sizes = {}
+    with torch.no_grad():
+        for side in (40, 64):
+            largest.clear()
+            autoencoder.decode(torch.randn(1, 4, side, side), tile=32)
+            sizes[side] = max(largest)
+    assert sizes[64] == sizes[40]
+
+
+def test_a_tile_smaller_than_what_neighbours_share_is_refused():
+    autoencoder = Autoencoder("dc", {"latent_channels": 4, **DC}, 4)
+    with pytest.raises(ValueError, match="tile 28: expected more than 28 cells"):
+        autoencoder.decode(torch.zeros(1, 4, 32, 32), tile=28)

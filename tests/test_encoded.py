@@ -64,6 +64,24 @@ def test_an_edited_picture_or_another_stage_is_another_cache(tmp_path):
     assert caches(tmp_path) == [3, 2]
 
 
+def test_the_latents_scale_is_verified(tmp_path, capsys):
+    """Statistics that are said to be of these pictures and are not are refused; of other pictures, told."""
+    pictures = load(DataConfig(count=6, resolution=32))
+    text, vae = small_stages(pictures)
+    data = {"fingerprint": pictures.fingerprint}
+    with pytest.raises(
+        ValueError, match=r"latents of shapes:train: std a channel from 0\.\d+ to .* expected 0.97 to 1.03"
+    ):
+        Encoded(pictures, text, replace(vae, contract={"hash": "vae", "data": data}), 1, tmp_path, "float16")
+    Encoded(pictures, text, vae, 1, tmp_path, "float16")
+    assert "expected 0.97 to 1.03: the autoencoder was measured on other pictures" in capsys.readouterr().err
+    autoencoder = vae.parts["autoencoder"]
+    raw = autoencoder.raw_latents(pictures.pixels(range(6)))[0].detach()
+    autoencoder.set_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
+    Encoded(pictures, text, replace(vae, contract={"hash": "measured", "data": data}), 1, tmp_path, "float16")
+    assert "0.97" not in capsys.readouterr().err
+
+
 def test_another_number_format_is_refused():
     with pytest.raises(ValueError, match=r"cache_dtype: got 'bfloat16'.*'float16' or 'float32'"):
         read(PredictorConfig, None, ["--cache_dtype", "bfloat16"])

@@ -68,6 +68,22 @@ def test_latents_and_embeddings_in_and_out(pipeline):
     torch.testing.assert_close(pictures, (decoded + 1) / 2)
 
 
+def test_large_pictures_can_be_decoded_in_tiles(pipeline):
+    def make():
+        latents = torch.randn(1, *pipeline.latent_shape(80, 144), generator=seeded(0)[0])
+        with torch.no_grad():
+            return pipeline._decode(latents, "np")
+
+    whole = make()  # 40 x 72 cells
+    pipeline.enable_vae_tiling(32)
+    try:
+        np.testing.assert_allclose(make(), whole, atol=1e-5)
+    finally:
+        pipeline.disable_vae_tiling()
+    with pytest.raises(ValueError, match="tile 28: expected more than 28"):
+        pipeline.enable_vae_tiling(28)
+
+
 def test_guidance_and_its_negative(pipeline):
     def make(**kwargs):
         return pipeline(PROMPTS[0], num_inference_steps=2, generator=seeded(0), output_type="np", **kwargs).images

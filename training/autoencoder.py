@@ -11,41 +11,50 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from sd_mini import images, stages
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import Config, command
 from sd_mini.data import DataConfig, check_alike, load
+from sd_mini.load_autoencoder import load_autoencoder
+from sd_mini.perceptual import load_lpips
 from training import launch
+from training.adversarial import AdversaryConfig, Discriminator, DiscriminatorObjective
 from training.augment import AugmentConfig, augment
+from training.autoencoder_losses import OF_ERROR, LossConfig, Objective, drawn_change
 from training.batches import Batch, generator
 from training.players import Player
 from training.task import TrainConfig
 
 
 class ModelConfig(Config):
-    kind: Literal["dc", "kl"] = "dc"
-    """dc: AutoencoderDC (the fewest FLOPs); kl: AutoencoderKL"""
+    kind: Literal["dc", "kl", "vq", "tiny", "small_picture"] | None = None
+    """dc: AutoencoderDC (the fewest FLOPs), which is what none means too; kl: AutoencoderKL; vq: VQModel; tiny:
+    AutoencoderTiny; small_picture: the latent is a small picture, the decoder makes it large"""
     patch_size: int = Field(1, ge=1)
     """pixels a side that are folded into channels before the network (space-to-depth) and unfolded behind it"""
     network: dict[str, Any] = Field(default_factory=dict)
     """fields of that diffusers class"""
+    start: str | None = None
+    """an autoencoder to go on from, instead of the fields above: an exported stage, a diffusers folder or a hub name"""
+    train: Literal["all", "decoder"] = "all"
+    """decoder: the encoder stays as it is, and with it the latents, their caches and the noise predictors over them"""
+    teacher: str | None = None
+    """an exported autoencoder whose latents are to be learned, so that one can stand in for the other"""
 
-
-class LossConfig(Config):
-    """Weights of the terms; 0 leaves a term out."""
-
-    l1: float = Field(1.0, ge=0)
-    l2: float = Field(0.0, ge=0)
-    gradient: float = Field(0.0, ge=0)
-    """L1 of the differences between neighbouring pixels: edges, without a network's weights"""
-    kl: float = Field(1e-4, ge=0)
-    """pull of the latents towards N(0, I)"""
-    latent_noise: float = Field(0.0, ge=0)
-    """standard deviation of noise on the latents while training: neighbours in latent space decode alike"""
+    @model_validator(mode="after")
+    def _possible_together(self) -> ModelConfig:
+        if self.start is not None and (self.kind is not None or self.network or self.patch_size > 1):
+            raise ValueError("start brings its own network; leave kind, network and patch_size out")
+        if self.train == "decoder" and self.start is None:
+            raise ValueError("train: decoder keeps an encoder that has learned; give its folder as start")
+        if self.train == "decoder" and self.teacher is not None:
+            raise ValueError("teacher is for an encoder that learns; leave out teacher, or train: decoder")
+        return self
 
 
 class AutoencoderConfig(Config):
@@ -56,67 +65,81 @@ class AutoencoderConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
     train: TrainConfig = TrainConfig()
     statistics_count: int = Field(4096, ge=1)
     """training pictures over which the latents' mean and std are measured"""
 
-
-class Objective(nn.Module):
-    """pixels => the weighted sum of the terms, one a picture."""
-
-    def __init__(self, autoencoder: Autoencoder, weights: LossConfig):
-        super().__init__()
-        self.autoencoder, self.weights = autoencoder, weights
-
-    def forward(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        raw, log_variance = self.autoencoder.raw_latents(pixels)
-        noised = raw + self.weights.latent_noise * noise
-        if log_variance is not None:
-            noised = noised + (0.5 * log_variance).exp() * posterior_noise
-        decoded = self.autoencoder.decode_raw(noised)
-        terms = reconstruction_terms(decoded, pixels) | {"kl": kl_term(raw, log_variance)}
-        total = sum(getattr(self.weights, name) * term for name, term in terms.items())
-        return total, {name: term.mean() for name, term in terms.items()}
-
-
-def reconstruction_terms(decoded: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-    """decoded, pixels (B, 3, H, W) => each term as (B,)."""
-    error = decoded - pixels
-    across, down = error.diff(dim=-1), error.diff(dim=-2)
-    return {
-        "l1": error.abs().mean((1, 2, 3)),
-        "l2": error.square().mean((1, 2, 3)),
-        "gradient": across.abs().mean((1, 2, 3)) + down.abs().mean((1, 2, 3)),
-    }
-
-
-# KL(N(m, s^2) || N(0, 1)) a latent value, Kingma & Welling 2014, appendix B; with s fixed, m^2 / 2 is all that is left
-def kl_term(mean: Tensor, log_variance: Tensor | None) -> Tensor:
-    """(B, C, h, w) => (B,)."""
-    divergence = mean.square()
-    if log_variance is not None:
-        divergence = divergence + log_variance.exp() - 1 - log_variance
-    return 0.5 * divergence.mean((1, 2, 3))
+    @model_validator(mode="after")
+    def _possible_together(self) -> AutoencoderConfig:
+        if self.loss.adversarial.weight and self.adversary.adaptive and self.train.accumulation > 1:
+            raise ValueError(
+                f"adversary.adaptive weighs by the gradients of the whole batch, and with train.accumulation "
+                f"{self.train.accumulation} a pass sees a part of it; expected accumulation 1, or adaptive false"
+            )
+        if not any(name in self.loss.begun(0) for name in (*OF_ERROR, "ssim", "focal_frequency", "lpips")):
+            raise ValueError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
+        if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
+            raise ValueError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
+        if self.loss.ssim.weight and self.data.resolution < 11:
+            raise ValueError(f"loss.ssim looks at 11 x 11 pixels; data.resolution is {self.data.resolution}")
+        return self
 
 
 class AutoencoderTask:
     def __init__(self, config: AutoencoderConfig):
-        self.config = config
+        self.config, loss = config, config.loss
         check_alike(config.data, config.valid)
-        self.train, self.valid = load(config.data), load(config.valid)
-        self.identity = {"data": self.train.fingerprint}
-        self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)
-        # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
-        autoencoder = Autoencoder(config.model.kind, config.model.network, config.model.patch_size)
-        autoencoder.to(memory_format=torch.channels_last)
+        autoencoder, self.started_from = _built(config.model)
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
-        self.players = {"autoencoder": Player(Objective(autoencoder, config.loss), config.train)}
+        _check_sizes(autoencoder, config.data.resolution)
+        if autoencoder.config.kind == "vq" and loss.begun(0).get("commitment") is None:
+            raise ValueError(
+                "loss.commitment: kind vq needs it above 0 from update 0; its codebook learns by nothing else"
+            )
+        teacher, self.taught_by = _teacher(config.model, self.latent_shape)
+        self.perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
+        self.train, self.valid = load(config.data), load(config.valid)
+        self.count, self.valid_count = len(self.train), len(self.valid)
+        self.identity = {"data": self.train.fingerprint}
+        for name, contract in (("start", self.started_from), ("teacher", self.taught_by)):
+            self.identity |= {name: contract["hash"]} if contract is not None else {}
+        # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
+        autoencoder.to(memory_format=torch.channels_last)
+        if config.model.train == "decoder":
+            for part in autoencoder.encoder_parts:
+                part.requires_grad_(False)
+        elif autoencoder.config.kind == "vq" and config.model.start is None:
+            draw = generator(config.train.seed, 0, "codebook")
+            with torch.no_grad():
+                autoencoder.start_codebook(
+                    autoencoder.raw_latents(self.train.pixels(range(min(64, self.count))))[0], draw
+                )
+        self.players = self._players(autoencoder, teacher)
+
+    def _players(self, autoencoder: Autoencoder, teacher: Autoencoder | None) -> dict[str, Player]:
+        config, device, discriminator = self.config, PartialState().device, None
+        if config.loss.adversarial.weight:
+            discriminator = Discriminator(config.adversary.width, config.adversary.layers)
+            discriminator.to(memory_format=torch.channels_last)
+        others = [part.to(device) if part is not None else None for part in (self.perceptual, teacher, discriminator)]
+        objective = Objective(autoencoder, *others, adaptive=config.adversary.adaptive)
+        players = {"autoencoder": Player(objective, config.train)}
+        if discriminator is not None:
+            judge = DiscriminatorObjective(discriminator, autoencoder, config.adversary.r1)
+            players["discriminator"] = Player(judge, config.adversary, config.loss.adversarial.start)
+        return players
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
-        names = ("noise", "posterior_noise")
-        return {"pixels": pixels, **{name: batch.normal(name, *self.latent_shape) for name in names}}
+        begun = self.config.loss.begun(batch.step)
+        found = {"pixels": pixels, **{f"weight_{name}": torch.tensor(term.weight) for name, term in begun.items()}}
+        if "equivariance" in begun:
+            change = drawn_change(self.latent_shape[1], *(float(u) for u in batch.uniform_all("change", 2)[0]))
+            stride = pixels.shape[-1] // self.latent_shape[1]
+            found |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
+        return found | {name: batch.normal(name, *self.latent_shape) for name in ("noise", "posterior_noise")}
 
     def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
         """PSNR of each held-out picture, from its 8-bit reconstruction."""
@@ -134,15 +157,24 @@ class AutoencoderTask:
         return images.grid([*self.valid.pictures[: len(ids)], *decoded.numpy()], columns=len(ids), scale=2)
 
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
-        """Measure the latents over the training set, store the statistics in the autoencoder, write the stage."""
-        autoencoder = objective.autoencoder
-        autoencoder.set_statistics(*self._statistics(autoencoder))
+        """Measure the latents over the training set, store the statistics in the autoencoder, write the stage.
+
+        Latents that were another stage's before keep its statistics, and the contract says whose they are.
+        """
+        autoencoder, same_encoder = objective.autoencoder, self.config.model.train == "decoder"
+        whose = self.started_from if same_encoder else self.taught_by
+        if self.taught_by is not None:  # it has learned them as they are standardised
+            zeros = torch.zeros(self.latent_shape[0])
+            autoencoder.set_statistics(zeros, zeros + 1)
+        elif whose is None:
+            autoencoder.set_statistics(*self._statistics(autoencoder))
         contract = {
             "latent_shape": list(self.latent_shape),
             "resolution": self.config.data.resolution,
             "latents_mean": autoencoder.config.latents_mean,
             "latents_std": autoencoder.config.latents_std,
             "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
+            **({"latents_of": stages.latents_of(whose), "same_encoder": same_encoder} if whose is not None else {}),
             **record,
         }
         stages.export(folder, "autoencoder", {"autoencoder": autoencoder}, contract)
@@ -158,6 +190,41 @@ class AutoencoderTask:
             values += raw[:, 0].numel()
         mean = total / values
         return mean.float(), (square / values - mean**2).sqrt().float()
+
+
+def _built(model: ModelConfig) -> tuple[Autoencoder, dict[str, Any] | None]:
+    """The autoencoder to train, and the contract of the stage that it goes on from, if it is one."""
+    if model.start is not None:
+        return load_autoencoder(model.start)
+    return Autoencoder(model.kind or "dc", model.network, model.patch_size), None
+
+
+def _teacher(model: ModelConfig, latent_shape: tuple[int, ...]) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+    if model.teacher is None:
+        return None, None
+    teacher, contract = load_autoencoder(model.teacher)
+    if contract is None:
+        raise ValueError(f"model.teacher {model.teacher}: expected an exported stage, whose latents have statistics")
+    if contract["latent_shape"] != list(latent_shape):
+        raise ValueError(
+            f"model.teacher {model.teacher}: its latents are {tuple(contract['latent_shape'])}, and here "
+            f"{latent_shape}; give the network the same stride and channels"
+        )
+    return teacher.requires_grad_(False), contract
+
+
+def _check_sizes(autoencoder: Autoencoder, resolution: int) -> None:
+    """Raises ValueError where what comes out is not as large as what goes in: the halves' levels differ."""
+    with torch.no_grad():
+        pixels = torch.zeros(1, 3, resolution, resolution)
+        try:
+            made = autoencoder.decode_raw(autoencoder.raw_latents(pixels)[0])
+        except RuntimeError as error:
+            raise ValueError(f"model: encoder and decoder do not fit ({' '.join(str(error).split())})") from None
+    if made.shape != pixels.shape:
+        raise ValueError(
+            f"model: {resolution} px go in and {made.shape[-1]} px come out; give encoder and decoder as many levels"
+        )
 
 
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def encode(
     work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in own.items() for a in r[::chunk])
     first = next(work, None)  # encoded before anything is written: it tells how much room a row takes
     if first is not None:
-        _say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
+        say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
     processes.wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
     if first is not None:
         if loud:  # cut short, it is written again, as then shards are missing too
@@ -133,11 +133,11 @@ def encode(
     opened = _open(shards)
     if missing:
         said = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
-        _say(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
+        say(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
     return opened
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     if PartialState().is_main_process:
         tqdm.write(line, file=sys.stderr)
 
@@ -151,7 +151,7 @@ def _missing(shards: Shards, title: str) -> Shards:
         complaints = dict(zip(there, checks, strict=True))
     for path, complaint in complaints.items():
         if complaint:
-            _say(f"{title}: {path} is encoded again: {complaint}")
+            say(f"{title}: {path} is encoded again: {complaint}")
     return {path: rows for path, rows in shards.items() if complaints.get(path, "not there")}
 
 

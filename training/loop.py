@@ -61,7 +61,8 @@ class Loop:
         self.steps = Steps(task.inputs, task.count, config.seed, config.batch_size, rows)
         self.step, self.seconds, self.clock = 0, 0.0, origin.started
         self.sums: dict[str, Tensor] = {}
-        self.summed = 0  # updates in `sums`
+        self.counts: dict[str, int] = {}  # updates in `sums`, by name: a term that starts later has fewer
+        self.added: set[str] = set()  # names that this update has added to
         self.scores: dict[str, float] = {}
         self.pace = Pace(self.accelerator, config.batch_size)
         self.finite = FiniteWatch()
@@ -108,14 +109,16 @@ class Loop:
         self.finite.check()
         if self.config.trace:
             trace.write(self.folder, self.rank, inputs)
-        self.pace.count(self.learners, inputs, self.watch.say)
-        for learner in self.learners:
+        at_work = [learner for learner in self.learners if self.step >= learner.start]
+        self.pace.count(at_work, inputs, self.watch.say)
+        for learner in at_work:
             learner.check_untouched()
             losses = self.accumulate(learner, inputs)
             norm = learner.update(self.step + 1)
             self._add({learner.prefix + "grad_norm": norm})
             self.finite.note(self.step + 1, inputs.ids, norm, losses)
-        self.summed += 1
+        self.counts = {name: self.counts.get(name, 0) + (name in self.added) for name in self.sums}
+        self.added = set()
         self.step += 1
 
     def accumulate(self, learner: Learner, inputs: StepInputs) -> list[tuple[np.ndarray, Tensor]]:
@@ -184,9 +187,9 @@ class Loop:
         """One line of metrics.jsonl: means since the last line, over all processes."""
         self.finite.check()
         sums = torch.stack(list(self.sums.values()))
-        values = (self.accelerator.reduce(sums, "mean") / self.summed).tolist()
-        means = dict(zip(self.sums, values, strict=True))
-        self.sums, self.summed = {}, 0
+        values = self.accelerator.reduce(sums, "mean").tolist()
+        means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
+        self.sums, self.counts = {}, {}
         self._tick()
         rates = {name: rate for learner in self.learners for name, rate in learner.rates.items()}
         speed, utilisation = self.pace.take()
@@ -237,8 +240,7 @@ class Loop:
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "summed": self.summed,
-            "sums": list(self.sums),
+            "sums": {name: self.counts[name] for name in self.sums},
             "learners": {learner.prefix: learner.state() for learner in self.learners},
             "identity": self.task.identity,
             "config": self.origin.config,
@@ -271,7 +273,7 @@ class Loop:
         checkpoint.check_identity(folder, state, self.task.identity)
         for learner in self.learners:
             learner.load(str(folder), tensors, state["learners"][learner.prefix])
-        self.step, self.seconds, self.summed = state["step"], state["seconds"], state["summed"]
+        self.step, self.seconds, self.counts = state["step"], state["seconds"], dict(state["sums"])
         self.sums = {name: tensors["sums"][name][0].to(self.accelerator.device) for name in state["sums"]}
         self.watch.say(f"goes on from step {self.step} of {self.config.steps}")
         self.accelerator.wait_for_everyone()
@@ -290,6 +292,7 @@ class Loop:
     def _add(self, shares: dict[str, Tensor]) -> None:
         for name, value in shares.items():
             self.sums[name] = self.sums.get(name, 0) + value.float()
+            self.added.add(name)
 
     def _on_device(self, tensors: Pass) -> Pass:
         device = self.accelerator.device

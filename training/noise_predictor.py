@@ -29,6 +29,7 @@ from training.players import Player
 from training.task import TrainConfig
 from training.text_data import CHUNK, report_cuts
 
+STD = (0.97, 1.03)  # of latents that are standardised by their own statistics
 VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
 
 
@@ -113,12 +114,13 @@ class Encoded:
 
         self.latents = cache.encode(
             folder / "latents",
-            {"stage": vae.hash, "data": pictures.fingerprint},
+            {"stage": _encoder_hash(vae), "data": pictures.fingerprint},
             len(pictures),
             encode_pictures,
             f"latents of {pictures.name}",
             dtype,
         )["latents"]
+        check_scale(self.latents, pictures, vae.contract)
         words = cache.encode(
             folder / "prompts",
             {"stage": text.hash, "texts": stages.combined_hash(unique)},
@@ -224,7 +226,7 @@ class PredictorTask:
                 "default_steps": self.config.sampling.steps,
                 "default_guidance": self.config.sampling.guidance,
             },
-            "trained_against": {"text_encoder": self.text.hash, "autoencoder": self.vae.hash},
+            "trained_against": {"text_encoder": self.text.hash, "autoencoder": stages.latents_of(self.vae.contract)},
             "data": self.data,
             **record,
         }
@@ -238,6 +240,30 @@ def _some(captions: list[str], at_most: int, number: int) -> list[str]:
     """`at_most` of a picture's captions, neighbours taking different ones, so that every phrasing is seen."""
     start = number % len(captions)
     return (captions[start:] + captions[:start])[:at_most]
+
+
+def check_scale(latents: cache.Rows, pictures: CaptionedPictures, contract: dict[str, Any]) -> None:
+    """Measure the std a channel of up to 4,096 latents, which noise of unit variance is only right for if it is 1.
+
+    Outside STD, a warning where the autoencoder's statistics are of other pictures than these, or of another's latents.
+    Raises ValueError where they are said to be of the same ones.
+    """
+    rows = np.unique(np.linspace(0, len(latents) - 1, 4096).astype(int))
+    std = latents[rows].astype(np.float64).std((0, 2, 3))
+    if STD[0] <= std.min() and std.max() <= STD[1]:
+        return
+    said = (
+        f"latents of {pictures.name}: std a channel from {std.min():.3f} to {std.max():.3f}, expected {STD[0]} to "
+        f"{STD[1]}"
+    )
+    if contract.get("data", {}).get("fingerprint") == pictures.fingerprint and "latents_of" not in contract:
+        raise ValueError(f"{said}; train the autoencoder again, with a larger statistics_count if that was small")
+    cache.say(f"{said}: the autoencoder was measured on other pictures; train it on these if much is missing")
+
+
+def _encoder_hash(vae: Stage) -> str:
+    """What names the latents in a cache: an autoencoder whose decoder alone was trained goes on with the ones there."""
+    return stages.latents_of(vae.contract) if vae.contract.get("same_encoder") else vae.hash
 
 
 def _text_stage(text: Stage, device: torch.device | str) -> TextStage:

@@ -18,12 +18,16 @@ class Pace:
     def __init__(self, accelerator: Accelerator, batch_size: int):
         self.accelerator, self.batch_size = accelerator, batch_size
         self.flops: int | None = None  # of an update of this process
+        self.counted: frozenset[str] = frozenset()  # the inputs it was counted with
         self.seconds, self.updates = 0.0, 0
 
     def count(self, learners: Sequence[Learner], inputs: StepInputs, say: Callable[[str], None]) -> None:
-        """Count an update's FLOPs, from its first pass, once; on the main process, which is the one that shows them."""
-        if self.flops is not None or not self.accelerator.is_main_process:
+        """Count an update's FLOPs, from its first pass, whenever it has other inputs than before; on the main process,
+        which is the one that shows them."""
+        names = frozenset(inputs.passes[0])
+        if names == self.counted or not self.accelerator.is_main_process:
             return
+        self.counted = names
         first, rows = inputs.rows[0], sum(rows.stop - rows.start for rows in inputs.rows)
         try:
             passes = [count_flops(learner.shown, learner.trained, inputs.passes[0]) for learner in learners]

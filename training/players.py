@@ -29,6 +29,15 @@ class Player:
 
     objective: nn.Module
     config: OptimizerConfig
+    start: int = 0
+    """the update from which it learns; before, it is not called"""
+
+
+class Others(list):
+    """Modules that an objective reads and does not train: no part of it, and its copies read the same ones."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Others:
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Learner:
         prefix: str = "",
         speed: Speed = Speed(),
     ):
-        self.prefix, self.config, self.accelerator = prefix, player.config, accelerator
+        self.prefix, self.config, self.start, self.accelerator = prefix, player.config, player.start, accelerator
         self.module = player.objective.to(accelerator.device)
         if accelerator.is_fsdp2:  # which takes no channels_last parameters
             self.module.to(memory_format=torch.contiguous_format)
@@ -76,7 +85,7 @@ class Learner:
             self.shown.to("cpu")
         _speed_up(self.module, speed)
         raw = optimizer.build(self.module, self.config)
-        self.schedule = optimizer.build_schedule(raw, self.config, steps)
+        self.schedule = optimizer.build_schedule(raw, self.config, max(1, steps - self.start))
         # under FSDP2 this shards the module in place; under DDP it wraps it
         self.objective, self.optimizer = accelerator.prepare(self.module, raw)
         self.raw_optimizer = raw

@@ -1,0 +1,56 @@
+"""The intermediate picture of a cascade: a small picture instead of a latent, and the network that makes it large."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from torch import Tensor, nn
+
+
+class SmallPicture(ModelMixin, ConfigMixin):
+    """Pictures => the same pictures `factor` times smaller, by area; and back by super-resolution.
+
+    Encoding learns nothing: a noise predictor over it makes small pictures, as the first stage of Imagen does (Saharia
+    et al. 2022, section 2.4). Decoding is a residual network at the small size that ends in a sub-pixel convolution
+    (Shi et al. 2016, ESPCN) and adds to the enlarged picture. Noise on the small pictures while it is trained (`loss.
+    latent_noise`) is Imagen's noise conditioning augmentation without the condition.
+    """
+
+    @register_to_config
+    def __init__(
+        self, in_channels: int = 3, out_channels: int = 3, factor: int = 4, width: int = 64, num_blocks: int = 4
+    ):
+        super().__init__()
+        if in_channels != out_channels:
+            raise ValueError(f"in_channels {in_channels} and out_channels {out_channels}: expected the same")
+        self.encoder = nn.AvgPool2d(factor)
+        self.decoder = Enlarger(in_channels, factor, width, num_blocks)
+
+    def encode(self, pixels: Tensor) -> SimpleNamespace:
+        """pixels (B, C, H, W) => `.latents` (B, C, H / factor, W / factor), in the range of the pixels."""
+        return SimpleNamespace(latents=self.encoder(pixels))
+
+    def decode(self, small: Tensor) -> SimpleNamespace:
+        """=> `.sample` (B, C, H, W)."""
+        return SimpleNamespace(sample=self.decoder(small))
+
+
+class Enlarger(nn.Module):
+    """(B, C, h, w) => (B, C, factor h, factor w)."""
+
+    def __init__(self, channels: int, factor: int, width: int, num_blocks: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(AutoencoderTinyBlock(width, width, "relu") for _ in range(num_blocks))
+        self.conv_out = nn.Conv2d(width, channels * factor**2, 3, padding=1)
+        self.enlarge = nn.Upsample(scale_factor=factor, mode="bilinear")
+        self.shuffle = nn.PixelShuffle(factor)
+
+    def forward(self, small: Tensor) -> Tensor:
+        x = self.conv_in(small)
+        for block in self.blocks:
+            x = block(x)
+        return self.enlarge(small) + self.shuffle(self.conv_out(x))
