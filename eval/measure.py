@@ -11,15 +11,12 @@ from tqdm import tqdm
 from eval.composition import Verdict, judge, summarise
 from eval.composition_objects import MIN_SIDE
 from eval.generate import Sampling, generate
-from eval.reconstruction import reconstruct, reconstruction_psnr
+from eval.reconstruction import FIRST_SCENE_SEED, PROMPTS, reconstruct, reconstruction_scores
 from eval.text import TextProbe, blame
 from sd_mini import shapes
 from sd_mini.data import CaptionedPictures, DataConfig, load
 from sd_mini.pipeline import Pipeline
 
-# prompts a split; with the world's mix of kinds, test then asks for about 175 single objects and 200 pairs
-PROMPTS = {"test": 500, "heldout_pairs": 300, "heldout_relations": 300}
-FIRST_SCENE_SEED = 1000  # training draws its own test scenes from small seeds, to watch itself: not those
 SHOWN, FAILURES_SHOWN = 24, 12  # pictures on the page
 PICTURES_OF_OTHER_DATA = 48
 
@@ -83,7 +80,7 @@ def measure_shapes(
                     both = (scores[part][split]["all"]["exact"] for part in ("composition", "ceiling"))
                     scores.setdefault("blame", {})[split] = blame(*both, binding)
             if split == "test":
-                scores["reconstruction"] = reconstruction_psnr(drawn, reconstructed)
+                scores["reconstruction"] = reconstruction_scores(drawn, reconstructed)
                 galleries = pick_galleries(made, captions, verdicts)
     return Measured(scores, counts, galleries)
 
@@ -137,7 +134,7 @@ def measure_captions(
     chosen = captions[: PICTURES_OF_OTHER_DATA if prompts is None else prompts]
     with tqdm(total=len(chosen), desc="pictures", delay=1) as bar:
         made = generate(pipeline, chosen, sampling, bar)
-    psnr = reconstruction_psnr(rows.pictures, reconstruct(pipeline.autoencoder, rows.pictures, sampling.batch))
+    psnr = reconstruction_scores(rows.pictures, reconstruct(pipeline.autoencoder, rows.pictures, sampling.batch))
     scores: dict[str, Any] = {"reconstruction": psnr}
     if probe is not None and all(rows.captions):
         _add_text(scores, data.split, probe, load(data.model_copy(update={"resolution": probe.resolution})))

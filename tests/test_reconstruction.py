@@ -1,14 +1,19 @@
 """Reconstruction through the autoencoder alone, against the same by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from scipy.ndimage import gaussian_filter
 
-from eval.reconstruction import reconstruct, reconstruction_psnr
+from eval import fid, reconstruction
+from eval.reconstruction import reconstruct, reconstruction_scores, spectrum
 from sd_mini import shapes
 from sd_mini.stages import load_stage
+from tests.test_autoencoder import KL
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +37,89 @@ def test_reconstruct_is_encode_and_decode(autoencoder, drawn):
     assert np.abs(found.astype(int) - drawn).mean() < 25  # a picture, not noise: the fixture's autoencoder is trained
 
 
-def test_psnr_is_the_mean_of_each_pictures_own():
+def test_psnr_of_each_picture_and_of_all():
     black = np.zeros((2, 3, 4, 4), dtype=np.uint8)
     other = black.copy()
     other[0] += 255
     other[1] += 51
-    # 10 log10(255^2 / 255^2) = 0 dB, 10 log10(255^2 / 51^2) = 20 log10(5) dB
-    assert reconstruction_psnr(black, other) == {"psnr": pytest.approx(20 * math.log10(5) / 2), "n": 2}
+    # 10 log10(255^2 / 255^2) = 0 dB, 10 log10(255^2 / 51^2) = 20 log10(5) dB; both errors' mean is 255^2 (1 + 1/25) / 2
+    expected = {"psnr": 20 * math.log10(5) / 2, "psnr_global": -10 * math.log10((1 + 1 / 25) / 2), "n": 2}
+    assert reconstruction_scores(black, other) == pytest.approx(expected)
+    one_off = np.ones_like(black)
+    assert reconstruction_scores(black, one_off)["psnr"] == pytest.approx(48.1308, abs=1e-4)
+
+
+def test_ssim_against_scipy_s_windows():
+    """Wang et al. 2004, eq. 13, with the paper's 11 x 11 Gaussian window of 1.5 px."""
+    a, b = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 32, 32), dtype=np.uint8)
+    b = ((a.astype(int) * 3 + b) // 4).astype(np.uint8)
+
+    def local(x):
+        return gaussian_filter(x, 1.5, truncate=3.5, axes=(2, 3))
+
+    x, y = a.astype(float), b.astype(float)
+    mean_x, mean_y, c1, c2 = local(x), local(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    spread = local(x * x) - mean_x**2 + local(y * y) - mean_y**2 + c2
+    both = (2 * mean_x * mean_y + c1) * (2 * (local(x * y) - mean_x * mean_y) + c2)
+    expected = (both / ((mean_x**2 + mean_y**2 + c1) * spread)).mean()
+    assert reconstruction_scores(a, b)["ssim"] == pytest.approx(expected, abs=1e-3)  # at the edges they differ
+    assert reconstruction_scores(a, a)["ssim"] == pytest.approx(1)
+
+
+def test_a_spectrum_tells_the_frequency_and_keeps_the_power():
+    across = np.cos(2 * np.pi * 3 * np.arange(16) / 16)
+    found = spectrum(np.broadcast_to(across, (2, 1, 16, 16)))
+    assert np.argmax(found) == 3 and found[0] == pytest.approx(0, abs=1e-12)
+    noise = np.random.default_rng(0).normal(size=(200, 2, 16, 16))
+    np.testing.assert_allclose(spectrum(noise), 1, atol=0.2)
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    """Diagonal ones: |m1 - m2|^2 + sum (s1 - s2)^2; the same in any rotation."""
+    generator = torch.Generator().manual_seed(0)
+    mean_a, mean_b = torch.randn(2, 16, generator=generator, dtype=torch.float64)
+    std_a, std_b = torch.rand(2, 16, generator=generator, dtype=torch.float64) + 0.1
+    expected = float((mean_a - mean_b).square().sum() + (std_a - std_b).square().sum())
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))[0]
+    covs = [turn @ torch.diag(std**2) @ turn.T for std in (std_a, std_b)]
+    assert fid.frechet_distance(turn @ mean_a, covs[0], turn @ mean_b, covs[1]) == pytest.approx(expected, rel=1e-9)
+    features = torch.randn(8, 16, generator=generator)  # fewer than dimensions
+    assert fid.frechet_distance(*fid.statistics(features) * 2) == pytest.approx(0, abs=1e-6)
+
+
+def run(stage, out, *more):
+    return reconstruction.main([str(stage), "--data", "shapes", "--out", str(out), "--count", "6", *more])
+
+
+def test_the_report_of_an_autoencoder_alone(tiny_run, tmp_path, capsys):
+    assert run(tiny_run / "autoencoder" / "final", tmp_path / "out") == 0
+    scores = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert scores["n"] == 6 and scores["psnr_global"] <= scores["psnr"] and 0 < scores["ssim"] < 1
+    assert len(scores["latents"]["std"]) == 8 and scores["protocol"]["kind"] == "dc"
+    assert len(scores["spectrum"]["pictures"]) == 17
+    assert "lpips" not in scores and "rfid" not in scores
+    assert scores["ceiling"]["test"]["all"]["n"] == 6
+    for name in ("first.png", "worst.png", "spectra.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    assert "dB a picture" in capsys.readouterr().out
+
+
+def test_a_stock_autoencoder_is_measured_too(tmp_path):
+    torch.manual_seed(0)
+    AutoencoderKL(**KL).save_pretrained(tmp_path / "vae")
+    assert run(tmp_path / "vae", tmp_path / "out", "--resolution", "32") == 0
+    assert json.loads((tmp_path / "out" / "reconstruction.json").read_text())["protocol"]["autoencoder"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--resolution", "33"], "nearest are 32 or 34"),
+        (["--inception", "nowhere.pth"], "inception weights nowhere.pth: no such file"),
+        (["--lpips", "nowhere.pth"], "lpips weights nowhere.pth: no such file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tiny_run, tmp_path, capsys, more, says):
+    assert run(tiny_run / "autoencoder" / "final", tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert says in error and not (tmp_path / "out").exists()

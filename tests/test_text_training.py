@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from training.batches import Batch, batch_ids
 from training.partial import merged, thaw
 from training.text_config import TextConfig
 from training.text_encoder import TextTask
-from training.text_losses import LayoutHead, infonce_losses, siglip_losses
+from training.text_losses import LayoutHead, infonce_losses, siglip_losses, twin_losses
 
 SMOKE = Path(__file__).parent.parent / "training" / "configs" / "smoke" / "text_encoder.yaml"
 
@@ -71,10 +72,16 @@ def test_infonce_is_cross_entropy_where_one_is_right_and_their_share_where_sever
     torch.testing.assert_close(infonce_losses(logits, positive), expected)
 
 
+def test_of_two_texts_the_nearer_is_a_coin_that_the_difference_weighs():
+    """-log sigmoid(true - false): log 2 for a tie, nothing for a certainty, the difference for a certain mistake."""
+    true, false = torch.tensor([[1.0], [50.0], [-50.0]]), torch.tensor([[1.0], [-50.0], [50.0]])
+    assert twin_losses(true, false).tolist() == pytest.approx([math.log(2), 0, 100], abs=1e-6)
+
+
 def test_each_picture_comes_with_a_caption_of_its_own(task):
     inputs = task.inputs(make_batch(task))
     rows = torch.arange(8)
-    assert inputs["positive"][rows, inputs["own"]].all()
+    assert inputs["positive"][rows, inputs["own"]].all() and not inputs["positive"][rows, inputs["twin"]].any()
     tokenizer = task.stage.encoders[0].tokenizer
     for number, ids in zip(make_batch(task).own_ids, inputs["ids_0"][inputs["here"]][inputs["own"]], strict=True):
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() in task.train.captions[number]
@@ -83,7 +90,7 @@ def test_each_picture_comes_with_a_caption_of_its_own(task):
 def test_a_part_of_the_batch_sees_all_texts_and_its_own_pictures(task):
     whole, part = task.inputs(make_batch(task)), task.inputs(make_batch(task, slice(4, 8)))
     assert torch.equal(whole["ids_0"], part["ids_0"])
-    for name in ("pictures", "thumbnails", "own", "positive"):
+    for name in ("pictures", "thumbnails", "own", "twin", "positive"):
         assert torch.equal(whole[name][4:], part[name])
 
 

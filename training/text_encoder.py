@@ -123,6 +123,7 @@ class TextTask:
             "pictures": pixels if self.features is None else self.features[0][batch.own_ids],
             "thumbnails": adaptive_avg_pool2d(pixels, 8),
             "own": torch.tensor([column[text] for text in chosen[batch.rows]]),
+            "twin": torch.tensor([column[text] for text in twisted[batch.rows]]),
             "here": torch.tensor([number.get(text, -1) for text in columns]),
             "positive": torch.tensor([[text in own for text in columns] for own in own_captions]),
             "text_places": places,

@@ -29,6 +29,8 @@ class LossConfig(Config):
     """the same, each picture's captions against all others and the reverse (CLIP's loss)"""
     late: float = Field(0.1, ge=0)
     """the same as siglip, word by word: each word with the part of the picture that it fits best"""
+    twin: float = Field(0.2, ge=0)
+    """its own caption against that one's twin, by all that the two are measured by together"""
     layout: float = Field(20.0, ge=0)
     """the picture in 8 x 8 pixels, from the token vectors: what makes them say which word belongs where"""
 
@@ -61,6 +63,12 @@ def siglip_losses(logits: Tensor, positive: Tensor) -> Tensor:
 def infonce_losses(logits: Tensor, positive: Tensor) -> Tensor:
     """logits (B, T), positive (B, T) bool, at least one a row => (B,)."""
     return logits.logsumexp(1) - logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+
+
+# of two texts which is the picture's: logistic regression on the difference of their logits, Bradley & Terry 1952
+def twin_losses(true: Tensor, false: Tensor) -> Tensor:
+    """Logits (B, 1) of each picture's caption and of that one's twin => (B,)."""
+    return nn.functional.softplus(false - true)[:, 0]
 
 
 class Gathered(torch.autograd.Function):
@@ -135,6 +143,7 @@ class Objective(nn.Module):
         pictures: Tensor,
         thumbnails: Tensor,
         own: Tensor,
+        twin: Tensor,
         here: Tensor,
         text_places: Tensor,
         positive: Tensor,
@@ -142,11 +151,11 @@ class Objective(nn.Module):
         **texts: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """pictures (b, ...) as the matcher takes them; thumbnails (b, 3, 8, 8); own (b,): the number of each picture's
-        caption among the T texts of the global batch; positive (b, T) bool: which of these are true of it; texts: those
-        that this process encodes, where text t is number here[t], -1 if another process has it; shared (n,): those of
-        them that go to all processes, and text_places (T,) where they then stand, see `of_all`. For InfoNCE also
-        picture_places (B,) and shared_pictures, the same for pictures, and true_of (b, B) bool: of which pictures each
-        one's caption is true."""
+        caption among the T texts of the global batch, twin (b,) that of its twin; positive (b, T) bool: which of these
+        are true of it; texts: those that this process encodes, where text t is number here[t], -1 if another process
+        has it; shared (n,): those of them that go to all processes, and text_places (T,) where they then stand, see
+        `of_all`. For InfoNCE also picture_places (B,) and shared_pictures, the same for pictures, and true_of (b, B)
+        bool: of which pictures each one's caption is true."""
         hidden = self.hidden(texts)
         encoded, null = self.adapter(hidden), self.adapter.null(1)
         seen, said = self.matcher(pictures), self.matcher.texts(self.adapter, encoded)
@@ -160,8 +169,13 @@ class Objective(nn.Module):
         losses = self.weights.siglip * siglip + self._probe(seen.vector, hidden, shared, text_places, positive)
         metrics["siglip"] = siglip.mean()
         if self.matcher.is_late:
-            late = siglip_losses(self._late(seen, said, shared, text_places), positive)
+            by_words = self._late(seen, said, shared, text_places)
+            late = siglip_losses(by_words, positive)
             losses, metrics["late"] = losses + self.weights.late * late, late.mean()
+        if self.weights.twin:
+            both = logits + by_words if self.matcher.is_late else logits
+            against = twin_losses(both.gather(1, own[:, None]), both.gather(1, twin[:, None]))
+            losses, metrics["twin"] = losses + self.weights.twin * against, against.mean()
         if self.weights.infonce:
             pictures = of_all(seen.vector[texts["shared_pictures"]], texts["picture_places"])
             back = said.vector[here[own]] @ pictures.T * scale
