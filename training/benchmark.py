@@ -3,6 +3,7 @@
 python -m training.benchmark loop STAGE --config FILE --run RUN
 python -m training.benchmark save
 python -m training.benchmark encode TEXT_STAGE
+python -m training.benchmark autoencoder --config FILE --run RUN
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sd_mini.config import command
 from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
 from training import cache, checkpoint
+from training.benchmark_autoencoder import autoencoder_cost
 from training.launch import parse
 from training.loader import iterate
 from training.loop import Loop
@@ -164,10 +166,15 @@ def main(argv: Sequence[str]) -> None:
         save_cost()
     elif len(argv) == 2 and argv[0] == "encode":
         encode_cost(argv[1])
+    elif len(argv) >= 2 and argv[0] == "autoencoder":
+        autoencoder_cost(argv[1:])
     elif len(argv) >= 2 and argv[0] == "loop":
         loop_cost(argv[1], argv[2:])
     else:
-        raise ValueError("expected `save`, `encode TEXT_STAGE`, or `loop STAGE --config FILE --run RUN`")
+        raise ValueError(
+            "expected `save`, `encode TEXT_STAGE`, `autoencoder --config FILE --run RUN`, or `loop STAGE --config FILE "
+            "--run RUN`"
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def write(folder: Path, rank: int, inputs: StepInputs) -> None:
                 hashes = {
                     name: hashlib.sha256(value[number].contiguous().numpy().tobytes()).hexdigest()[:16]
                     for name, value in tensors.items()
-                    if len(value) == rows.stop - rows.start
+                    if value.dim() and len(value) == rows.stop - rows.start
                 }
                 line = {"step": inputs.step, "row": row, "id": int(inputs.ids[row]), **hashes}
                 file.write(json.dumps(line) + "\n")

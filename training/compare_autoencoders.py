@@ -1,0 +1,119 @@
+"""Judge autoencoders by what can be learned over them: the better reconstruction is often the worse latent space.
+
+python -m training.compare_autoencoders RUN RUN... --config training/configs/shapes/noise_predictor.yaml \\
+    --text_encoder RUN/text_encoder/final --steps 700 --data shapes --out runs/compared
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sd_mini.cli import Parser, whole
+from sd_mini.config import command
+from sd_mini.stages import atomic_text, read_contract
+
+RESULTS = "compared.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    options, overrides = _parser().parse_known_args(argv)
+    text = read_contract(options.text_encoder, "text_encoder")
+    contracts = [read_contract(folder, "autoencoder") for folder in options.autoencoders]
+    if len(contracts) < 2 or len({contract["hash"] for contract in contracts}) < len(contracts):
+        raise ValueError("expected at least two autoencoders to compare, each of them once")
+    rows = []
+    for folder, contract in zip(options.autoencoders, contracts, strict=True):
+        name = f"{len(rows)}-{contract['hash'][:8]}"
+        run = options.out / name
+        _train(options, folder, run, overrides)
+        report = _measured(options, run)
+        rows.append(_row(str(folder), name, contract, report))
+        found = {"text_encoder": text["hash"], "steps": options.steps, "autoencoders": rows}
+        atomic_text(options.out / RESULTS, json.dumps(found, indent=2) + "\n")
+    print(table(rows))
+    print(options.out / RESULTS)
+
+
+def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str]) -> None:
+    """The same short stage 3 over this autoencoder: same seed, data, text stage and number of updates."""
+    stages = ["--autoencoder", str(autoencoder.absolute()), "--text_encoder", str(options.text_encoder.absolute())]
+    argv = ["--config", str(options.config), "--run", str(run), "--steps", str(options.steps), *stages, *overrides]
+    _run("training.noise_predictor", *argv)
+    for kind, folder in (("autoencoder", autoencoder), ("text_encoder", options.text_encoder)):
+        link = run / kind / "final"  # a run like any other, so that it can be joined, measured and looked at
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(folder.absolute(), target_is_directory=True)
+
+
+def _measured(options: Any, run: Path) -> dict[str, Any]:
+    report = run / "report" / "report.json"
+    if not report.is_file():
+        prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
+        _run("eval", str(run), "--data", options.data, "--out", str(report.parent), *prompts)
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def _run(module: str, *argv: str) -> None:
+    """`python -m module`: training and evaluation do not import each other. Its own error line stands for ours."""
+    done = subprocess.run([sys.executable, "-m", module, *argv], check=False)
+    if done.returncode:
+        raise ValueError(f"python -m {module} {' '.join(argv)} ended with exit code {done.returncode}; see above")
+
+
+def _row(folder: str, run: str, contract: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    exact = {split: scores["all"] for split, scores in report.get("composition", {}).items()}
+    ceiling = {split: scores["all"]["exact"] for split, scores in report.get("ceiling", {}).items()}
+    return {
+        "autoencoder": folder,
+        "run": run,
+        "latent_shape": contract["latent_shape"],
+        "psnr": report["reconstruction"]["psnr"],
+        "exact": exact,
+        "ceiling": ceiling,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Reconstruction beside what came of it: PSNR, and exact % [95 % interval] of n and the ceiling by split."""
+    lines = []
+    for row in rows:
+        shape = " x ".join(map(str, row["latent_shape"]))
+        lines.append(f"{row['autoencoder']}: latents {shape}, {row['psnr']:.2f} dB")
+        for split, score in row["exact"].items():
+            interval = f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+            lines.append(
+                f"  {split:>18} {100 * score['exact']:5.1f} % {interval} of {score['n']:.0f}, "
+                f"ceiling {100 * row['ceiling'][split]:.1f} %"
+            )
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m training.compare_autoencoders",
+        description="Train the same short stage 3 over each autoencoder, and measure. --any.field value changes it.",
+    )
+    parser.add_argument(
+        "autoencoders", metavar="AUTOENCODER", nargs="+", type=Path, help="exported stages, at least two"
+    )
+    parser.add_argument("--config", required=True, type=Path, help="of stage 3")
+    parser.add_argument("--text_encoder", required=True, type=Path, help="exported text stage, the same for all")
+    parser.add_argument("--steps", type=whole(1), default=700, help="updates of stage 3 over each (%(default)s)")
+    parser.add_argument("--data", default="shapes", help="what python -m eval measures on (%(default)s)")
+    parser.add_argument("--prompts", type=whole(1), help="a split, that it measures; its own number if left out")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs; the same command goes on in it")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
