@@ -34,6 +34,7 @@ def test_terms_of_the_error_against_closed_forms():
     flat = torch.zeros(2, 3, 4, 4) + torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
     found = {name: of(flat).tolist() for name, of in OF_ERROR.items()}
     assert found["l1"] == [0.5, 1.0] and found["l2"] == [0.25, 1.0] and found["gradient"] == [0.0, 0.0]
+    assert found["log_l2"] == pytest.approx([math.log(0.25), 0], abs=1e-4)
     assert found["charbonnier"] == pytest.approx([math.hypot(0.5, 1e-3), math.hypot(1, 1e-3)])
     assert OF_ERROR["gradient"](flat * 0 + torch.arange(4.0)).tolist() == [1.0, 1.0]
 
@@ -126,7 +127,7 @@ def part_of(name):
 
 BOTH = {"encoder", "decoder"}
 WHOM = {
-    **dict.fromkeys(("l1", "l2", "charbonnier", "gradient", "ssim", "focal_frequency", "lpips"), BOTH),
+    **dict.fromkeys(("l1", "l2", "log_l2", "charbonnier", "gradient", "ssim", "focal_frequency", "lpips"), BOTH),
     "kl": {"encoder"},
     "commitment": {"encoder", "codebook"},
     "adversarial": {"decoder"},

@@ -18,6 +18,8 @@ from training.players import Others
 class Term(Config):
     """A term of the loss. A number alone is its weight."""
 
+    brief = "WEIGHT or {weight: W, start: UPDATE}"
+
     weight: float = Field(ge=0)
     """0 leaves it out"""
     start: int = Field(0, ge=0)
@@ -37,6 +39,8 @@ class LossConfig(Config):
 
     l1: Term = Term(weight=1)
     l2: Term = OFF
+    log_l2: Term = OFF
+    """logarithm of a picture's l2, which is its PSNR but for sign and scale: every picture counts alike"""
     charbonnier: Term = OFF
     """sqrt(error^2 + 0.001^2): L1 that is smooth at 0"""
     gradient: Term = OFF
@@ -82,6 +86,7 @@ def gradient(error: Tensor) -> Tensor:
 OF_ERROR = {
     "l1": lambda error: error.abs().mean((1, 2, 3)),
     "l2": lambda error: error.square().mean((1, 2, 3)),
+    "log_l2": lambda error: (error.square().mean((1, 2, 3)) + 1e-5).log(),  # up to 56 dB
     "charbonnier": charbonnier,
     "gradient": gradient,
 }

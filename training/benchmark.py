@@ -4,6 +4,7 @@ python -m training.benchmark loop STAGE --config FILE --run RUN
 python -m training.benchmark save
 python -m training.benchmark encode TEXT_STAGE
 python -m training.benchmark autoencoder --config FILE --run RUN
+python -m training.benchmark curves CONFIG CONFIG --seconds 60
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
 from training import cache, checkpoint
 from training.benchmark_autoencoder import autoencoder_cost
+from training.benchmark_curves import curves
 from training.launch import parse
 from training.loader import iterate
 from training.loop import Loop
@@ -168,12 +170,14 @@ def main(argv: Sequence[str]) -> None:
         encode_cost(argv[1])
     elif len(argv) >= 2 and argv[0] == "autoencoder":
         autoencoder_cost(argv[1:])
+    elif len(argv) >= 2 and argv[0] == "curves":
+        curves(argv[1:])
     elif len(argv) >= 2 and argv[0] == "loop":
         loop_cost(argv[1], argv[2:])
     else:
         raise ValueError(
-            "expected `save`, `encode TEXT_STAGE`, `autoencoder --config FILE --run RUN`, or `loop STAGE --config FILE "
-            "--run RUN`"
+            "expected `save`, `encode TEXT_STAGE`, `loop STAGE --config FILE --run RUN`, "
+            "`autoencoder --config FILE --run RUN` or `curves CONFIG CONFIG`"
         )
 
 

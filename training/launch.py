@@ -168,7 +168,10 @@ def help_text(cls: type[Config], stage: str) -> str:
 def _field_lines(cls: type[Config], prefix: str) -> list[str]:
     lines = []
     for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        if nested and field.annotation.brief is not None:
+            lines.append(f"  --{prefix}{name} ({field.annotation.brief}) {field.description or ''}".rstrip())
+        elif nested:
             lines += _field_lines(field.annotation, f"{prefix}{name}.")
         else:
             kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")

@@ -30,10 +30,16 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(_ITERATIONS):
-        square = x @ x.mT
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+    # every step is a polynomial of x x^T from the left, so it is the small square matrices that are iterated
+    square = x @ x.mT
+    unit = torch.eye(square.shape[-1], dtype=x.dtype, device=x.device)
+    left = None
+    for iteration in range(_ITERATIONS):
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c).add_(unit, alpha=a)
+        left = polynomial if left is None else polynomial @ left
+        if iteration < _ITERATIONS - 1:
+            square = polynomial @ square @ polynomial
+    x = left @ x
     return x.mT if tall else x
 
 
