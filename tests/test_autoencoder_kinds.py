@@ -11,7 +11,8 @@ from sd_mini import stages
 from sd_mini.autoencoder import KINDS
 from sd_mini.load_autoencoder import load_autoencoder
 from sd_mini.pipeline import Pipeline
-from tests.launching import SMOKE, launch
+from tests.faults import KillAt
+from tests.launching import SMOKE, assert_equal_runs, launch, launch_apart
 from tests.test_autoencoder import KL
 
 DECODER = ["--config", str(SMOKE / "decoder.yaml")]
@@ -55,6 +56,18 @@ def test_a_discriminator_begins_late_and_is_logged(smoke_run, tmp_path):
     assert names <= logged[4].keys() and logged[4]["adaptive_weight"] > 0
     # of the two updates of that line only the second had a discriminator; its hinge loss begins at about 1
     assert 0.5 < logged[4]["discriminator.loss"] < 2
+
+
+def test_a_run_with_a_discriminator_goes_on_bit_for_bit(tmp_path):
+    """Killed before the discriminator begins, at update 3, and after: the straight run's files, log lines included."""
+    options = ["--config", str(SMOKE / "autoencoder_tiny.yaml"), "--train.checkpoint_every", "1"]
+    assert launch_apart("autoencoder", tmp_path / "straight", *options)[0] == [0]
+    run = tmp_path / "run"
+    for kill in (KillAt(2), KillAt(5)):
+        assert launch_apart("autoencoder", run, *options, fault=kill)[0] == [-9]
+    codes, said = launch_apart("autoencoder", run, *options)
+    assert codes == [0] and "goes on from step 5" in said
+    assert_equal_runs(run / "autoencoder", tmp_path / "straight" / "autoencoder")
 
 
 def test_a_codebook_is_logged(smoke_run, tmp_path):
