@@ -41,6 +41,8 @@ def curves(argv: Sequence[str]) -> None:
         for pipe, points in zip(pipes, found, strict=True):
             pipe.send(options.seconds / options.slices)
             points.append(pipe.recv())
+    for pipe in pipes:
+        pipe.send(0)
     for name, points in zip(names, found, strict=True):
         print(name)
         for seconds, step, psnr in points:
@@ -50,7 +52,7 @@ def curves(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str], pipe: Connection) -> None:
-    """Send the number of parameters; then, given so many seconds, train for them and send (seconds, updates, dB)."""
+    """Send the number of parameters; given so many seconds, train for them and send (seconds, updates, dB); 0 ends."""
     launched = launch.parse(autoencoder.AutoencoderConfig, "autoencoder", argv)
     join_processes()
     task = autoencoder.AutoencoderTask(launched.config)
@@ -63,8 +65,8 @@ def _train(argv: Sequence[str], pipe: Connection) -> None:
         updates = iterate(loop.steps, 0, config.steps, config.workers)
         pipe.send(sum(p.numel() for p in task.players["autoencoder"].objective.parameters()))
         spent, owed = 0.0, 0.0
-        while True:
-            owed += pipe.recv()
+        while given := pipe.recv():
+            owed += given
             while spent < owed and loop.step < config.steps:
                 start = time.perf_counter()
                 loop.update(next(updates))
