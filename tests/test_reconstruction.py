@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from scipy.ndimage import gaussian_filter
+from torch_fidelity import feature_extractor_inceptionv3
+from torchvision.models import alexnet
 
 from eval import fid, reconstruction
 from eval.reconstruction import reconstruct, reconstruction_scores, spectrum
@@ -102,6 +104,35 @@ def test_the_report_of_an_autoencoder_alone(tiny_run, tmp_path, capsys):
     for name in ("first.png", "worst.png", "spectra.png"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
     assert "dB a picture" in capsys.readouterr().out
+
+
+def test_lpips_and_rfid_where_their_weights_are(tiny_run, tmp_path, monkeypatch):
+    """From files with the weights of untrained networks, of the kinds that torchvision and torch-fidelity offer."""
+    torch.manual_seed(0)
+    alex = alexnet(weights=None).state_dict()
+    torch.save({n: v for n, v in alex.items() if n.startswith("features")}, tmp_path / "alex.pth")
+    monkeypatch.setattr(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {})
+
+    class Untrained(feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_, **__):
+            pass
+
+    network = Untrained("inception", ["2048"])
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    weights = ["--lpips", str(tmp_path / "alex.pth"), "--inception", str(tmp_path / "inception.pth")]
+    assert run(tiny_run / "autoencoder" / "final", tmp_path / "out", "--resolution", "64", *weights) == 0
+    scores = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert 0 < scores["lpips"] < 1
+
+    pictures = shapes.draw_batch(shapes.sample_scenes(6, "test", 1000), 64)
+    made = reconstruct(load_stage(tiny_run / "autoencoder" / "final").parts["autoencoder"], pictures, 64)
+    with torch.no_grad():
+        a, b = (network(torch.from_numpy(part))[0].double().numpy() for part in (pictures, made))
+    # of fewer pictures than features the covariances' roots lie in their small span: tr (Ca Cb)^1/2 by singular values
+    x, y = ((part - part.mean(0)) / math.sqrt(len(part) - 1) for part in (a, b))
+    between = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.square(x).sum() + np.square(y).sum() - 2 * between
+    assert scores["rfid"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_stock_autoencoder_is_measured_too(tmp_path):

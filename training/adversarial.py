@@ -95,7 +95,7 @@ class DiscriminatorObjective(nn.Module):
     def forward(self, pixels: Tensor, **_: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             made = self.maker[0].decode_raw(self.maker[0].raw_latents(pixels)[0])
-        pixels = pixels.requires_grad_(self.r1 > 0)
+        pixels = pixels.detach().requires_grad_(self.r1 > 0)
         real, false = self.discriminator(pixels), self.discriminator(made)
         losses = hinge_losses(real, false)
         metrics = {"real_logits": real.mean(), "fake_logits": false.mean()}

@@ -195,11 +195,11 @@ class Objective(nn.Module):
         metrics |= {name: term.mean() for name, term in terms.items()}
         if "adversarial" in w:
             verdict = self._verdict(noised, decoded)
-            balance = (
-                adversarial.balance(total.mean(), verdict.mean(), autoencoder.last_layer) if self.adaptive else 1.0
-            )
+            balance = total.new_ones(())
+            if self.adaptive:
+                balance = adversarial.balance(total.mean(), verdict.mean(), autoencoder.last_layer)
             total = total + w["adversarial"] * balance * verdict
-            metrics |= {"adversarial": verdict.mean(), "adaptive_weight": torch.as_tensor(balance)}
+            metrics |= {"adversarial": verdict.mean(), "adaptive_weight": balance}
         return total, metrics
 
     def _latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
