@@ -77,7 +77,7 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
             assert set(categories) == expected | (set() if two_objects_only else {"one_object", "count", "place"})
             assert all(set(score) == SCORE_FIELDS for score in categories.values())
             assert categories["all"]["n"] == PROMPTS_ASKED
-    assert set(report["reconstruction"]) == {"psnr", "n"}
+    assert set(report["reconstruction"]) == {"psnr", "psnr_global", "ssim", "n"}
     hashes = {
         k: json.loads((tiny_run / k / "final" / "stage.json").read_text())["hash"] for k in report["protocol"]["stages"]
     }
@@ -135,7 +135,9 @@ def test_reconstruction_is_over_the_test_scenes(report, asked, pipeline):
     drawn = shapes.draw_batch(asked["test"][0], 32).astype(float)
     error = drawn - reconstruct(pipeline.autoencoder, drawn.astype(np.uint8), 8)
     expected = [10 * math.log10(255**2 / np.mean(one**2)) for one in error]
-    assert report["reconstruction"] == {"psnr": pytest.approx(np.mean(expected)), "n": PROMPTS_ASKED}
+    together = 10 * math.log10(255**2 / np.mean(error**2))
+    found = {name: report["reconstruction"][name] for name in ("psnr", "psnr_global", "n")}
+    assert found == pytest.approx({"psnr": np.mean(expected), "psnr_global": together, "n": PROMPTS_ASKED})
 
 
 def test_seconds_are_those_of_the_stages_that_were_joined(report, tiny_run, tmp_path):

@@ -191,7 +191,7 @@ class Objective(nn.Module):
             metrics |= used
         if "equivariance" in w:
             terms["equivariance"] = self._equivariance(latents, turned, places, w)
-        total = sum(w[name] * term for name, term in terms.items() if name in w)
+        total = sum((w[name] * term for name, term in terms.items() if name in w), decoded.new_zeros(len(decoded)))
         metrics |= {name: term.mean() for name, term in terms.items()}
         if "adversarial" in w:
             verdict = self._verdict(noised, decoded)
