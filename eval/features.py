@@ -45,7 +45,7 @@ def _download(url: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix="6726825d")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network, or a file that is not the one it should be
         raise ValueError(
             f"inception: {url} cannot be downloaded ({error}); fetch it where there is a network and give its path"
         ) from None

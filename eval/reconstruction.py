@@ -82,8 +82,7 @@ def ceiling(autoencoder: Autoencoder, split: str, count: int, resolution: int, s
 
 @torch.no_grad()
 def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray, batch: int) -> dict[str, list[float]]:
-    """(N, 3, H, W) uint8 => mean and std a channel of the standardised latents, and the power of their spectrum by
-    distance from its middle, 0 being the mean; each channel's power adds up to its mean square."""
+    """(N, 3, H, W) uint8 => mean and std a channel of the standardised latents, and their spectrum."""
     parts = [
         autoencoder.encode(images.to_pixels(part).to(autoencoder.device)).double().cpu()
         for part in np.array_split(pictures, -(-len(pictures) // batch))
@@ -97,7 +96,10 @@ def latent_statistics(autoencoder: Autoencoder, pictures: np.ndarray, batch: int
 
 
 def spectrum(values: np.ndarray) -> list[float]:
-    """(N, C, H, W) => the mean power at each whole distance from frequency 0, up to the shorter side's half."""
+    """(N, C, H, W) => the mean power at each whole distance from frequency 0, up to the shorter side's half.
+
+    White noise has its variance everywhere; at 0 stands H W times the squared mean.
+    """
     power = np.abs(np.fft.fft2(values, norm="ortho")) ** 2
     height, width = values.shape[2:]
     down, across = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]
@@ -113,7 +115,7 @@ def measure(autoencoder: Autoencoder, pictures: np.ndarray, options: argparse.Na
     if options.lpips is not None:
         scores["lpips"] = _lpips(pictures, made, options.lpips)
     if options.inception is not None:
-        extract = inception(options.inception)
+        extract = inception(None if options.inception == "download" else options.inception)
         both = (fid.statistics(extract(part)) for part in (pictures, made))
         scores["rfid"] = fid.frechet_distance(*next(both), *next(both))
     scores["latents"] = latent_statistics(autoencoder, pictures, options.batch)
@@ -129,8 +131,8 @@ def measure(autoencoder: Autoencoder, pictures: np.ndarray, options: argparse.Na
 
 
 @torch.no_grad()
-def _lpips(pictures: np.ndarray, made: np.ndarray, weights: Path) -> float:
-    module = load_lpips("alex", weights)
+def _lpips(pictures: np.ndarray, made: np.ndarray, weights: str) -> float:
+    module = load_lpips("alex", None if weights == "download" else weights)
     pairs = zip(*(np.array_split(part, -(-len(part) // 64)) for part in (pictures, made)), strict=True)
     return float(torch.cat([module(*map(images.to_pixels, pair)).view(-1) for pair in pairs]).mean())
 
@@ -224,8 +226,8 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=whole(0), default=0, help="of the scenes (%(default)s)")
     parser.add_argument("--resolution", type=whole(1), help="px; the stage's own, or 64")
     parser.add_argument("--batch", type=whole(1), default=64, help="pictures at a time (%(default)s)")
-    parser.add_argument("--lpips", type=Path, metavar="FILE", help="torchvision's AlexNet weights, for LPIPS")
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's Inception weights, for rFID")
+    parser.add_argument("--lpips", metavar="FILE", help="LPIPS, by torchvision's AlexNet weights, or 'download'")
+    parser.add_argument("--inception", metavar="FILE", help="rFID, by torch-fidelity's weights, or 'download'")
     return parser
 
 

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from sd_mini.small_picture import SmallPicture
-from sd_mini.tiles import in_tiles
+from sd_mini.tiles import in_tiles, reach_of
 
 KINDS = {
     "dc": AutoencoderDC,
@@ -124,7 +124,10 @@ class Autoencoder(ModelMixin, ConfigMixin):
         on the square and not on the picture; see `tiles.in_tiles`.
         """
         raw = latents * self.std + self.mean
-        return self.decode_raw(raw) if tile is None else in_tiles(self.decode_raw, raw, tile, self.stride)
+        if tile is None or max(raw.shape[-2:]) <= tile:
+            return self.decode_raw(raw)
+        reach = reach_of(self.decode_raw, self.network.decoder, self.latent_channels)
+        return in_tiles(self.decode_raw, raw, tile, self.stride, reach)
 
     def codes(self, raw: Tensor) -> Codes:
         """Latents before standardisation => their codes; only of kind "vq". The vectors carry the codebook's gradient.

@@ -42,6 +42,8 @@ def wrapped(network: torch.nn.Module) -> Autoencoder:
     kind = next(kind for kind, cls in KINDS.items() if cls is type(network))
     fields = set(type(network)._get_init_keys(type(network)))
     config = {key: value for key, value in network.config.items() if key in fields}
+    if config["in_channels"] != 3:
+        raise ValueError(f"the autoencoder takes pictures of {config['in_channels']} channels; expected 3")
     autoencoder = Autoencoder(kind, config)
     autoencoder.network.load_state_dict(network.state_dict())
     return autoencoder

@@ -60,7 +60,7 @@ def _download(network: str) -> dict[str, Tensor]:
     url = _URLS[network]
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network, or a file that is not the one it should be
         raise ValueError(
             f"lpips: {url} cannot be downloaded ({error}); fetch it where there is a network and give its path"
         ) from None

@@ -121,7 +121,7 @@ class Pipeline(DiffusionPipeline):
     def enable_vae_tiling(self, tile: int = 64) -> None:
         """Decode pictures larger than `tile` x `tile` latent cells in overlapping squares: memory goes by the square.
 
-        See `tiles.in_tiles` for what that changes. Raises ValueError for a tile smaller than what neighbours share.
+        See `tiles.in_tiles` for what that changes. Raises ValueError for a tile of less than 8.
         """
         check_tile(tile)
         self.tile = tile

@@ -26,6 +26,8 @@ class SmallPicture(ModelMixin, ConfigMixin):
         super().__init__()
         if in_channels != out_channels:
             raise ValueError(f"in_channels {in_channels} and out_channels {out_channels}: expected the same")
+        if factor < 1:
+            raise ValueError(f"factor {factor}: expected at least 1")
         self.encoder = nn.AvgPool2d(factor)
         self.decoder = Enlarger(in_channels, factor, width, num_blocks)
 

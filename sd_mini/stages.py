@@ -178,8 +178,13 @@ def _load_part(folder: Path) -> Any:
 
 
 def latents_of(contract: dict[str, Any]) -> str:
-    """The hash that names an autoencoder's latents: its own, or that of the one whose latents it kept or learned."""
+    """The hash that names an autoencoder's latents: its own, or that of the one whose latents it decodes too."""
     return contract.get("latents_of", contract["hash"])
+
+
+def encoder_of(contract: dict[str, Any]) -> str:
+    """The hash that names what encodes: an autoencoder's own, or that of the one whose encoder it has kept."""
+    return contract.get("encoder_of", contract["hash"])
 
 
 def check_belonging(contract: dict[str, Any], **stages: dict[str, Any]) -> None:

@@ -97,7 +97,8 @@ def test_a_decoder_trained_alone_keeps_latents_caches_and_noise_predictor(smoke_
         old.load_state_dict(new.state_dict())
         assert torch.equal(old.encode(pixels), latents)
 
-    assert after.hash != before.hash and stages.latents_of(after.contract) == before.hash
+    assert after.hash != before.hash
+    assert stages.latents_of(after.contract) == stages.encoder_of(after.contract) == before.hash
     shutil.rmtree(run / "autoencoder")
     shutil.copytree(again / "autoencoder", run / "autoencoder")
     Pipeline.from_run(run)
@@ -126,8 +127,14 @@ def test_latents_can_be_learned_from_a_teacher(smoke_run, tmp_path):
     assert stage.contract["latents_std"] == [1.0] * 4 and last_metrics(run)["distillation"] > 0
     text, predictor = smoke_run / "text_encoder" / "final", smoke_run / "noise_predictor" / "final"
     Pipeline.from_stages(text, stage, predictor)
-    # its encoder only comes near the teacher's: latents in a cache are made anew
-    assert not stage.contract["same_encoder"]
+    assert 0.1 < stage.contract["latents_error"] < 3  # after six updates, of latents of std 1
+    # its encoder only comes near the teacher's: latents in a cache are made anew, as are those of its own decoders
+    assert stages.encoder_of(stage.contract) == stage.hash
+    again = tmp_path / "again"
+    assert launch("autoencoder", again, *DECODER, "--model.start", str(run / "autoencoder" / "final")) == 0
+    contract = stages.read_contract(again / "autoencoder" / "final")
+    teachers = stages.read_contract(teacher)["hash"]
+    assert (stages.latents_of(contract), stages.encoder_of(contract)) == (teachers, stage.hash)
 
 
 def test_a_stock_folder_can_be_the_start(tmp_path):
@@ -166,6 +173,22 @@ def test_a_stock_folder_can_be_the_start(tmp_path):
         (["--loss", "{l1: 0, l2: {weight: 1, start: 2}}"], "expected a term of the picture"),
         (["--loss.lpips", "1", "--loss.lpips_weights", "nowhere.pth"], "lpips weights nowhere.pth: no such file"),
         (["--loss.lpisp", "1"], "did you mean 'lpips'"),
+        (["--loss.ssim", "{weight: 1, start: 6}"], "loss.ssim starts at update 6 of 6, so never"),
+        (["--loss.adversarial", "1", "--adversary.layers", "5"], "adversary.layers are too many for 32 px"),
+        (["--loss.adversarial", "1", "--adversary.width", "9"], "multiple of 4"),
+        (["--model.teacher", "HERE/autoencoder/final", "--loss.distillation", "0"], "expected it from update 0"),
+        (
+            ["--model.teacher", "HERE/autoencoder/final", "--model.patch_size", "4"],
+            "a stride of 4 px, and here 4 and 8",
+        ),
+        (
+            ["--config", "SMOKE/autoencoder_small_picture.yaml", "--model.teacher", "HERE/autoencoder/final"],
+            "the encoder of kind small_picture learns nothing",
+        ),
+        (
+            ["--config", "SMOKE/autoencoder_tiny.yaml", "--train.gradient_checkpointing", "true"],
+            "AutoencoderTiny learns something else",
+        ),
         (["--data.resolution", "30", "--valid.resolution", "30"], "the nearest are 28 or 32"),
     ],
 )

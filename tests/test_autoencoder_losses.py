@@ -45,7 +45,7 @@ def test_kl_against_torch():
     assert kl_term(normal.mean, normal.variance.log()).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_ssim_against_scikit_image_s_definition():
+def test_ssim_of_flat_pictures_in_closed_form():
     """Two flat pictures: only the luminance term is left, (2ab + C1) / (a^2 + b^2 + C1) with C1 = (0.01 * 2)^2."""
     a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.25)
     c1 = (0.01 * 2) ** 2
@@ -55,12 +55,11 @@ def test_ssim_against_scikit_image_s_definition():
 
 
 def test_focal_frequency_against_numpy():
-    """The full spectrum by numpy: each squared distance weighs as much as its root, over the largest of the picture."""
+    """Each squared distance of the spectra weighs as much as its root, over the largest of the channel."""
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=(2, 2, 3, 8, 8))
-    spectrum = np.fft.fft2(a - b, norm="ortho")[..., :5]  # the half that is not the other half's mirror image
-    distance = np.abs(spectrum)
-    weight = distance / distance.max(axis=(1, 2, 3), keepdims=True)
+    distance = np.abs(np.fft.fft2(a - b, norm="ortho"))
+    weight = distance / distance.max(axis=(2, 3), keepdims=True)
     expected = (weight * distance**2).mean(axis=(1, 2, 3))
     found = focal_frequency(torch.tensor(a).float(), torch.tensor(b).float())
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
@@ -151,6 +150,33 @@ def test_every_pair_of_terms_teaches_whom_it_should(kind):
             torch.testing.assert_close(together[name], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_weighed_by_the_balance_the_verdict_still_teaches_the_decoder_alone(kind):
+    """Its gradient is that of the verdict alone, times a weight by which both are as long at the last layer."""
+    objective, discriminator = game(kind, KL if kind == "kl" else VQ)
+    others, _ = taught(objective, discriminator, "l2", "ssim")
+    verdict, parts = taught(objective, discriminator, "adversarial")
+    assert parts == {"decoder"}
+    objective.adaptive = True
+    together, _ = taught(objective, discriminator, "l2", "ssim", "adversarial")
+    last = next(n for n, p in objective.named_parameters() if p is objective.autoencoder.last_layer)
+    weight = others[last].norm() / (verdict[last].norm() + 1e-4)
+    for name, found in together.items():
+        torch.testing.assert_close(found, others[name] + weight * verdict.get(name, 0), rtol=2e-3, atol=1e-5)
+
+
+def test_the_discriminator_judges_what_the_decoder_learns_on():
+    """The same noise on the same latents, a teacher's where there is one."""
+    for teacher in (False, True):
+        objective, _ = game("kl", KL, teacher)
+        inputs = given(objective.autoencoder, "l2", "latent_noise", "adversarial")
+        shape = inputs["noise"].shape
+        inputs |= {"noise": torch.randn(shape), "posterior_noise": torch.randn(shape)}
+        error = objective.made(**inputs) - inputs["pixels"]
+        alone = {n: v for n, v in inputs.items() if n != "weight_adversarial"}
+        torch.testing.assert_close(objective(**alone)[0], error.square().mean((1, 2, 3)))
+
+
 def test_with_a_teacher_each_half_learns_by_its_own_terms():
     objective, discriminator = game("kl", KL, teacher=True)
     # of the encoder's mean; the pictures are decoded from the teacher's latents
@@ -176,7 +202,7 @@ def test_a_frozen_encoder_learns_nothing():
 
 def test_the_discriminator_learns_by_its_own_loss_alone():
     objective, discriminator = game("dc", {"latent_channels": 4, **DC})
-    judge = DiscriminatorObjective(discriminator, objective.autoencoder, r1=0.5)
+    judge = DiscriminatorObjective(discriminator, objective, r1=0.5)
     losses, metrics = judge(**given(objective.autoencoder, "l1", "adversarial"))
     losses.mean().backward()
     assert all(p.grad is not None for p in discriminator.parameters())
@@ -198,9 +224,8 @@ def test_adversarial_losses_against_closed_forms():
 
 def test_the_balance_makes_both_pulls_alike():
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
-    found = balance((3 * layer).sum(), (0.5 * layer).sum(), layer)
-    assert found.item() == pytest.approx(3 / 0.5, rel=1e-3)
-    assert balance(layer.sum(), 0 * layer.sum(), layer).item() == pytest.approx(1e4)
+    assert balance(3 * layer, 0.5 * layer, layer).item() == pytest.approx(3 / 0.5, rel=1e-3)
+    assert balance(3e3 * layer, 0 * layer, layer).item() == pytest.approx(1e4)
 
 
 def test_each_weight_turns_its_own_term():
@@ -227,3 +252,4 @@ def test_terms_begin_at_their_update():
     assert {"l1"} == config.begun(9).keys() - {"commitment", "distillation"}
     assert {"l1", "ssim"} == config.begun(10).keys() - {"commitment", "distillation"}
     assert LossConfig(**config.model_dump()) == config
+    assert LossConfig(kl="1e-4").kl.weight == 1e-4  # as YAML reads it

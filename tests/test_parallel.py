@@ -16,6 +16,7 @@ from sd_mini import stages
 from tests.faults import Fsdp2, KillAt, RaiseAt, StopAt
 from tests.launching import (
     ROOT,
+    SMOKE,
     arguments,
     assert_equal_runs,
     launch,
@@ -81,6 +82,19 @@ def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, sta
     for a, b in zip(left, right, strict=True):
         assert all(b[name] == a[name] for name in ("lr", "muon_lr") if name in a)
         assert all(b[name] == pytest.approx(a[name], rel=1e-5) for name in a if "loss" in name)
+
+
+def test_two_processes_have_the_discriminator_of_one(tmp_path):
+    """Its logits and the weight of its verdict, which is by the gradients of the whole batch, on ragged ranks too."""
+    config = ["--config", str(SMOKE / "autoencoder_tiny.yaml"), "--train.batch_size", "7", "--train.log_every", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launch("autoencoder", one, *config) == 0
+    codes, said = launch_apart("autoencoder", two, *config, ranks=2)
+    assert codes == [0, 0], said
+    for a, b in zip(lines(one / "autoencoder"), lines(two / "autoencoder"), strict=True):
+        for name in a.keys() & {"loss", "adaptive_weight", "discriminator.loss", "discriminator.real_logits"}:
+            assert b[name] == pytest.approx(a[name], rel=2e-4)
+    assert "adaptive_weight" in a
 
 
 def save_gradients(folder, accumulation):

@@ -93,7 +93,7 @@ def test_offline_the_file_is_named(monkeypatch, tmp_path):
 
 def test_it_trains_an_autoencoder(weights, tmp_path):
     more = ["--loss.lpips", "0.5", "--loss.lpips_network", "alex", "--loss.lpips_weights", str(weights)]
-    more += ["--data.resolution", "64", "--valid.resolution", "64"]  # AlexNet wants more than 32 px
+    more += ["--data.resolution", "64", "--valid.resolution", "64"]
     assert launch("autoencoder", tmp_path / "run", *more) == 0
     logged = (tmp_path / "run" / "autoencoder" / "metrics.jsonl").read_text()
     assert '"lpips": 0.' in logged

@@ -80,8 +80,8 @@ def test_large_pictures_can_be_decoded_in_tiles(pipeline):
         np.testing.assert_allclose(make(), whole, atol=1e-5)
     finally:
         pipeline.disable_vae_tiling()
-    with pytest.raises(ValueError, match="tile 28: expected more than 28"):
-        pipeline.enable_vae_tiling(28)
+    with pytest.raises(ValueError, match="tile 7: expected at least 8"):
+        pipeline.enable_vae_tiling(7)
 
 
 def test_guidance_and_its_negative(pipeline):

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from sd_mini.autoencoder import Autoencoder
 from training.optimizer import OptimizerConfig
 from training.players import Others, fixed
 
@@ -21,7 +20,7 @@ from training.players import Others, fixed
 class AdversaryConfig(OptimizerConfig):
     """The discriminator and how it learns; it begins with `loss.adversarial`."""
 
-    width: int = Field(64, ge=8)
+    width: int = Field(64, ge=8, multiple_of=4)
     """channels of its first layer"""
     layers: int = Field(3, ge=1)
     """convolutions that halve the picture; a verdict is on a patch of 70 px for 3 (Isola et al. 2017)"""
@@ -69,32 +68,33 @@ def gradient_penalties(logits: Tensor, pixels: Tensor) -> Tensor:
 
 
 def balance(others: Tensor, verdict: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """How much longer the other terms' gradient at the last layer is than the verdict's, at most 10,000.
+    """Losses (b,) of the other terms and of the verdict => how much longer the gradient of the former's mean is at the
+    last layer, at most 10,000.
 
-    Esser et al. 2021, eq. 7. Over all processes, each of which has its part of the batch.
+    Esser et al. 2021, eq. 7, with the constants of its authors' code. The means are over all processes' pictures.
     """
-    pulls = [torch.autograd.grad(part, last_layer, retain_graph=True)[0] for part in (others, verdict)]
+    pulls = [torch.autograd.grad(part.sum(), last_layer, retain_graph=True)[0] for part in (others, verdict)]
+    count = others.new_tensor(float(len(others)))
     if dist.is_initialized() and dist.get_world_size() > 1:
-        for pull in pulls:
-            dist.all_reduce(pull)
-    long, short = (pull.norm() for pull in pulls)
+        for summed in (*pulls, count):
+            dist.all_reduce(summed)
+    long, short = (pull.norm() / count for pull in pulls)
     return (long / (short + 1e-4)).clamp(max=1e4).detach()
 
 
 class DiscriminatorObjective(nn.Module):
     """pixels => hinge losses (b,) of the pictures and their reconstructions, and the penalty.
 
-    It is called with what the autoencoder's own objective is called with.
+    It is called with what the autoencoder's own objective, `maker`, is called with, and judges what that one decodes.
     """
 
-    def __init__(self, discriminator: Discriminator, autoencoder: Autoencoder, r1: float):
+    def __init__(self, discriminator: Discriminator, maker: nn.Module, r1: float):
         super().__init__()
         self.discriminator, self.r1 = discriminator, r1
-        self.maker = Others([autoencoder])
+        self.maker = Others([maker])
 
-    def forward(self, pixels: Tensor, **_: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            made = self.maker[0].decode_raw(self.maker[0].raw_latents(pixels)[0])
+    def forward(self, pixels: Tensor, **more: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        made = self.maker[0].made(pixels, **more)
         pixels = pixels.detach().requires_grad_(self.r1 > 0)
         real, false = self.discriminator(pixels), self.discriminator(made)
         losses = hinge_losses(real, false)

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_mini import images, stages
 from sd_mini.autoencoder import Autoencoder
@@ -77,6 +77,14 @@ class AutoencoderConfig(Config):
                 f"adversary.adaptive weighs by the gradients of the whole batch, and with train.accumulation "
                 f"{self.train.accumulation} a pass sees a part of it; expected accumulation 1, or adaptive false"
             )
+        for name, term in self.loss.begun(10**18).items():
+            if term.start >= self.train.steps:
+                raise ValueError(
+                    f"loss.{name} starts at update {term.start} of {self.train.steps}, so never; start it earlier, or "
+                    "leave it out"
+                )
+        if self.model.teacher is not None and "distillation" not in self.loss.begun(0):
+            raise ValueError("model.teacher: its latents are learned by loss.distillation; expected it from update 0")
         if not any(name in self.loss.begun(0) for name in (*OF_ERROR, "ssim", "focal_frequency", "lpips")):
             raise ValueError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
         if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
@@ -93,13 +101,23 @@ class AutoencoderTask:
         torch.manual_seed(config.train.seed)
         autoencoder, self.started_from = _built(config.model)
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
-        _check_sizes(autoencoder, config.data.resolution)
-        if autoencoder.config.kind == "vq" and loss.begun(0).get("commitment") is None:
+        decoder_only, is_vq = config.model.train == "decoder", autoencoder.config.kind == "vq"
+        if is_vq and not decoder_only and "commitment" not in loss.begun(0):
             raise ValueError(
                 "loss.commitment: kind vq needs it above 0 from update 0; its codebook learns by nothing else"
             )
-        teacher, self.taught_by = _teacher(config.model, self.latent_shape)
-        self.perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
+        if autoencoder.config.kind == "tiny" and config.train.gradient_checkpointing:
+            # diffusers' EncoderTiny then leaves out the scaling of its input that it has in evaluation
+            raise ValueError(
+                "train.gradient_checkpointing: AutoencoderTiny learns something else with it; leave it out"
+            )
+        teacher, self.taught_by = _teacher(config.model, autoencoder)
+        perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
+        discriminator = None
+        if loss.adversarial.weight:
+            discriminator = Discriminator(config.adversary.width, config.adversary.layers)
+            discriminator.to(memory_format=torch.channels_last)
+        _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
         self.train, self.valid = load(config.data), load(config.valid)
         self.count, self.valid_count = len(self.train), len(self.valid)
         self.identity = {"data": self.train.fingerprint}
@@ -107,29 +125,22 @@ class AutoencoderTask:
             self.identity |= {name: contract["hash"]} if contract is not None else {}
         # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
         autoencoder.to(memory_format=torch.channels_last)
-        if config.model.train == "decoder":
+        if decoder_only:
             for part in autoencoder.encoder_parts:
                 part.requires_grad_(False)
-        elif autoencoder.config.kind == "vq" and config.model.start is None:
-            draw = generator(config.train.seed, 0, "codebook")
+        elif is_vq and config.model.start is None:
+            some = self.train.pixels(range(min(64, self.count)))
             with torch.no_grad():
-                autoencoder.start_codebook(
-                    autoencoder.raw_latents(self.train.pixels(range(min(64, self.count))))[0], draw
-                )
-        self.players = self._players(autoencoder, teacher)
-
-    def _players(self, autoencoder: Autoencoder, teacher: Autoencoder | None) -> dict[str, Player]:
-        config, device, discriminator = self.config, PartialState().device, None
-        if config.loss.adversarial.weight:
-            discriminator = Discriminator(config.adversary.width, config.adversary.layers)
-            discriminator.to(memory_format=torch.channels_last)
-        others = [part.to(device) if part is not None else None for part in (self.perceptual, teacher, discriminator)]
+                seen = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
+            autoencoder.start_codebook(seen, generator(config.train.seed, 0, "codebook"))
+        self.teacher = teacher
+        others = (perceptual, teacher, discriminator)
+        others = [part.to(PartialState().device) if part is not None else None for part in others]
         objective = Objective(autoencoder, *others, adaptive=config.adversary.adaptive)
-        players = {"autoencoder": Player(objective, config.train)}
+        self.players = {"autoencoder": Player(objective, config.train)}
         if discriminator is not None:
-            judge = DiscriminatorObjective(discriminator, autoencoder, config.adversary.r1)
-            players["discriminator"] = Player(judge, config.adversary, config.loss.adversarial.start)
-        return players
+            judge = DiscriminatorObjective(discriminator, objective, config.adversary.r1)
+            self.players["discriminator"] = Player(judge, config.adversary, loss.adversarial.start)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
@@ -159,25 +170,36 @@ class AutoencoderTask:
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
         """Measure the latents over the training set, store the statistics in the autoencoder, write the stage.
 
-        Latents that were another stage's before keep its statistics, and the contract says whose they are.
+        Latents that were another stage's before keep its statistics, and the contract says whose they are:
+        `latents_of`, whose latents it decodes, and `encoder_of`, whose encoder it has.
         """
-        autoencoder, same_encoder = objective.autoencoder, self.config.model.train == "decoder"
-        whose = self.started_from if same_encoder else self.taught_by
+        autoencoder, whose = objective.autoencoder, {}
         if self.taught_by is not None:  # it has learned them as they are standardised
             zeros = torch.zeros(self.latent_shape[0])
             autoencoder.set_statistics(zeros, zeros + 1)
-        elif whose is None:
+            whose = {"latents_of": stages.latents_of(self.taught_by), "latents_error": self._latents_error(autoencoder)}
+        elif self.config.model.train == "all" or autoencoder.config.latents_std is None:
             autoencoder.set_statistics(*self._statistics(autoencoder))
+        elif self.started_from is not None:
+            whose = {
+                "latents_of": stages.latents_of(self.started_from),
+                "encoder_of": stages.encoder_of(self.started_from),
+            }
         contract = {
             "latent_shape": list(self.latent_shape),
             "resolution": self.config.data.resolution,
             "latents_mean": autoencoder.config.latents_mean,
             "latents_std": autoencoder.config.latents_std,
             "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
-            **({"latents_of": stages.latents_of(whose), "same_encoder": same_encoder} if whose is not None else {}),
+            **whose,
             **record,
         }
         stages.export(folder, "autoencoder", {"autoencoder": autoencoder}, contract)
+
+    def _latents_error(self, autoencoder: Autoencoder) -> float:
+        """Root mean square distance of its latents from the teacher's, whose own is 1, on training pictures."""
+        pixels = self.train.pixels(range(min(256, self.count))).to(autoencoder.device)
+        return float((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().mean().sqrt())
 
     def _statistics(self, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
         """Mean and std a channel, (C,) each, of the raw latents, in float64 over a fixed draw of training pictures."""
@@ -199,31 +221,46 @@ def _built(model: ModelConfig) -> tuple[Autoencoder, dict[str, Any] | None]:
     return Autoencoder(model.kind or "dc", model.network, model.patch_size), None
 
 
-def _teacher(model: ModelConfig, latent_shape: tuple[int, ...]) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+def _teacher(model: ModelConfig, student: Autoencoder) -> tuple[Autoencoder | None, dict[str, Any] | None]:
     if model.teacher is None:
         return None, None
     teacher, contract = load_autoencoder(model.teacher)
     if contract is None:
         raise ValueError(f"model.teacher {model.teacher}: expected an exported stage, whose latents have statistics")
-    if contract["latent_shape"] != list(latent_shape):
+    if not any(True for part in student.encoder_parts for _ in part.parameters()):
         raise ValueError(
-            f"model.teacher {model.teacher}: its latents are {tuple(contract['latent_shape'])}, and here "
-            f"{latent_shape}; give the network the same stride and channels"
+            f"model.teacher: the encoder of kind {student.config.kind} learns nothing, so no latents either"
+        )
+    theirs, ours = ((one.latent_channels, one.stride) for one in (teacher, student))
+    if theirs != ours:
+        raise ValueError(
+            f"model.teacher {model.teacher}: its latents have {theirs[0]} channels and a stride of {theirs[1]} px, and "
+            f"here {ours[0]} and {ours[1]}; give the network the same"
         )
     return teacher.requires_grad_(False), contract
 
 
-def _check_sizes(autoencoder: Autoencoder, resolution: int) -> None:
-    """Raises ValueError where what comes out is not as large as what goes in: the halves' levels differ."""
-    with torch.no_grad():
-        pixels = torch.zeros(1, 3, resolution, resolution)
+def _check_sizes(
+    autoencoder: Autoencoder, resolution: int, perceptual: nn.Module | None, discriminator: nn.Module | None
+) -> None:
+    """Try everything on one picture. Raises ValueError where what comes out is not as large as what goes in, the
+    halves' levels being different, and where the picture is too small for LPIPS's network or the discriminator."""
+    pixels = torch.zeros(1, 3, resolution, resolution)
+    tried = {
+        "model: encoder and decoder do not fit": lambda: autoencoder.decode_raw(autoencoder.raw_latents(pixels)[0]),
+        f"loss.lpips_network is too deep for {resolution} px": lambda: perceptual and perceptual(pixels, pixels),
+        f"adversary.layers are too many for {resolution} px": lambda: discriminator and discriminator(pixels),
+    }
+    made = []
+    for says, attempt in tried.items():
         try:
-            made = autoencoder.decode_raw(autoencoder.raw_latents(pixels)[0])
+            with torch.no_grad():
+                made.append(attempt())
         except RuntimeError as error:
-            raise ValueError(f"model: encoder and decoder do not fit ({' '.join(str(error).split())})") from None
-    if made.shape != pixels.shape:
+            raise ValueError(f"{says} ({' '.join(str(error).split())[:160]})") from None
+    if made[0].shape != pixels.shape:
         raise ValueError(
-            f"model: {resolution} px go in and {made.shape[-1]} px come out; give encoder and decoder as many levels"
+            f"model: {resolution} px go in and {made[0].shape[-1]} px come out; give encoder and decoder as many levels"
         )
 
 

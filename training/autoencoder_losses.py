@@ -28,7 +28,8 @@ class Term(Config):
     @model_validator(mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
-        return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+        # YAML calls 1e-4 a string
+        return {"weight": value} if isinstance(value, int | float | str) and not isinstance(value, bool) else value
 
 
 OFF = Term(weight=0)
@@ -58,7 +59,8 @@ class LossConfig(Config):
     equivariance: Term = OFF
     """the terms up to gradient once more, of latents made smaller and turned against the picture made so (EQ-VAE)"""
     latent_noise: Term = OFF
-    """weight: standard deviation of noise on the latents while training; neighbours in latent space decode alike"""
+    """weight: standard deviation of noise on the latents while training, as the network gives them (and as they are
+    standardised, with a teacher); neighbours in latent space then decode alike"""
     distillation: Term = Term(weight=1)
     """with model.teacher: squared distance of the latents from its"""
     adversarial: Term = OFF
@@ -93,16 +95,18 @@ OF_ERROR = {
 
 
 def ssim(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """1 - SSIM, Wang et al. 2004, eq. 13, of pixels in [-1, 1] => (B,)."""
-    return 1 - structural_similarity_index_measure(decoded, pixels, reduction="none", data_range=2.0).view(-1)
+    """1 - SSIM, Wang et al. 2004, eq. 13, of pixels in [-1, 1] => (B,). Its variances need float32."""
+    with torch.autocast(decoded.device.type, enabled=False):
+        similar = structural_similarity_index_measure(decoded.float(), pixels, reduction="none", data_range=2.0)
+    return 1 - similar.view(-1)
 
 
-# Jiang et al. 2021, eq. 8 and 9, alpha 1
+# Jiang et al. 2021, focal frequency loss, alpha 1: each frequency weighs as the root of its error, over the largest
 def focal_frequency(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """=> (B,)."""
-    distance = torch.view_as_real(torch.fft.rfft2((decoded - pixels).float(), norm="ortho")).square().sum(-1)
+    """=> (B,), each channel's spectrum weighed by itself."""
+    distance = torch.view_as_real(torch.fft.fft2((decoded - pixels).float(), norm="ortho")).square().sum(-1)
     weight = distance.detach().sqrt()
-    weight = weight / weight.amax((1, 2, 3), keepdim=True).clamp(min=1e-8)
+    weight = weight / weight.amax((2, 3), keepdim=True).clamp(min=1e-8)
     return (weight * distance).mean((1, 2, 3))
 
 
@@ -174,19 +178,14 @@ class Objective(nn.Module):
         w = {name.removeprefix("weight_"): value for name, value in weights.items()}
         autoencoder = self.autoencoder
         raw, log_variance = self._latents(pixels)
+        latents, noised = self.given(pixels, raw, log_variance, noise, posterior_noise, w)
         terms = {} if not self.encoder_is_trained else {"kl": kl_term(raw, log_variance)}
-        latents = raw
         if self.others[1] is not None:
-            with torch.no_grad():
-                latents = self.others[1].encode(pixels)
             terms["distillation"] = (raw - latents).square().mean((1, 2, 3))
-        noised = latents + w["latent_noise"] * noise if "latent_noise" in w else latents
-        if log_variance is not None and self.encoder_is_trained and self.others[1] is None:
-            noised = noised + (0.5 * log_variance).exp() * posterior_noise
         decoded = autoencoder.decode_raw(noised)
         terms |= self._reconstruction(decoded, pixels, w)
         metrics = {}
-        if autoencoder.config.kind == "vq":
+        if autoencoder.config.kind == "vq" and self.encoder_is_trained:
             terms["commitment"], used = self._commitment(noised)
             metrics |= used
         if "equivariance" in w:
@@ -197,17 +196,43 @@ class Objective(nn.Module):
             verdict = self._verdict(noised, decoded)
             balance = total.new_ones(())
             if self.adaptive:
-                balance = adversarial.balance(total.mean(), verdict.mean(), autoencoder.last_layer)
+                balance = adversarial.balance(total, verdict, autoencoder.last_layer)
             total = total + w["adversarial"] * balance * verdict
             metrics |= {"adversarial": verdict.mean(), "adaptive_weight": balance}
         return total, metrics
+
+    def given(
+        self,
+        pixels: Tensor,
+        raw: Tensor,
+        log_variance: Tensor | None,
+        noise: Tensor,
+        posterior_noise: Tensor,
+        w: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """What the decoder has to decode, the teacher's latents where there is one, and these with their noise."""
+        latents = raw
+        if self.others[1] is not None:
+            with torch.no_grad():
+                latents = self.others[1].encode(pixels)
+        noised = latents + w["latent_noise"] * noise if "latent_noise" in w else latents
+        if log_variance is not None and self.encoder_is_trained and self.others[1] is None:
+            noised = noised + (0.5 * log_variance).exp() * posterior_noise
+        return latents, noised
+
+    @torch.no_grad()
+    def made(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, **more: Tensor) -> Tensor:
+        """The reconstructions that a discriminator judges: those that the decoder learns on, of the same noise."""
+        w = {name.removeprefix("weight_"): value for name, value in more.items()}
+        given = self.given(pixels, *self.autoencoder.raw_latents(pixels), noise, posterior_noise, w)
+        return self.autoencoder.decode_raw(given[1])
 
     def _latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
             return self.autoencoder.raw_latents(pixels)
 
     def _reconstruction(self, decoded: Tensor, pixels: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
-        error = decoded - pixels
+        error = decoded.float() - pixels
         terms = {name: of(error) for name, of in OF_ERROR.items() if name in w}
         if "ssim" in w:
             terms["ssim"] = ssim(decoded, pixels)
@@ -222,16 +247,20 @@ class Objective(nn.Module):
         codes = self.autoencoder.codes(latents)
         to_codes = (latents - codes.vectors.detach()).square().mean((1, 2, 3))
         to_latents = (codes.vectors - latents.detach()).square().mean((1, 2, 3))
-        share = torch.bincount(codes.indices.flatten(), minlength=self.autoencoder.network.config.num_vq_embeddings)
-        share = share / share.sum()
+        indices, count = codes.indices.flatten(), self.autoencoder.network.config.num_vq_embeddings
+        share = latents.new_zeros(count).index_add_(0, indices, latents.new_full((len(indices),), 1 / len(indices)))
+        most = min(count, len(indices))  # that a pass can use
         perplexity = torch.special.entr(share).sum().exp()
-        return to_codes + 4 * to_latents, {"codes_used": (share > 0).float().mean(), "code_perplexity": perplexity}
+        return to_codes + 4 * to_latents, {
+            "codes_used": (share > 0).float().sum() / most,
+            "code_perplexity": perplexity / most,
+        }
 
     def _equivariance(self, latents: Tensor, turned: Tensor, places: Tensor, w: dict[str, Tensor]) -> Tensor:
         """Kouzelis et al. 2025 (EQ-VAE), eq. 4: each picture once more, its latents made smaller and turned."""
         side = turned.shape[-1] // self.autoencoder.stride
         small = resized(latents, side).flatten(2)[..., places].unflatten(2, (side, side))
-        error = self.autoencoder.decode_raw(small) - turned
+        error = self.autoencoder.decode_raw(small).float() - turned
         return sum(w[name] * of(error) for name, of in OF_ERROR.items() if name in w)
 
     def _verdict(self, noised: Tensor, decoded: Tensor) -> Tensor:

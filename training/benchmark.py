@@ -3,6 +3,7 @@
 python -m training.benchmark loop STAGE --config FILE --run RUN
 python -m training.benchmark save
 python -m training.benchmark encode TEXT_STAGE
+python -m training.benchmark decode AUTOENCODER
 python -m training.benchmark autoencoder --config FILE --run RUN
 python -m training.benchmark curves CONFIG CONFIG --seconds 60
 """
@@ -163,11 +164,30 @@ def encode_cost(folder: str, count: int = 100_000) -> None:
     print(f"memory after a quarter {settled / 2**20:.0f} MiB, at most {(max(memory) - settled) / 2**20:+.1f} MiB later")
 
 
+def decode_cost(folder: str, batch: int = 64, rounds: int = 15) -> None:
+    """Pictures a second that a stage's decoder makes of its own latents, at the size it was trained at."""
+    stage = load_stage(folder, "autoencoder")
+    join_processes()
+    tune_cpu(1)
+    autoencoder = stage.parts["autoencoder"].to(memory_format=torch.channels_last)
+    latents = torch.randn(batch, *stage.contract["latent_shape"])
+    rates = []
+    with torch.inference_mode():
+        for _ in range(rounds + 3):
+            start = time.perf_counter()
+            autoencoder.decode(latents)
+            rates.append(batch / (time.perf_counter() - start))
+    rates = sorted(rates[3:])
+    print(f"{statistics.median(rates):.0f} pictures/s [{rates[0]:.0f}, {rates[-1]:.0f}], batches of {batch}")
+
+
 def main(argv: Sequence[str]) -> None:
     if list(argv) == ["save"]:
         save_cost()
     elif len(argv) == 2 and argv[0] == "encode":
         encode_cost(argv[1])
+    elif len(argv) == 2 and argv[0] == "decode":
+        decode_cost(argv[1])
     elif len(argv) >= 2 and argv[0] == "autoencoder":
         autoencoder_cost(argv[1:])
     elif len(argv) >= 2 and argv[0] == "curves":
@@ -176,7 +196,7 @@ def main(argv: Sequence[str]) -> None:
         loop_cost(argv[1], argv[2:])
     else:
         raise ValueError(
-            "expected `save`, `encode TEXT_STAGE`, `loop STAGE --config FILE --run RUN`, "
+            "expected `save`, `encode TEXT_STAGE`, `decode AUTOENCODER`, `loop STAGE --config FILE --run RUN`, "
             "`autoencoder --config FILE --run RUN` or `curves CONFIG CONFIG`"
         )
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +51,7 @@ def autoencoder_cost(argv: Sequence[str]) -> None:
         workers[name], other = context.Pipe()
         children.append(context.Process(target=_serve, args=(function, argv, other), daemon=True))
         children[-1].start()
-    first = {name: worker.recv() for name, worker in workers.items()}
+    first = {name: received(worker) for name, worker in workers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in tqdm(range(ROUNDS), desc="rounds"):
         for name, worker in workers.items():
@@ -69,10 +70,22 @@ def autoencoder_cost(argv: Sequence[str]) -> None:
     print("loss of the first batch: " + ", ".join(f"{name} {loss:.6f}" for name, loss in first.items()))
 
 
+def received(pipe: Connection) -> Any:
+    """What a worker sends. Raises ValueError where that is a user's mistake."""
+    found = pipe.recv()
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
 def _serve(loop: Callable[[Sequence[str]], Iterator[float]], argv: Sequence[str], pipe: Connection) -> None:
     """Send the first batch's loss; then, asked for so many updates, the seconds they took; 0 ends it."""
     updates = loop(argv)
-    pipe.send(next(updates))
+    try:
+        pipe.send(next(updates))
+    except ValueError as error:
+        pipe.send(error)
+        return
     for _ in range(WARM_UP):
         next(updates)
     while count := pipe.recv():
@@ -107,7 +120,7 @@ def _reference(argv: Sequence[str]) -> Iterator[float]:
     config, train = launched.config, launched.config.train
     accelerator = Accelerator(mixed_precision="no", cpu=True)
     task = autoencoder.AutoencoderTask(config)
-    module = task.players["autoencoder"].objective.autoencoder
+    module = task.players["autoencoder"].objective.autoencoder.to(memory_format=torch.contiguous_format)
     weights = {name: term.weight for name, term in config.loss.begun(0).items()}
     optimizer = torch.optim.AdamW(module.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     schedule = get_scheduler(train.schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=10**6)

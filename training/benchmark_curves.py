@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sd_mini.cli import Parser, whole
 from training import autoencoder, launch
+from training.benchmark_autoencoder import received
 from training.loader import iterate
 from training.loop import Loop
 from training.process import join_processes
@@ -35,7 +36,7 @@ def curves(argv: Sequence[str]) -> None:
         pipes.append(pipe)
         children.append(context.Process(target=_train, args=(own, other), daemon=True))
         children[-1].start()
-    names = [f"{config} ({pipe.recv():,} parameters)" for config, pipe in zip(options.configs, pipes, strict=True)]
+    names = [f"{config} ({received(pipe):,} parameters)" for config, pipe in zip(options.configs, pipes, strict=True)]
     found: list[list[tuple[float, int, float]]] = [[] for _ in pipes]
     for _ in tqdm(range(options.slices), desc="slices"):
         for pipe, points in zip(pipes, found, strict=True):
@@ -55,7 +56,11 @@ def _train(argv: Sequence[str], pipe: Connection) -> None:
     """Send the number of parameters; given so many seconds, train for them and send (seconds, updates, dB); 0 ends."""
     launched = launch.parse(autoencoder.AutoencoderConfig, "autoencoder", argv)
     join_processes()
-    task = autoencoder.AutoencoderTask(launched.config)
+    try:
+        task = autoencoder.AutoencoderTask(launched.config)
+    except ValueError as error:
+        pipe.send(error)
+        return
     with tempfile.TemporaryDirectory() as folder:
         config = launched.config.train.model_copy(update={"ema_snapshots": 0})
         loop = Loop(task, config, Path(folder) / "autoencoder", Origin(time.perf_counter(), {}), [])

@@ -1,7 +1,9 @@
 """Judge autoencoders by what can be learned over them: the better reconstruction is often the worse latent space.
 
 python -m training.compare_autoencoders RUN RUN... --config training/configs/shapes/noise_predictor.yaml \\
-    --text_encoder RUN/text_encoder/final --steps 700 --data shapes --out runs/compared
+    --text_encoder RUN/text_encoder/final --steps 700 --out runs/compared
+
+On the shapes world, whose pictures can be judged.
 """
 
 from __future__ import annotations
@@ -57,9 +59,8 @@ def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str])
 
 def _measured(options: Any, run: Path) -> dict[str, Any]:
     report = run / "report" / "report.json"
-    if not report.is_file():
-        prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
-        _run("eval", str(run), "--data", options.data, "--out", str(report.parent), *prompts)
+    prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
+    _run("eval", str(run), "--data", "shapes", "--out", str(report.parent), *prompts)
     return json.loads(report.read_text(encoding="utf-8"))
 
 
@@ -109,7 +110,6 @@ def _parser() -> Parser:
     parser.add_argument("--config", required=True, type=Path, help="of stage 3")
     parser.add_argument("--text_encoder", required=True, type=Path, help="exported text stage, the same for all")
     parser.add_argument("--steps", type=whole(1), default=700, help="updates of stage 3 over each (%(default)s)")
-    parser.add_argument("--data", default="shapes", help="what python -m eval measures on (%(default)s)")
     parser.add_argument("--prompts", type=whole(1), help="a split, that it measures; its own number if left out")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs; the same command goes on in it")
     return parser

@@ -114,7 +114,7 @@ class Encoded:
 
         self.latents = cache.encode(
             folder / "latents",
-            {"stage": _encoder_hash(vae), "data": pictures.fingerprint},
+            {"stage": stages.encoder_of(vae.contract), "data": pictures.fingerprint},
             len(pictures),
             encode_pictures,
             f"latents of {pictures.name}",
@@ -164,7 +164,11 @@ class PredictorTask:
             for p in (pictures, valid)
         )
         self.count, self.valid_count = len(self.train), len(self.valid)
-        self.identity = {**self._contract({})["trained_against"], "data": pictures.fingerprint}
+        self.identity = {
+            "text_encoder": self.text.hash,
+            "autoencoder": stages.encoder_of(self.vae.contract),
+            "data": pictures.fingerprint,
+        }
         with torch.no_grad():
             null = _text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
@@ -259,11 +263,6 @@ def check_scale(latents: cache.Rows, pictures: CaptionedPictures, contract: dict
     if contract.get("data", {}).get("fingerprint") == pictures.fingerprint and "latents_of" not in contract:
         raise ValueError(f"{said}; train the autoencoder again, with a larger statistics_count if that was small")
     cache.say(f"{said}: the autoencoder was measured on other pictures; train it on these if much is missing")
-
-
-def _encoder_hash(vae: Stage) -> str:
-    """What names the latents in a cache: an autoencoder whose decoder alone was trained goes on with the ones there."""
-    return stages.latents_of(vae.contract) if vae.contract.get("same_encoder") else vae.hash
 
 
 def _text_stage(text: Stage, device: torch.device | str) -> TextStage:
