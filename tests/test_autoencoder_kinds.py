@@ -74,7 +74,7 @@ def test_a_codebook_is_logged(smoke_run, tmp_path):
     run = tmp_path / "run"
     assert launch("autoencoder", run, "--config", str(SMOKE / "autoencoder_vq.yaml")) == 0
     found = last_metrics(run)
-    assert 0 < found["codes_used"] <= 1 and 1 <= found["code_perplexity"] <= 32
+    assert 0 < found["codes_used"] <= 1 and 0 < found["code_perplexity"] <= found["codes_used"]
 
 
 def test_a_decoder_trained_alone_keeps_latents_caches_and_noise_predictor(smoke_run, tmp_path, capsys):

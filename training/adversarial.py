@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from training.optimizer import OptimizerConfig
 from training.players import Others, fixed
+from training.process import is_shared
 
 
 class AdversaryConfig(OptimizerConfig):
@@ -73,9 +75,11 @@ def balance(others: Tensor, verdict: Tensor, last_layer: nn.Parameter) -> Tensor
 
     Esser et al. 2021, eq. 7, with the constants of its authors' code. The means are over all processes' pictures.
     """
+    if isinstance(others, FakeTensor):  # counted, not computed: nobody else is there to be asked
+        return others.new_ones(())
     pulls = [torch.autograd.grad(part.sum(), last_layer, retain_graph=True)[0] for part in (others, verdict)]
     count = others.new_tensor(float(len(others)))
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if is_shared():
         for summed in (*pulls, count):
             dist.all_reduce(summed)
     long, short = (pull.norm() / count for pull in pulls)

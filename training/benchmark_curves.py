@@ -41,7 +41,9 @@ def curves(argv: Sequence[str]) -> None:
     for _ in tqdm(range(options.slices), desc="slices"):
         for pipe, points in zip(pipes, found, strict=True):
             pipe.send(options.seconds / options.slices)
-            points.append(pipe.recv())
+            point = pipe.recv()
+            if not points or point[1] > points[-1][1]:  # else it had come to its end before
+                points.append(point)
     for pipe in pipes:
         pipe.send(0)
     for name, points in zip(names, found, strict=True):

@@ -63,6 +63,11 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def is_shared() -> bool:
+    """Whether other processes have a part of the batch."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def share(count: int, processes: int, rank: int) -> slice:
     """The rows of `count` that process `rank` looks at: every row is some process's, and no row is two's."""
     return slice(count * rank // processes, count * (rank + 1) // processes)

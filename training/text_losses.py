@@ -15,6 +15,7 @@ from sd_mini.config import Config
 from sd_mini.encoders import Encoder, Hidden, Tokens
 from sd_mini.retrieval import Matcher, Said, Seen, late_scores
 from sd_mini.text_encoder import TextStage
+from training.process import is_shared
 
 # Adam takes steps of the same length for any weight; so small, it does not count in the gradient's norm
 _PROBE_WEIGHT = 1e-3
@@ -86,10 +87,6 @@ class Gathered(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def is_shared() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def of_all(own: Tensor, places: Tensor) -> Tensor:
