@@ -21,6 +21,7 @@ from eval.text import TextProbe
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import DataConfig
+from sd_mini.guidance import Guidance
 from sd_mini.pipeline import Pipeline
 
 
@@ -39,7 +40,11 @@ def _main(argv: Sequence[str]) -> None:
     pipeline.set_progress_bar_config(disable=True)
     sampling = Sampling(
         steps=pipeline.config.default_steps if options.steps is None else options.steps,
-        guidance=pipeline.config.default_guidance if options.guidance is None else options.guidance,
+        guidance=Guidance(
+            pipeline.config.default_guidance if options.guidance is None else options.guidance,
+            options.rescale,
+            *(pipeline.config.default_interval if options.interval is None else options.interval),
+        ),
         batch=options.batch,
     )
     stages = report.stages_beside(options.pipeline, pipeline.config.stages)
@@ -69,6 +74,10 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=whole(0), default=0, help="of the scenes that are asked for (%(default)s)")
     parser.add_argument("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
     parser.add_argument("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
+    parser.add_argument("--rescale", type=float, default=0.0, help="guidance rescale, 0 to 1 (%(default)s)")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which steps are guided"
+    )
     parser.add_argument("--batch", type=whole(1), default=64, help="pictures made at a time (%(default)s)")
     return parser
 
@@ -82,7 +91,9 @@ def _protocol(
         "prompts": measured.prompts,
         "generator_seed": "the picture's index within its split",
         "steps": sampling.steps,
-        "guidance": sampling.guidance,
+        "guidance": sampling.guidance.scale,
+        "guidance_rescale": sampling.guidance.rescale,
+        "guidance_interval": [sampling.guidance.low, sampling.guidance.high],
         "batch": sampling.batch,
         "scheduler": type(pipeline.scheduler).__name__,
         "resolution": pipeline.config.resolution,

@@ -10,20 +10,17 @@ import torch
 from tqdm import tqdm
 
 from sd_mini import images
-from sd_mini.diffusion import check_guidance
+from sd_mini.guidance import Guidance
 from sd_mini.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made: scheduler steps, guidance scale (1 is none), and pictures a batch."""
+    """How pictures are made: scheduler steps, guidance, and pictures a batch."""
 
     steps: int
-    guidance: float
+    guidance: Guidance
     batch: int
-
-    def __post_init__(self):
-        check_guidance(self.guidance)
 
 
 def generate(pipeline: Pipeline, prompts: Sequence[str], sampling: Sampling, bar: tqdm) -> np.ndarray:
@@ -38,7 +35,9 @@ def generate(pipeline: Pipeline, prompts: Sequence[str], sampling: Sampling, bar
         made = pipeline(
             list(part),
             num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
+            guidance_scale=sampling.guidance.scale,
+            guidance_rescale=sampling.guidance.rescale,
+            guidance_interval=(sampling.guidance.low, sampling.guidance.high),
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
         )
         pictures += [images.decode(picture) for picture in made.images]

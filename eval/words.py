@@ -26,6 +26,7 @@ from sd_mini import images
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.guidance import Guidance
 from sd_mini.stages import atomic_folder
 
 SIDE = 16  # px at which pictures are compared
@@ -50,7 +51,11 @@ def _main(argv: Sequence[str]) -> None:
     rows = []
     for folder, pipeline in zip(options.runs, runs, strict=True):
         pipeline.set_progress_bar_config(disable=True)
-        sampling = Sampling(pipeline.config.default_steps, pipeline.config.default_guidance, options.batch)
+        sampling = Sampling(
+            pipeline.config.default_steps,
+            Guidance(pipeline.config.default_guidance, 0.0, *pipeline.config.default_interval),
+            options.batch,
+        )
         with tqdm(total=len(prompts), desc=str(folder)) as bar:
             made = generate(pipeline, prompts, sampling, bar)
         right = [bool(classes[p][n]) for p, n in zip(prompts, nearest(made, data.pictures).tolist(), strict=True)]

@@ -1,8 +1,6 @@
-"""The forward process, its targets, time sampling and guidance: pure functions of tensors."""
+"""The forward process, its targets and time sampling: pure functions of tensors."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -34,17 +32,6 @@ def sample_timesteps(normal: Tensor, uniform: Tensor, uniform_share: float, shif
         is_uniform = uniform < uniform_share
         timesteps = torch.where(is_uniform, uniform / max(uniform_share, 1e-12), torch.sigmoid(normal))
     return shift * timesteps / (1 + (shift - 1) * timesteps)
-
-
-# classifier-free guidance, Ho & Salimans 2022, eq. 6, in the form with scale 1 = no guidance
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    return unconditional + scale * (conditional - unconditional)
-
-
-def check_guidance(scale: float) -> None:
-    """Raises ValueError for a scale that no picture comes out of."""
-    if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-        raise ValueError(f"guidance_scale {scale!r}: expected a finite number of at least 0 (1 is no guidance)")
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sd_mini import images, noise_predictor
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
-from sd_mini.diffusion import check_guidance, guide
+from sd_mini.guidance import Guidance, interval
 from sd_mini.noise_predictor import speed_up
 from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
@@ -32,8 +32,8 @@ from sd_mini.tiles import check_tile
 class Pipeline(DiffusionPipeline):
     """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
 
-    `resolution` is the training size in pixels and the default height and width; `default_steps` and
-    `default_guidance` are the recipe's own; `stages` holds the hashes of the stages this was joined from.
+    `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
+    and `default_interval` are the recipe's own; `stages` holds the hashes of the stages this was joined from.
     """
 
     _callback_tensor_inputs = ("latents",)
@@ -54,6 +54,7 @@ class Pipeline(DiffusionPipeline):
         resolution: int = 64,
         default_steps: int = 20,
         default_guidance: float = 3.0,
+        default_interval: tuple[float, float] = (0.0, 1.0),
         stages: dict[str, str] | None = None,
     ):
         super().__init__()
@@ -73,6 +74,7 @@ class Pipeline(DiffusionPipeline):
             resolution=resolution,
             default_steps=default_steps,
             default_guidance=default_guidance,
+            default_interval=tuple(default_interval),
             stages=dict(stages or {}),
         )
         self.tile: int | None = None
@@ -139,7 +141,6 @@ class Pipeline(DiffusionPipeline):
         height: int,
         width: int,
         steps: int,
-        guidance_scale: float,
         prompt_embeds: Tensor | None,
         latents: Tensor | None,
         num_images_per_prompt: int = 1,
@@ -150,7 +151,6 @@ class Pipeline(DiffusionPipeline):
         check_texts(prompt, negative_prompt, prompt_embeds)
         check_embeds(prompt_embeds, prompt_mask, self.text_adapter.length, self.text_adapter.config.dim)
         check_counts(num_inference_steps=steps, num_images_per_prompt=num_images_per_prompt)
-        check_guidance(guidance_scale)
         self.latent_shape(height, width)
         if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
             raise ValueError(
@@ -234,6 +234,8 @@ class Pipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -251,6 +253,8 @@ class Pipeline(DiffusionPipeline):
             negative_prompt: what guidance leads away from; without it, the trained null condition.
             height, width: pixels; the training resolution if left out.
             guidance_scale: 1 is no guidance (and half the cost); above 1 leans towards the prompt.
+            guidance_rescale: 0 to 1, how far a guided prediction is brought back to the spread it has without guidance.
+            guidance_interval: noise levels, 0 to 1 (the noise), between which steps are guided; the rest cost half.
             generator: one for all pictures (they draw from it in order), or one a picture.
             latents: the starting noise, (B, C, h, w), instead of a draw.
             prompt_embeds, prompt_mask: (B, L, D), (B, L) from `encode_prompt`, instead of a prompt.
@@ -267,12 +271,13 @@ class Pipeline(DiffusionPipeline):
         width = self.config.resolution if width is None else width
         steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance if guidance_scale is None else guidance_scale
+        guided = self.config.default_interval if guidance_interval is None else guidance_interval
+        guidance = Guidance(scale, guidance_rescale, *interval(guided))
         self.check_inputs(
             prompt,
             height,
             width,
             steps,
-            scale,
             prompt_embeds,
             latents,
             num_images_per_prompt,
@@ -286,17 +291,18 @@ class Pipeline(DiffusionPipeline):
         embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask, strict)
         batch = len(embeds)
         latents = self.prepare_latents(batch, height, width, generator, latents)
-        if scale != 1:
-            null_embeds, null_mask = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict)
-            embeds, mask = torch.cat([null_embeds, embeds]), torch.cat([null_mask, mask])
-
         self._interrupt = False
         timesteps = self._set_timesteps(steps)
+        levels = (timesteps / self.scheduler.config.num_train_timesteps).clamp(max=1).tolist()
+        null = None
+        if any(map(guidance.is_active, levels)):
+            null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict)
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     continue
-                latents = self._denoise(latents, t, embeds, mask, scale)
+                conditions = ((embeds, mask), null if guidance.is_active(levels[i]) else None)
+                latents = self._denoise(latents, t, levels[i], *conditions, guidance)
                 if callback_on_step_end is not None:
                     given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                     latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
@@ -305,16 +311,26 @@ class Pipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
-    def _denoise(self, latents: Tensor, t: Tensor, embeds: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """One step of the scheduler from noise level `t`, with both halves of guidance in one pass."""
-        doubled = torch.cat([latents, latents]) if scale != 1 else latents
-        timesteps = (
-            (t / self.scheduler.config.num_train_timesteps).to(latents.device, latents.dtype).expand(len(doubled))
-        )
-        velocity = noise_predictor.predict(self.noise_predictor, doubled, timesteps, embeds, mask)
-        if scale != 1:
+    def _denoise(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        level: float,
+        prompt: tuple[Tensor, Tensor],
+        null: tuple[Tensor, Tensor] | None,
+        guidance: Guidance,
+    ) -> Tensor:
+        """One step of the scheduler from timestep `t`, noise level `level`; with `null` guided, both predictions in one
+        pass."""
+        given, doubled = prompt, latents
+        if null is not None:
+            given = tuple(torch.cat(pair) for pair in zip(null, prompt, strict=True))
+            doubled = torch.cat([latents, latents])
+        timesteps = torch.full((len(doubled),), level, device=latents.device, dtype=latents.dtype)
+        velocity = noise_predictor.predict(self.noise_predictor, doubled, timesteps, *given)
+        if null is not None:
             unconditional, conditional = velocity.chunk(2)
-            velocity = guide(conditional, unconditional, scale)
+            velocity = guidance.join(conditional, unconditional)
         return self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:

@@ -41,11 +41,3 @@ def test_a_tenth_uniform_reaches_both_ends():
 def test_shift_is_sd3s():
     t = torch.tensor([0.0, 0.25, 1.0])
     assert diffusion.sample_timesteps(t, t, 1.0, shift=3.0).tolist() == [0.0, 0.5, 1.0]
-
-
-def test_guidance():
-    conditional, unconditional = torch.tensor([2.0]), torch.tensor([1.0])
-    assert [diffusion.guide(conditional, unconditional, s).item() for s in (0.0, 1.0, 3.0)] == [1.0, 2.0, 4.0]
-    for scale in (math.nan, math.inf, -1.0):
-        with pytest.raises(ValueError, match="guidance_scale"):
-            diffusion.check_guidance(scale)

@@ -18,6 +18,7 @@ from typing import Any
 from sd_mini.cli import Parser, whole
 from sd_mini.config import command
 from sd_mini.stages import atomic_text, read_contract
+from training import noise_predictor
 
 RESULTS = "compared.json"
 
@@ -49,7 +50,7 @@ def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str])
     """The same short stage 3 over this autoencoder: same seed, data, text stage and number of updates."""
     stages = ["--autoencoder", str(autoencoder.absolute()), "--text_encoder", str(options.text_encoder.absolute())]
     argv = ["--config", str(options.config), "--run", str(run), "--steps", str(options.steps), *stages, *overrides]
-    _run("training.noise_predictor", *argv)
+    noise_predictor.main(argv)
     for kind, folder in (("autoencoder", autoencoder), ("text_encoder", options.text_encoder)):
         link = run / kind / "final"  # a run like any other, so that it can be joined, measured and looked at
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -60,15 +61,12 @@ def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str])
 def _measured(options: Any, run: Path) -> dict[str, Any]:
     report = run / "report" / "report.json"
     prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
-    _run("eval", str(run), "--data", "shapes", "--out", str(report.parent), *prompts)
-    return json.loads(report.read_text(encoding="utf-8"))
-
-
-def _run(module: str, *argv: str) -> None:
-    """`python -m module`: training and evaluation do not import each other. Its own error line stands for ours."""
-    done = subprocess.run([sys.executable, "-m", module, *argv], check=False)
+    argv = ["eval", str(run), "--data", "shapes", "--out", str(report.parent), *prompts]
+    # a process of its own, as training and evaluation do not import each other; its own error line stands for ours
+    done = subprocess.run([sys.executable, "-m", *argv], check=False)
     if done.returncode:
-        raise ValueError(f"python -m {module} {' '.join(argv)} ended with exit code {done.returncode}; see above")
+        raise ValueError(f"python -m {' '.join(argv)} ended with exit code {done.returncode}; see above")
+    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def _row(folder: str, run: str, contract: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

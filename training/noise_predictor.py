@@ -54,6 +54,8 @@ class SamplingConfig(Config):
 
     steps: int = Field(20, ge=1)
     guidance: float = Field(3.0, ge=0)
+    interval: tuple[float, float] = (0.0, 1.0)
+    """noise levels between which steps are guided; 0 is the picture, 1 the noise"""
 
 
 class PredictorConfig(Config):
@@ -229,6 +231,7 @@ class PredictorTask:
                 "resolution": self.config.data.resolution,
                 "default_steps": self.config.sampling.steps,
                 "default_guidance": self.config.sampling.guidance,
+                "default_interval": self.config.sampling.interval,
             },
             "trained_against": {"text_encoder": self.text.hash, "autoencoder": stages.latents_of(self.vae.contract)},
             "data": self.data,
