@@ -41,3 +41,27 @@ def test_a_tenth_uniform_reaches_both_ends():
 def test_shift_is_sd3s():
     t = torch.tensor([0.0, 0.25, 1.0])
     assert diffusion.sample_timesteps(t, t, 1.0, shift=3.0).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_the_nearest_of_the_draws_is_taken():
+    generator = torch.Generator().manual_seed(0)
+    latents, draws = torch.randn(4, 2, 3, 3, generator=generator), torch.randn(4, 5, 2, 3, 3, generator=generator)
+    found = diffusion.nearest_noise(latents, draws)
+    for latent, several, one in zip(latents, draws, found, strict=True):
+        assert torch.equal(one, min(several, key=lambda noise: (noise - latent).norm()))
+    # Of d = 256 values, 2 n.x - |n|^2 spreads by sqrt(4 d + 2 d), and the largest of four draws lies 1.03 of that above
+    # the mean: the correlation is 1.03 * 2 / sqrt(6 d), and the variance as much below 1
+    latents, draws = (
+        torch.randn(800, 1, 16, 16, generator=generator),
+        torch.randn(800, 4, 1, 16, 16, generator=generator),
+    )
+    chosen, expected = diffusion.nearest_noise(latents, draws), 1.0294 * 2 / math.sqrt(6 * 256)
+    assert (chosen * latents).mean().item() == pytest.approx(expected, abs=0.01)
+    assert chosen.mean().item() == pytest.approx(0, abs=0.01)
+    assert chosen.var().item() == pytest.approx(1 - expected, abs=0.015)
+
+
+def test_directions():
+    target = torch.tensor([[[[3.0, 4.0]]]]).expand(3, 1, 1, 2)
+    velocity = torch.tensor([[6.0, 8.0], [-3.0, -4.0], [4.0, -3.0]]).view(3, 1, 1, 2)
+    assert diffusion.direction_losses(velocity, target).tolist() == pytest.approx([0, 2, 1], abs=1e-6)

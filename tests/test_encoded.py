@@ -13,7 +13,8 @@ from sd_mini.data import CaptionedPictures, DataConfig, load
 from sd_mini.load_encoder import clip_tokenizer, small_clip
 from sd_mini.stages import Stage
 from sd_mini.text_encoder import TextAdapter
-from training.noise_predictor import Encoded, PredictorConfig
+from training.encoded import Encoded
+from training.noise_predictor import PredictorConfig
 
 
 def small_stages(pictures: CaptionedPictures) -> tuple[Stage, Stage]:

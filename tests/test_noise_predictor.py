@@ -1,9 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import PRXTransformer2DModel
 
 from sd_mini import noise_predictor
-from training.noise_predictor import Objective
+from sd_mini.config import read
+from tests.launching import SMOKE
+from training.batches import Batch
+from training.noise_predictor import Objective, PredictorConfig, PredictorTask
 
 NETWORKS = {
     "prx": {"hidden_size": 32, "num_heads": 2, "depth": 2},
@@ -73,3 +77,33 @@ def test_the_fused_attention_is_the_stock_attention():
 def test_networks_that_do_not_fit(kind, network, says):
     with pytest.raises(ValueError, match=says):
         noise_predictor.build(kind, NETWORKS.get(kind, {}) | network, (4, 8, 8), 24)
+
+
+def test_a_weight_on_the_direction_adds_it_to_the_squared_error():
+    torch.manual_seed(0)
+    network = noise_predictor.build("prx", NETWORKS["prx"], (4, 8, 8), 24)
+    given = (torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 6, 24))
+    given = (*given, torch.ones(2, 6, dtype=torch.bool))
+    with torch.no_grad():
+        plain, nothing = Objective(network)(*given)
+        both, metrics = Objective(network, direction=0.5)(*given)
+    assert not nothing and metrics["error"].item() == pytest.approx(plain.mean().item())
+    assert both.mean().item() == pytest.approx(plain.mean().item() + 0.5 * metrics["direction"].item(), rel=1e-5)
+
+
+def test_of_several_draws_a_sample_s_noise_is_the_nearest(halfway, tmp_path):
+    run = halfway.parent
+    config = str(SMOKE / "noise_predictor.yaml")
+    one, four = (PredictorTask(read(PredictorConfig, config, ["--objective.noise_draws", str(k)]), run) for k in (1, 4))
+    batch = Batch(0, 3, np.arange(8), slice(2, 6))
+    plain, nearest = one.inputs(batch), four.inputs(batch)
+    assert torch.equal(plain["latents"], nearest["latents"])
+    draws = batch.normal("noise", 4, *one.latent_shape)
+    distance = (draws - nearest["latents"][:, None]).flatten(2).norm(dim=2)
+    for number, best in enumerate(distance.argmin(1).tolist()):
+        assert torch.equal(nearest["noise"][number], draws[number, best])
+
+
+def test_an_interval_that_is_none_is_refused_with_its_config():
+    with pytest.raises(ValueError, match=r"guidance_interval \(0.9, 0.1\): expected two noise levels"):
+        read(PredictorConfig, None, ["--sampling.interval", "[0.9, 0.1]"])

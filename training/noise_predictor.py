@@ -6,30 +6,27 @@ accelerate launch -m training.noise_predictor --config training/configs/shapes/n
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import diffusion, images, noise_predictor, stages
 from sd_mini.config import Config, command
-from sd_mini.data import CaptionedPictures, DataConfig, load_captioned, unique_captions
+from sd_mini.data import DataConfig, load_captioned
+from sd_mini.guidance import Guidance
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import Stage
-from sd_mini.text_encoder import TextStage
-from training import cache, launch
+from training import launch
 from training.batches import Batch, generator
+from training.encoded import Encoded, text_stage
 from training.players import Player
 from training.task import TrainConfig
-from training.text_data import CHUNK, report_cuts
 
-STD = (0.97, 1.03)  # of latents that are standardised by their own statistics
 VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
 
 
@@ -47,6 +44,10 @@ class ObjectiveConfig(Config):
     """share of timesteps drawn uniformly, the others logit-normal"""
     shift: float = Field(1.0, gt=0)
     """above 1 trains more on the noisy end"""
+    direction: float = Field(0.0, ge=0)
+    """weight of 1 - the cosine between the velocity and its target, beside their squared distance"""
+    noise_draws: int = Field(1, ge=1)
+    """draws of noise a sample, of which the nearest to its latents is taken (immiscible diffusion)"""
 
 
 class SamplingConfig(Config):
@@ -56,6 +57,11 @@ class SamplingConfig(Config):
     guidance: float = Field(3.0, ge=0)
     interval: tuple[float, float] = (0.0, 1.0)
     """noise levels between which steps are guided; 0 is the picture, 1 the noise"""
+
+    @model_validator(mode="after")
+    def _guided(self) -> SamplingConfig:
+        Guidance(self.guidance, 0.0, *self.interval)  # which refuses what cannot be
+        return self
 
 
 class PredictorConfig(Config):
@@ -80,71 +86,22 @@ class PredictorConfig(Config):
 class Objective(nn.Module):
     """Flow matching: the network learns the velocity from picture to noise."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, direction: float = 0.0):
         super().__init__()
-        self.network = network
+        self.network, self.direction = network, direction
 
     def forward(
         self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """=> losses (b,), and the squared error alone and the direction's part where that has a weight."""
         noised = diffusion.flow_noise(latents, noise, timesteps)
         velocity = noise_predictor.predict(self.network, noised, timesteps, prompt_embeds, prompt_mask)
-        return (velocity - diffusion.flow_target(latents, noise)).square().mean((1, 2, 3)), {}
-
-
-class Encoded:
-    """A data set as stage 3 sees it: latents and prompt embeddings, from the caches."""
-
-    def __init__(self, pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path, dtype: str):
-        texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
-        unique = unique_captions(texts)
-        number = {text: i for i, text in enumerate(unique)}
-        self.captions = [[number[t] for t in several] for several in texts]
-        device = PartialState().device
-        autoencoder, stage = vae.parts["autoencoder"].to(device), _text_stage(text, device)
-        report_cuts(stage.encoders, texts, pictures.name, strict=False)
-
-        def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
-            with torch.no_grad():
-                pixels = pictures.pixels(range(rows.start, rows.stop)).to(device)
-                return {"latents": autoencoder.encode(pixels).float().contiguous().cpu().numpy()}
-
-        def encode_texts(rows: slice) -> dict[str, np.ndarray]:
-            with torch.no_grad():
-                encoded = stage.encode(unique[rows], warn=False)
-            return {"tokens": encoded.tokens.float().cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
-
-        self.latents = cache.encode(
-            folder / "latents",
-            {"stage": stages.encoder_of(vae.contract), "data": pictures.fingerprint},
-            len(pictures),
-            encode_pictures,
-            f"latents of {pictures.name}",
-            dtype,
-        )["latents"]
-        check_scale(self.latents, pictures, vae.contract)
-        words = cache.encode(
-            folder / "prompts",
-            {"stage": text.hash, "texts": stages.combined_hash(unique)},
-            len(unique),
-            encode_texts,
-            f"prompts of {pictures.name}",
-            dtype,
-            chunk=CHUNK,
-        )
-        self.tokens, self.mask = words["tokens"], words["mask"]
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def take(self, ids: np.ndarray, draw: Sequence[float]) -> dict[str, Tensor]:
-        """Sample numbers, and U[0, 1) that picks a caption of each => latents, prompt_embeds, prompt_mask."""
-        texts = np.array([self.captions[i][int(u * len(self.captions[i]))] for i, u in zip(ids, draw, strict=True)])
-        return {
-            "latents": torch.from_numpy(self.latents[ids]).float(),
-            "prompt_embeds": torch.from_numpy(self.tokens[texts]).float(),
-            "prompt_mask": torch.from_numpy(self.mask[texts]),
-        }
+        target = diffusion.flow_target(latents, noise)
+        errors = (velocity - target).square().mean((1, 2, 3))
+        if not self.direction:
+            return errors, {}
+        direction = diffusion.direction_losses(velocity, target)
+        return errors + self.direction * direction, {"error": errors.mean(), "direction": direction.mean()}
 
 
 class PredictorTask:
@@ -157,7 +114,7 @@ class PredictorTask:
         torch.manual_seed(config.train.seed)
         _, dim = self.text.contract["conditioning"]
         network = noise_predictor.build(config.network.kind, config.network.network, self.latent_shape, dim)
-        self.players = {"noise_predictor": Player(Objective(network), config.train)}
+        self.players = {"noise_predictor": Player(Objective(network, config.objective.direction), config.train)}
         pictures, valid = load_captioned(config.data, config.valid)
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
@@ -172,7 +129,7 @@ class PredictorTask:
             "data": pictures.fingerprint,
         }
         with torch.no_grad():
-            null = _text_stage(self.text, "cpu").null(1)
+            null = text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -186,14 +143,18 @@ class PredictorTask:
             self.config.objective.uniform_share,
             self.config.objective.shift,
         )
-        return {**own, "noise": batch.normal("noise", *self.latent_shape), "timesteps": timesteps}
+        draws = self.config.objective.noise_draws
+        noise = batch.normal("noise", *([draws] if draws > 1 else []), *self.latent_shape)
+        if draws > 1:
+            noise = diffusion.nearest_noise(own["latents"], noise)
+        return {**own, "noise": noise, "timesteps": timesteps}
 
     def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
-        """The held-out loss of each sample at fixed noise, a fixed caption and fixed timesteps: the mean and the curve.
+        """The held-out squared error of each sample at fixed noise, caption and timesteps: the mean and the curve.
 
         Two runs, two steps of one, and one before and after a resume see the same draws.
         """
-        device = next(objective.parameters()).device
+        device, plain = next(objective.parameters()).device, Objective(objective.network)
         fixed = generator(0, 0, "validation")
         noise = torch.randn(len(self.valid), *self.latent_shape, generator=fixed)[rows]
         ids = np.arange(rows.start, rows.stop)
@@ -202,7 +163,7 @@ class PredictorTask:
         for part in torch.arange(len(ids)).split(256):
             own = {name: value[part].to(device) for name, value in batch.items()}
             timesteps = [torch.full((len(part),), level, device=device) for level in VALID_TIMESTEPS]
-            losses.append(torch.stack([objective(**own, timesteps=t)[0] for t in timesteps]).cpu())
+            losses.append(torch.stack([plain(**own, timesteps=t)[0] for t in timesteps]).cpu())
         curve = torch.cat(losses, dim=1).numpy()  # (levels, n)
         return {"loss": curve.mean(0)} | {f"loss_t{t:.2f}": c for t, c in zip(VALID_TIMESTEPS, curve, strict=True)}
 
@@ -241,38 +202,6 @@ class PredictorTask:
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
         contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
         stages.export(folder, "noise_predictor", {"noise_predictor": objective.network}, contract)
-
-
-def _some(captions: list[str], at_most: int, number: int) -> list[str]:
-    """`at_most` of a picture's captions, neighbours taking different ones, so that every phrasing is seen."""
-    start = number % len(captions)
-    return (captions[start:] + captions[:start])[:at_most]
-
-
-def check_scale(latents: cache.Rows, pictures: CaptionedPictures, contract: dict[str, Any]) -> None:
-    """Measure the std a channel of up to 4,096 latents, which noise of unit variance is only right for if it is 1.
-
-    Outside STD, a warning where the autoencoder's statistics are of other pictures than these, or of another's latents.
-    Raises ValueError where they are said to be of the same ones.
-    """
-    rows = np.unique(np.linspace(0, len(latents) - 1, 4096).astype(int))
-    std = latents[rows].astype(np.float64).std((0, 2, 3))
-    if STD[0] <= std.min() and std.max() <= STD[1]:
-        return
-    said = (
-        f"latents of {pictures.name}: std a channel from {std.min():.3f} to {std.max():.3f}, expected {STD[0]} to "
-        f"{STD[1]}"
-    )
-    if contract.get("data", {}).get("fingerprint") == pictures.fingerprint and "latents_of" not in contract:
-        raise ValueError(f"{said}; train the autoencoder again, with a larger statistics_count if that was small")
-    cache.say(f"{said}: the autoencoder was measured on other pictures; train it on these if much is missing")
-
-
-def _text_stage(text: Stage, device: torch.device | str) -> TextStage:
-    stage = TextStage.from_parts(text.parts)
-    for part in (stage.adapter, *(encoder.model for encoder in stage.encoders)):
-        part.to(device)
-    return stage
 
 
 main = launch.Program(PredictorConfig, "noise_predictor", lambda launched: PredictorTask(launched.config, launched.run))
