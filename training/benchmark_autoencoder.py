@@ -28,7 +28,7 @@ from training.loop import Loop
 from training.process import join_processes
 from training.task import Origin
 
-BLOCK, ROUNDS, WARM_UP = 20, 15, 10  # updates, blocks of each loop, updates before the first
+BLOCK, ROUNDS, WARM_UP = 80, 7, 20  # updates, blocks of each loop, updates before the first
 _PLAIN = (*OF_ERROR, "kl", "latent_noise")
 
 
