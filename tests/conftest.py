@@ -48,6 +48,22 @@ def smoke_run(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def talking_pipeline(tiny_run):
+    """The tiny run's pipeline, whose noise predictor says something: PRX starts with a zero last layer's modulation."""
+    import torch
+
+    from sd_mini.pipeline import Pipeline
+
+    joined = Pipeline.from_pretrained(tiny_run / "pipeline")
+    joined.set_progress_bar_config(disable=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in joined.noise_predictor.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return joined
+
+
 @pytest.fixture(scope="session")
 def shapes_report(tiny_run, tmp_path_factory) -> Path:
     """The report folder of the tiny run on the shapes world."""

@@ -39,15 +39,9 @@ def test_what_no_picture_comes_out_of_is_refused():
             Guidance(2.0, 0.0, low, high)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_run):
-    joined = Pipeline.from_pretrained(tiny_run / "pipeline")
-    joined.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng():  # PRX starts with a zero last layer's modulation: give it something to say
-        torch.manual_seed(0)
-        for parameter in joined.noise_predictor.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return joined
+@pytest.fixture
+def pipeline(talking_pipeline):
+    return talking_pipeline
 
 
 def made(pipeline, steps=4, **guidance):

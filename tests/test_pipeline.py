@@ -10,15 +10,9 @@ from sd_mini.pipeline import Pipeline
 PROMPTS = ["a small red circle at the top left", "two large blue squares", "a large green cross"]
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_run):
-    joined = Pipeline.from_pretrained(tiny_run / "pipeline")
-    joined.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng():  # PRX starts with a zero last layer's modulation: give it something to say
-        torch.manual_seed(0)
-        for parameter in joined.noise_predictor.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return joined
+@pytest.fixture
+def pipeline(talking_pipeline):
+    return talking_pipeline
 
 
 def seeded(*seeds):
