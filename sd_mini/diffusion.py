@@ -6,14 +6,14 @@ import math
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 STEPS = 1000  # of the discrete schedule, and the scale on which diffusers' networks and schedulers count time
 
 Schedule = Literal["linear", "scaled_linear", "cosine"]
-# linear and cosine: Ho et al. 2020, sec. 4; Nichol & Dhariwal 2021, eq. 17. scaled_linear: Rombach et al. 2022, app. E
+# diffusers' fields. linear: Ho et al. 2020, sec. 4; scaled_linear: Rombach et al. 2022; cosine: Nichol & Dhariwal 2021
 BETAS = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -40,14 +40,28 @@ def velocity_of(sample: Tensor, noised: Tensor, timesteps: Tensor, floor: float 
     return (noised - sample) / per_sample(timesteps, noised).clamp(min=floor)
 
 
-@lru_cache
 def alphas_cumprod(schedule: Schedule, zero_snr: bool = False) -> Tensor:
-    """(STEPS,) float32: how much of the picture's variance is left at each step; diffusers' own numbers.
+    """(STEPS,) float32: how much of the picture's variance is left at each step, as in diffusers' schedulers.
 
     `zero_snr`: rescaled so that nothing is left at the last one, Lin et al. 2024 ("Common Diffusion Noise Schedules
     and Sample Steps are Flawed"), algorithm 1.
     """
-    return DDIMScheduler(STEPS, **BETAS[schedule], rescale_betas_zero_snr=zero_snr).alphas_cumprod
+    return torch.from_numpy(_alphas_cumprod(schedule, zero_snr))
+
+
+@lru_cache
+def _alphas_cumprod(schedule: Schedule, zero_snr: bool) -> np.ndarray:
+    fields = BETAS[schedule]
+    if schedule == "cosine":  # eq. 17, with betas of at most 0.999
+        at = np.cos((np.arange(STEPS + 1) / STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - at[1:] / at[:-1], 0.999)
+    else:
+        power = 0.5 if schedule == "scaled_linear" else 1.0
+        betas = np.linspace(fields["beta_start"] ** power, fields["beta_end"] ** power, STEPS) ** (1 / power)
+    roots = np.sqrt(np.cumprod(1 - betas))
+    if zero_snr:
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return (roots**2).astype(np.float32)
 
 
 # x_t = sqrt(a) x_0 + sqrt(1 - a) eps. Ho et al. 2020, eq. 4

@@ -120,9 +120,7 @@ class TimeConfig(Process):
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
         if self.weighting == "cosmap" and not self.is_flow:
-            raise ValueError(
-                f"objective.weighting cosmap: is made for the linear path, not for {self.kind}; use min_snr"
-            )
+            raise ValueError(f"objective.weighting cosmap: is the linear path's, not {self.kind}'s; use min_snr")
         if self.shift != 1 and not self.is_flow:
             raise ValueError(
                 f"objective.shift {self.shift:g}: is the linear path's; {self.kind}'s schedule has its own"

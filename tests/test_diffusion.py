@@ -94,6 +94,14 @@ def test_the_schedules_are_the_papers():
     torch.testing.assert_close(diffusion.alphas_cumprod("cosine")[:900].double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_schedules_are_diffusers(schedule, zero):
+    scheduler = DDPMScheduler(**diffusion.BETAS[schedule], rescale_betas_zero_snr=zero)
+    ours = diffusion.alphas_cumprod(schedule, zero)
+    torch.testing.assert_close(ours, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
 def test_with_zero_snr_nothing_is_left_at_the_end():
     plain, rescaled = (diffusion.alphas_cumprod("scaled_linear", zero) for zero in (False, True))
     assert rescaled[-1] == 0 and rescaled[0].item() == pytest.approx(plain[0].item(), rel=1e-6)

@@ -139,7 +139,7 @@ def test_the_dummy_loops_of_diffusers():
             {"kind": "epsilon", "schedule": "cosine", "zero_snr": True},
             "epsilon: with zero_snr the last step is the noise",
         ),
-        ({"kind": "sample", "schedule": "cosine", "weighting": "cosmap"}, "cosmap: is made for the linear path, not"),
+        ({"kind": "sample", "schedule": "cosine", "weighting": "cosmap"}, "cosmap: is the linear path's, not sample's"),
         ({"kind": "v_prediction", "schedule": "linear", "shift": 3.0}, "shift 3: is the linear path's"),
     ],
 )

@@ -103,7 +103,7 @@ class PredictorTask:
         if teacher is not None:
             grid = token_grid(network, self.latent_shape)
             self.features = features(pictures, teacher, grid, run / "cache", config.cache_dtype)
-            alignment = Alignment(network, self.features.shape[1], repa, grid)
+            alignment = Alignment(network, self.features[np.arange(1)].shape[1], repa, grid)
         objective = Objective(network, config.objective, alignment)
         self.players = {"noise_predictor": Player(objective, config.train)}
         cache.say(description(objective, self.latent_shape, (length, dim), config.train))
