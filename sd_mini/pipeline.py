@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sd_mini import images, noise_predictor
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
+from sd_mini.fused import speed_up
 from sd_mini.guidance import Guidance, interval
-from sd_mini.noise_predictor import speed_up
 from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
