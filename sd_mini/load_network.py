@@ -8,7 +8,8 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel
 
-from sd_mini.noise_predictor import check_call, class_of, condition_field, speed_up
+from sd_mini.fused import speed_up
+from sd_mini.noise_predictor import check_call, class_of, condition_field
 
 _SUBFOLDERS = ("unet", "transformer", "noise_predictor")  # where a diffusers pipeline keeps its denoiser
 

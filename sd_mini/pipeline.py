@@ -15,8 +15,8 @@ from sd_mini import images, lora, samplers
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
 from sd_mini.denoising import Denoising
+from sd_mini.fused import speed_up
 from sd_mini.guidance import Guidance, interval
-from sd_mini.noise_predictor import speed_up
 from sd_mini.pipeline_inputs import Generators
 from sd_mini.process import Process
 from sd_mini.prompted_pipeline import PromptedPipeline
