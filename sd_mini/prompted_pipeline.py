@@ -80,6 +80,12 @@ class PromptedPipeline(DiffusionPipeline):
         repeat = num_images_per_prompt
         return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
 
+    def null_condition(self, batch: int) -> Condition:
+        """The trained condition of no prompt at all: (batch, L, D), (batch, L)."""
+        null: PromptEmbeds = self.text_adapter.null(batch)
+        device = self._execution_device
+        return null.tokens.to(device, self.noise_predictor.dtype), null.mask.to(device)
+
     def _encode_negative(
         self,
         negative: str | list[str] | None,
@@ -97,9 +103,7 @@ class PromptedPipeline(DiffusionPipeline):
                 )
             return self.encode_prompt(None, per_prompt, embeds, mask)
         if negative is None:
-            null: PromptEmbeds = self.text_adapter.null(batch)
-            device = self._execution_device
-            return null.tokens.to(device, self.noise_predictor.dtype), null.mask.to(device)
+            return self.null_condition(batch)
         texts = listed(negative)
         if len(texts) == 1:
             texts = texts * (batch // per_prompt)
