@@ -80,6 +80,11 @@ def _parser() -> Parser:
         "--tile", type=whole(1), help="decode in squares of so many latent cells a side: memory by the square"
     )
     generate.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
+    generate.add_argument("--sampler", help="euler, heun, dpm++, unipc, ddim or ddpm; the recipe's own if left out")
+    generate.add_argument("--lora", metavar="FOLDER", type=Path, help="a LoRA of this noise predictor, to be merged")
+    generate.add_argument(
+        "--autoguidance", action="store_true", help="lead away from the earlier snapshot that was joined as --guide"
+    )
 
     inspect = commands.add_parser("inspect", help="print what a run holds")
     inspect.set_defaults(run_command=_inspect)
@@ -89,6 +94,9 @@ def _parser() -> Parser:
     export.set_defaults(run_command=_export)
     export.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     export.add_argument("--out", type=Path, help="pipeline folder (RUN/pipeline)")
+    export.add_argument(
+        "--guide", metavar="FOLDER", type=Path, help="an earlier noise predictor of the run, for autoguidance"
+    )
     return parser
 
 
@@ -174,6 +182,10 @@ def _generate(options: argparse.Namespace) -> None:
     pipeline = open_pipeline(options.run)
     if options.tile is not None:
         pipeline.enable_vae_tiling(options.tile)
+    if options.sampler is not None:
+        pipeline.use_sampler(options.sampler)
+    if options.lora is not None:
+        pipeline.load_lora(options.lora)
     import torch
 
     for seed, target in enumerate(targets, options.seed):
@@ -185,6 +197,7 @@ def _generate(options: argparse.Namespace) -> None:
             width=options.width,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
+            autoguidance=options.autoguidance,
             strict=options.strict,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -226,7 +239,7 @@ def _export(options: argparse.Namespace) -> None:
     from sd_mini.pipeline import Pipeline
 
     _hide_loading_bars()
-    Pipeline.from_run(options.run).save(out)
+    Pipeline.from_run(options.run, guide=options.guide).save(out)
     print(out)
 
 

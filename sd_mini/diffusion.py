@@ -1,15 +1,30 @@
-"""The forward process, its targets and time sampling: pure functions of tensors."""
+"""Forward processes, targets, time sampling and loss weights: pure functions of tensors."""
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
 import torch
 from torch import Tensor
+
+STEPS = 1000  # of the discrete schedule, and the scale on which diffusers' networks and schedulers count time
+
+Schedule = Literal["linear", "scaled_linear", "cosine"]
+# diffusers' fields. linear: Ho et al. 2020, sec. 4; scaled_linear: Rombach et al. 2022; cosine: Nichol & Dhariwal 2021
+BETAS = {
+    "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
 
 
 # x_t = (1 - t) x_0 + t eps: the linear path of rectified flow. Liu et al. 2023, eq. 1; Lipman et al. 2023, eq. 22
 def flow_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """latents, noise (B, C, h, w), timesteps (B,) in [0, 1] => noised latents; t 0 is the picture, 1 the noise."""
-    t = _per_sample(timesteps, latents)
+    t = per_sample(timesteps, latents)
     return (1 - t) * latents + t * noise
 
 
@@ -17,6 +32,73 @@ def flow_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 def flow_target(latents: Tensor, noise: Tensor) -> Tensor:
     """The velocity that the network learns, (B, C, h, w)."""
     return noise - latents
+
+
+# v = (x_t - x_0) / t, with t held away from 0: Li & He 2025 ("Back to Basics", JiT), eq. 6 and sec. 4.2
+def velocity_of(sample: Tensor, noised: Tensor, timesteps: Tensor, floor: float = 0.05) -> Tensor:
+    """A clean sample (predicted, or the true one) and the noised latents at `timesteps` (B,) in [0, 1] => velocity."""
+    return (noised - sample) / per_sample(timesteps, noised).clamp(min=floor)
+
+
+def alphas_cumprod(schedule: Schedule, zero_snr: bool = False) -> Tensor:
+    """(STEPS,) float32: how much of the picture's variance is left at each step, as in diffusers' schedulers.
+
+    `zero_snr`: rescaled so that nothing is left at the last one, Lin et al. 2024 ("Common Diffusion Noise Schedules
+    and Sample Steps are Flawed"), algorithm 1.
+    """
+    return torch.from_numpy(_alphas_cumprod(schedule, zero_snr))
+
+
+@lru_cache
+def _alphas_cumprod(schedule: Schedule, zero_snr: bool) -> np.ndarray:
+    fields = BETAS[schedule]
+    if schedule == "cosine":  # eq. 17, with betas of at most 0.999
+        at = np.cos((np.arange(STEPS + 1) / STEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - at[1:] / at[:-1], 0.999)
+    else:
+        power = 0.5 if schedule == "scaled_linear" else 1.0
+        betas = np.linspace(fields["beta_start"] ** power, fields["beta_end"] ** power, STEPS) ** (1 / power)
+    roots = np.sqrt(np.cumprod(1 - betas))
+    if zero_snr:
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return (roots**2).astype(np.float32)
+
+
+# x_t = sqrt(a) x_0 + sqrt(1 - a) eps. Ho et al. 2020, eq. 4
+def discrete_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """latents, noise (B, C, h, w), alphas_cumprod of each sample's step (B,) => noised latents."""
+    a = per_sample(alphas, latents)
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+# v = sqrt(a) eps - sqrt(1 - a) x_0. Salimans & Ho 2022, app. D
+def v_target(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    a = per_sample(alphas, latents)
+    return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+
+# Hang et al. 2023 ("Min-SNR"), eq. 8 and sec. 3.4: min(SNR, gamma) as a weight of the clean sample's squared error
+def min_snr_weights(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    """Signal-to-noise ratios (B,) => (B,) weights of the squared error of what is predicted.
+
+    One rule in the units of each: an error of the clean sample is one of eps times 1 / SNR, of v times 1 + SNR, and of
+    the linear path's velocity times (1 + sqrt(SNR))^2 (as x_0's error is t times the velocity's, and
+    t = 1 / (1 + sqrt(SNR))).
+    """
+    kept = snr.clamp(max=gamma)
+    if prediction == "sample":
+        return kept
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)  # kept / snr, for an infinite ratio too
+    if prediction == "v_prediction":
+        return kept / (snr + 1)
+    return kept / (1 + snr.sqrt()) ** 2
+
+
+# Esser et al. 2024 (SD3), eq. 21 ("CosMap"): the weight that the cosine schedule's density has on the linear path
+def cosmap_weights(timesteps: Tensor) -> Tensor:
+    """timesteps (B,) in [0, 1] => (B,) weights, 2 / pi at both ends and twice that in the middle; their mean is 1."""
+    return 2 / (math.pi * (1 - 2 * timesteps + 2 * timesteps**2))
 
 
 # immiscible diffusion in its cheap form, the nearest of k draws for each sample: Li et al. 2024
@@ -36,20 +118,38 @@ def direction_losses(velocity: Tensor, target: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(velocity.flatten(1), target.flatten(1))
 
 
-# logit-normal time sampling, Esser et al. 2024, eq. 19, mixed with a share of uniform so that no t is left untrained
-def sample_timesteps(normal: Tensor, uniform: Tensor, uniform_share: float, shift: float = 1.0) -> Tensor:
+Density = Literal["uniform", "logit_normal", "mode"]
+
+
+def sample_timesteps(
+    normal: Tensor,
+    uniform: Tensor,
+    density: Density = "logit_normal",
+    uniform_share: float = 0.1,
+    shift: float = 1.0,
+    mode_scale: float = 1.29,
+) -> Tensor:
     """`normal`, `uniform` (B,): independent draws N(0, 1) and U(0, 1) => timesteps (B,) in (0, 1).
 
-    The uniform draw decides both whether a sample is uniform and, rescaled, its value. `shift` > 1 moves weight towards
-    the noisy end for larger latents: t' = s t / (1 + (s - 1) t), Esser et al. 2024, eq. 23.
+    logit_normal and mode: Esser et al. 2024, eq. 19 and 20; a `uniform_share` of the samples is uniform all the same,
+    so that no t is left untrained: there the uniform draw decides both whether a sample is, and, rescaled, its value.
+    `shift` > 1 moves weight towards the noisy end for larger latents: t' = s t / (1 + (s - 1) t), eq. 23.
     """
-    if uniform_share >= 1:
+    if density == "uniform":
         timesteps = uniform
     else:
-        is_uniform = uniform < uniform_share
-        timesteps = torch.where(is_uniform, uniform / max(uniform_share, 1e-12), torch.sigmoid(normal))
+        is_uniform, within = uniform < uniform_share, (uniform - uniform_share) / max(1 - uniform_share, 1e-12)
+        drawn = torch.sigmoid(normal) if density == "logit_normal" else mode_of(within, mode_scale)
+        timesteps = torch.where(is_uniform, uniform / max(uniform_share, 1e-12), drawn)
     return shift * timesteps / (1 + (shift - 1) * timesteps)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+# Esser et al. 2024, eq. 20
+def mode_of(uniform: Tensor, scale: float) -> Tensor:
+    """U(0, 1) => timesteps that are dense in the middle for `scale` > 0 (up to 2 / (pi - 2)), at both ends below 0."""
+    return 1 - uniform - scale * (torch.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) => (B, 1, 1, ...) with as many axes as `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -6,38 +6,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    ImagePipelineOutput,
-    ModelMixin,
-    SchedulerMixin,
-)
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_mini import images, noise_predictor
+from sd_mini import images, lora, samplers
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
+from sd_mini.denoising import Denoising
 from sd_mini.fused import speed_up
 from sd_mini.guidance import Guidance, interval
-from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
+from sd_mini.pipeline_inputs import Generators
+from sd_mini.process import Process
+from sd_mini.prompted_pipeline import PromptedPipeline
 from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
-from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
+from sd_mini.text_encoder import TextAdapter
 from sd_mini.tiles import check_tile
 
 
-class Pipeline(DiffusionPipeline):
+class Pipeline(PromptedPipeline):
     """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
 
     `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
-    and `default_interval` are the recipe's own; `stages` holds the hashes of the stages this was joined from.
+    and `default_interval` are the recipe's own; `objective` says what the network predicts, which the scheduler has to
+    step by; `guide` is an earlier snapshot of the network, for autoguidance; `stages` holds the hashes of the stages
+    this was joined from.
     """
 
     _callback_tensor_inputs = ("latents",)
-    _optional_components: ClassVar[list[str]] = ["tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]
+    _optional_components: ClassVar[list[str]] = [
+        "tokenizer_2",
+        "text_encoder_2",
+        "tokenizer_3",
+        "text_encoder_3",
+        "guide",
+    ]
 
     def __init__(
         self,
@@ -51,13 +55,17 @@ class Pipeline(DiffusionPipeline):
         text_encoder_2: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         text_encoder_3: PreTrainedModel | None = None,
+        guide: ModelMixin | None = None,
         resolution: int = 64,
         default_steps: int = 20,
         default_guidance: float = 3.0,
         default_interval: tuple[float, float] = (0.0, 1.0),
+        objective: dict[str, Any] | None = None,
         stages: dict[str, str] | None = None,
     ):
         super().__init__()
+        process = Process.of({"objective": objective})
+        samplers.check(scheduler, process)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -69,12 +77,14 @@ class Pipeline(DiffusionPipeline):
             text_encoder_2=text_encoder_2,
             tokenizer_3=tokenizer_3,
             text_encoder_3=text_encoder_3,
+            guide=guide if guide is None else speed_up(guide),
         )
         self.register_to_config(
             resolution=resolution,
             default_steps=default_steps,
             default_guidance=default_guidance,
             default_interval=tuple(default_interval),
+            objective=process.model_dump(),
             stages=dict(stages or {}),
         )
         self.tile: int | None = None
@@ -86,20 +96,61 @@ class Pipeline(DiffusionPipeline):
         autoencoder: str | Path | Stage,
         noise_predictor: str | Path | Stage,
         scheduler: SchedulerMixin | None = None,
+        guide: str | Path | Stage | None = None,
     ) -> Pipeline:
-        """Join three exported stages (folders, or loaded). Raises ValueError, both hashes named, if they do not fit."""
+        """Join three exported stages (folders, or loaded), and an earlier noise predictor to guide away from.
+
+        Raises ValueError, both hashes named, if they do not fit.
+        """
         given = {"text_encoder": text_encoder, "autoencoder": autoencoder, "noise_predictor": noise_predictor}
         stages = {kind: s if isinstance(s, Stage) else load_stage(s, kind) for kind, s in given.items()}
         text, vae, predictor = stages.values()
         check_belonging(predictor.contract, text_encoder=text.contract, autoencoder=vae.contract)
-        return cls(
+        sampling, process = dict(predictor.contract["sampling"]), Process.of(predictor.contract)
+        sampler = sampling.pop("sampler", None) or samplers.default(process)
+        joined = cls(
             **{name: part for name, part in text.parts.items() if name != "matcher"},  # which only stage 1 needs
             **vae.parts,
             **predictor.parts,
-            scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
-            **predictor.contract["sampling"],
+            scheduler=scheduler or samplers.build(sampler, process),
+            **sampling,
+            objective=process.model_dump(),
             stages={kind: stage.hash for kind, stage in stages.items()},
         )
+        if guide is not None:
+            joined.add_guide(guide, {"text_encoder": text.contract, "autoencoder": vae.contract})
+        return joined
+
+    def add_guide(self, guide: str | Path | Stage, joined_to: dict[str, dict[str, Any]]) -> None:
+        """Take an earlier, or smaller, noise predictor of the same two other stages to guide away from (autoguidance).
+
+        `joined_to`: their contracts. Raises ValueError if it was trained against others, or predicts something else.
+        """
+        stage = guide if isinstance(guide, Stage) else load_stage(guide, "noise_predictor")
+        check_belonging(stage.contract, **joined_to)
+        if Process.of(stage.contract) != self.process:
+            raise ValueError(
+                f"guide {stage.folder}: predicts {Process.of(stage.contract).kind}, but the noise predictor "
+                f"{self.process.kind}; give a snapshot of the same training"
+            )
+        self.register_modules(guide=speed_up(stage.parts["noise_predictor"]))
+
+    @property
+    def process(self) -> Process:
+        """What the noise predictor was trained to predict."""
+        return Process.of(self.config)
+
+    def use_sampler(self, name: str) -> None:
+        """Step by another sampler: euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm too.
+
+        Raises ValueError for one that does not fit what the network predicts.
+        """
+        self.register_modules(scheduler=samplers.build(name, self.process))
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Merge the LoRA saved in `folder` into the noise predictor. Raises ValueError if it is another network's."""
+        lora.load(self.noise_predictor, folder)
+        lora.merge(self.noise_predictor)
 
     @classmethod
     def from_run(cls, run: str | Path, **kwargs: Any) -> Pipeline:
@@ -131,100 +182,6 @@ class Pipeline(DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         self.tile = None
 
-    @property
-    def text_stage(self) -> TextStage:
-        return TextStage.from_parts(self.components)
-
-    def check_inputs(
-        self,
-        prompt: Any,
-        height: int,
-        width: int,
-        steps: int,
-        prompt_embeds: Tensor | None,
-        latents: Tensor | None,
-        num_images_per_prompt: int = 1,
-        negative_prompt: Any = None,
-        prompt_mask: Tensor | None = None,
-    ) -> None:
-        """Raises ValueError, one line, for anything no picture can be made from. Nothing has been computed yet."""
-        check_texts(prompt, negative_prompt, prompt_embeds)
-        check_embeds(prompt_embeds, prompt_mask, self.text_adapter.length, self.text_adapter.config.dim)
-        check_counts(num_inference_steps=steps, num_images_per_prompt=num_images_per_prompt)
-        self.latent_shape(height, width)
-        if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
-            raise ValueError(
-                f"latents are {tuple(latents.shape)}; expected (B, {str(self.latent_shape(height, width))[1:]}"
-            )
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
-        patch = getattr(self.noise_predictor.config, "patch_size", 1)
-        cell = self.autoencoder.stride * patch
-        for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, int) or side <= 0 or side % cell:
-                below = max(int(side) // cell, 1) * cell
-                raise ValueError(
-                    f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}"
-                )
-        return self.autoencoder.latent_shape(height, width)
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        num_images_per_prompt: int = 1,
-        prompt_embeds: Tensor | None = None,
-        prompt_mask: Tensor | None = None,
-        strict: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Prompts, or embeddings made before, => prompt_embeds (B, L, D), prompt_mask (B, L); B counts the pictures.
-
-        A prompt that is too long is cut, with a warning that names the words; `strict` raises ValueError instead.
-        """
-        check_texts(prompt, None, prompt_embeds)
-        check_embeds(prompt_embeds, prompt_mask, self.text_adapter.length, self.text_adapter.config.dim)
-        if prompt_embeds is None:
-            encoded = self.text_stage.encode(listed(prompt), strict)
-            prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
-        prompt_embeds = prompt_embeds.to(self._execution_device, self.noise_predictor.dtype)
-        prompt_mask = prompt_mask.to(self._execution_device)
-        repeat = num_images_per_prompt
-        return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
-
-    def _encode_negative(
-        self, negative: str | list[str] | None, batch: int, per_prompt: int, strict: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The condition that guidance leads away from: the trained null one, or a prompt of the user's."""
-        if negative is None:
-            null: PromptEmbeds = self.text_adapter.null(batch)
-            device = self._execution_device
-            return null.tokens.to(device, self.noise_predictor.dtype), null.mask.to(device)
-        texts = listed(negative)
-        if len(texts) == 1:
-            texts = texts * (batch // per_prompt)
-        if len(texts) * per_prompt != batch:
-            raise ValueError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
-        return self.encode_prompt(texts, per_prompt, strict=strict)
-
-    def prepare_latents(
-        self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
-    ) -> Tensor:
-        """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
-        if latents is not None:
-            if len(latents) != batch:
-                raise ValueError(f"{len(latents)} latents for {batch} pictures; give one each")
-            return latents.to(self._execution_device, self.noise_predictor.dtype)
-        drawn = draw_noise(batch, self.latent_shape(height, width), generator)
-        return drawn.to(self._execution_device, self.noise_predictor.dtype)
-
-    def _set_timesteps(self, steps: int) -> Tensor:
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            # its own spacing ends one step early: the last would go from sigma 0.001 to 0
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=self._execution_device)
-        else:
-            self.scheduler.set_timesteps(steps, device=self._execution_device)
-        return self.scheduler.timesteps
-
     @torch.no_grad()
     def __call__(
         self,
@@ -241,6 +198,9 @@ class Pipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_mask: Tensor | None = None,
+        autoguidance: bool = False,
         strict: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -258,6 +218,8 @@ class Pipeline(DiffusionPipeline):
             generator: one for all pictures (they draw from it in order), or one a picture.
             latents: the starting noise, (B, C, h, w), instead of a draw.
             prompt_embeds, prompt_mask: (B, L, D), (B, L) from `encode_prompt`, instead of a prompt.
+            negative_prompt_embeds, negative_prompt_mask: the same, instead of a negative prompt.
+            autoguidance: lead away from what `guide`, an earlier snapshot, makes of the same prompt.
             strict: refuse a prompt that is too long, instead of cutting it with a warning.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
 
@@ -283,26 +245,33 @@ class Pipeline(DiffusionPipeline):
             num_images_per_prompt,
             negative_prompt,
             prompt_mask,
+            negative_prompt_embeds,
+            negative_prompt_mask,
         )
+        if autoguidance and self.guide is None:
+            raise ValueError(
+                "autoguidance: this pipeline has no guide; join one: Pipeline.from_run(RUN, guide=FOLDER), or "
+                "sd-mini export RUN --guide FOLDER"
+            )
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
-        embeds, mask = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask, strict)
-        batch = len(embeds)
-        latents = self.prepare_latents(batch, height, width, generator, latents)
-        self._interrupt = False
-        timesteps = self._set_timesteps(steps)
-        levels = (timesteps / self.scheduler.config.num_train_timesteps).clamp(max=1).tolist()
-        null = None
-        if any(map(guidance.is_active, levels)):
-            null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict)
-        with self.progress_bar(total=len(timesteps)) as progress:
-            for i, t in enumerate(timesteps):
+        condition = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask, strict)
+        batch = len(condition[0])
+        noise = self.prepare_latents(batch, height, width, generator, latents)
+        guide = self.guide if autoguidance else None
+        parts = (self.noise_predictor, self.scheduler, self.process, guidance, steps, self._execution_device, guide)
+        denoising, null = Denoising(*parts), None
+        if denoising.needs_null:
+            embeds = (negative_prompt_embeds, negative_prompt_mask)
+            null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict, *embeds)
+        self._interrupt, latents = False, denoising.start(noise)
+        with self.progress_bar(total=len(denoising.timesteps)) as progress:
+            for i, t in enumerate(denoising.timesteps):
                 if self._interrupt:
                     continue
-                conditions = ((embeds, mask), null if guidance.is_active(levels[i]) else None)
-                latents = self._denoise(latents, t, levels[i], *conditions, guidance)
+                latents = denoising.step(i, latents, condition, null, generator)
                 if callback_on_step_end is not None:
                     given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                     latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
@@ -310,28 +279,6 @@ class Pipeline(DiffusionPipeline):
         pictures = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
-
-    def _denoise(
-        self,
-        latents: Tensor,
-        t: Tensor,
-        level: float,
-        prompt: tuple[Tensor, Tensor],
-        null: tuple[Tensor, Tensor] | None,
-        guidance: Guidance,
-    ) -> Tensor:
-        """One step of the scheduler from timestep `t`, noise level `level`; with `null` guided, both predictions in one
-        pass."""
-        given, doubled = prompt, latents
-        if null is not None:
-            given = tuple(torch.cat(pair) for pair in zip(null, prompt, strict=True))
-            doubled = torch.cat([latents, latents])
-        timesteps = torch.full((len(doubled),), level, device=latents.device, dtype=latents.dtype)
-        velocity = noise_predictor.predict(self.noise_predictor, doubled, timesteps, *given)
-        if null is not None:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = guidance.join(conditional, unconditional)
-        return self.scheduler.step(velocity, t, latents, return_dict=False)[0]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile).float().clamp(-1, 1)

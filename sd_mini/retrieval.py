@@ -117,12 +117,16 @@ class PictureTower(nn.Module):
         self.layers = nn.ModuleList(nn.Conv2d(narrow, wide, 3, stride, 1) for narrow, wide, stride in steps)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cells = nn.functional.adaptive_avg_pool2d(self.map(pixels), CELLS).flatten(2)
+        small = nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
+        return cells.mT, torch.cat([cells.flatten(1), small], dim=1)
+
+    def map(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, R, R) => the last layer's features (B, 2 width, rows, columns)."""
         x = self.fold(torch.cat([pixels, edges(pixels)], dim=1))
         for layer in self.layers:
             x = nn.functional.gelu(layer(x))
-        cells = nn.functional.adaptive_avg_pool2d(x, CELLS).flatten(2)
-        small = nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
-        return cells.mT, torch.cat([cells.flatten(1), small], dim=1)
+        return x
 
 
 def edges(pixels: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _load_part(folder: Path) -> Any:
 
     from sd_mini.autoencoder import Autoencoder
     from sd_mini.load_encoder import load_encoder
-    from sd_mini.noise_predictor import KINDS as NETWORKS
+    from sd_mini.noise_predictor import class_of
     from sd_mini.retrieval import Matcher
     from sd_mini.text_encoder import TextAdapter
 
@@ -171,10 +171,11 @@ def _load_part(folder: Path) -> Any:
     if folder.name.startswith("text_encoder"):
         return load_encoder(folder, tokenizer=False)[1]
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    classes = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter, *NETWORKS.values())}
-    if name not in classes:
+    classes = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter)}
+    cls = class_of(str(name)) if folder.name == "noise_predictor" else classes.get(name)
+    if cls is None:
         raise ValueError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
-    return classes[name].from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    return cls.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
 
 
 def latents_of(contract: dict[str, Any]) -> str:

@@ -14,12 +14,14 @@ ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"
 LAYERS = [
     {"config", "images", "diffusion", "texts"}
     | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")}
-    | {"guidance", "perceptual", "small_picture", "tiles"},
+    | {"guidance", "perceptual", "small_picture", "tiles", "network_presets", "fused", "fused_prx", "threads"},
+    {"process"},
+    {"samplers"},
     {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor", "data"},
-    {"retrieval"},
-    {"stages"},
+    {"retrieval", "load_network", "lora"},
+    {"stages", "vision"},
     {"load_autoencoder"},
-    {"pipeline", "pipeline_inputs"},
+    {"denoising", "pipeline", "pipeline_inputs", "prompted_pipeline"},
     {"cli"},
 ]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sd_mini import stages
+from sd_mini import cli, noise_predictor, stages
 from sd_mini.config import command, read
 from sd_mini.pipeline import Pipeline
 from tests.launching import MAINS, launch, lines
@@ -107,9 +107,9 @@ def test_a_width_that_was_not_tracked_is_exported_from_snapshots(run, tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--step", "5"], "step-00000005: expected a whole checkpoint, but no such folder"),
+        (["--step", "9"], "step-00000009: expected a whole checkpoint, but no such folder"),
         (["--ema_width", "0.5"], "ema_width 0.5: expected above 0 and at most 0.28"),
-        (["--step", "5", "--ema_width", "0.07"], "no such folder"),
+        (["--step", "9", "--ema_width", "0.07"], "no such folder"),
     ],
 )
 def test_what_is_not_there_is_one_line(run, tmp_path, capsys, more, says):
@@ -160,3 +160,39 @@ def test_held_out_loss_is_the_same_whenever_it_is_asked(run):
     for name, values in whole.items():
         np.testing.assert_allclose(np.concatenate([part[name] for part in parts]), values, rtol=1e-5)
     np.testing.assert_allclose(whole["loss"], np.mean([whole[name] for name in levels], axis=0), rtol=1e-6)
+
+
+def test_an_earlier_snapshot_guides(run, tmp_path):
+    """Of a step whose checkpoint has gone; guidance by it leads away from what it makes of the same prompt."""
+    kept = run / "noise_predictor" / "checkpoints" / "step-00000003"
+    shutil.move(kept, tmp_path / "kept")
+    try:
+        export.export(run / "noise_predictor", tmp_path / "early", 3)
+    finally:
+        shutil.move(tmp_path / "kept", kept)
+    early = stages.load_stage(tmp_path / "early", "noise_predictor")
+    averages = checkpoint.load(kept)[0]["ema-0.1"]
+    for name, tensor in early.parts["noise_predictor"].state_dict().items():
+        torch.testing.assert_close(tensor, averages[f"network.{name}"], rtol=0, atol=1e-6)
+    assert (
+        command(cli._main, ["export", str(run), "--guide", str(tmp_path / "early"), "--out", str(tmp_path / "p")]) == 0
+    )
+    joined = Pipeline.from_pretrained(tmp_path / "p")
+    for one in (joined.noise_predictor, joined.guide):  # a network of six updates hardly says anything yet
+        with torch.random.fork_rng():
+            torch.manual_seed(3 + (one is joined.guide))
+            for parameter in one.parameters():
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    sampling = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "latent"}
+    noise = torch.randn(1, *joined.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+    made = joined("a red circle", latents=noise, autoguidance=True, **sampling).images
+    tokens, mask = joined.encode_prompt("a red circle")
+    # one Euler step from t 1 to 0: x - (bad + 3 (good - bad)), each with the prompt
+    with torch.no_grad():
+        good, bad = (
+            noise_predictor.predict(one, noise, torch.tensor([1000.0]), tokens, mask)
+            for one in (joined.noise_predictor, joined.guide)
+        )
+    torch.testing.assert_close(made, noise - (bad + 3 * (good - bad)), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="autoguidance: this pipeline has no guide; join one"):
+        Pipeline.from_run(run)("a red circle", autoguidance=True)

@@ -6,7 +6,8 @@ from sd_mini import noise_predictor
 from sd_mini.config import read
 from tests.launching import SMOKE
 from training.batches import Batch
-from training.noise_predictor import Objective, PredictorConfig, PredictorTask
+from training.noise_predictor import PredictorConfig, PredictorTask
+from training.predictor_losses import Objective, ObjectiveConfig
 
 NETWORKS = {
     "prx": {"hidden_size": 32, "num_heads": 2, "depth": 2},
@@ -28,7 +29,7 @@ def test_every_kind_learns_and_never_sees_padding(kind):
     latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8])
     tokens, mask = torch.randn(2, 6, 24), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    objective, losses = Objective(network), []
+    objective, losses = Objective(network, ObjectiveConfig()), []
     for _ in range(12):
         loss = objective(latents, noise, t, tokens, mask)[0].mean()
         optimizer.zero_grad()
@@ -67,8 +68,8 @@ def test_a_weight_on_the_direction_adds_it_to_the_squared_error():
     given = (torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 6, 24))
     given = (*given, torch.ones(2, 6, dtype=torch.bool))
     with torch.no_grad():
-        plain, nothing = Objective(network)(*given)
-        both, metrics = Objective(network, direction=0.5)(*given)
+        plain, nothing = Objective(network, ObjectiveConfig())(*given)
+        both, metrics = Objective(network, ObjectiveConfig(direction=0.5))(*given)
     assert not nothing and metrics["error"].item() == pytest.approx(plain.mean().item())
     assert both.mean().item() == pytest.approx(plain.mean().item() + 0.5 * metrics["direction"].item(), rel=1e-5)
 

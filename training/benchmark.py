@@ -1,5 +1,7 @@
-"""What the engine costs, measured side by side in one process: medians, spreads and ratios.
+"""What it costs, measured side by side in one process tree: medians, spreads and ratios.
 
+python -m training.benchmark [--only PART] [--out FILE] [--config FILE] [--run RUN] [--any.field value]
+    stage 3: training, mfu, time_to_score, pipeline, profile; RUN is a finished run such as runs/shapes
 python -m training.benchmark loop STAGE --config FILE --run RUN
 python -m training.benchmark save
 python -m training.benchmark encode TEXT_STAGE
@@ -10,7 +12,9 @@ python -m training.benchmark curves CONFIG CONFIG --seconds 60
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -26,12 +30,16 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from sd_mini import shapes
+from sd_mini.cli import Parser
 from sd_mini.config import command
-from sd_mini.stages import load_stage
+from sd_mini.stages import atomic_text, load_stage, read_contract
 from sd_mini.text_encoder import TextStage
 from training import cache, checkpoint
 from training.benchmark_autoencoder import autoencoder_cost
 from training.benchmark_curves import curves
+from training.benchmark_pipeline import pipeline_speed
+from training.benchmark_predictor import parsed, profiled, training_speed, utilisation
+from training.benchmark_score import time_to_score
 from training.launch import parse
 from training.loader import iterate
 from training.loop import Loop
@@ -181,6 +189,40 @@ def decode_cost(folder: str, batch: int = 64, rounds: int = 15) -> None:
     print(f"{statistics.median(rates):.0f} pictures/s [{rates[0]:.0f}, {rates[-1]:.0f}], batches of {batch}")
 
 
+PARTS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "training": training_speed,
+    "mfu": utilisation,
+    "time_to_score": time_to_score,
+    "pipeline": pipeline_speed,
+    "profile": profiled,
+}
+
+
+def stage_3(argv: Sequence[str]) -> None:
+    """All parts, or `--only` one; a table, and with `--out` what is in it as JSON, those of other parts kept."""
+    parser = Parser(prog="python -m training.benchmark", description=stage_3.__doc__)
+    parser.add_argument("--only", choices=list(PARTS), help="one part; all if left out")
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="(%(default)s)")
+    parser.add_argument("--config", default="training/configs/shapes/noise_predictor.yaml", help="(%(default)s)")
+    parser.add_argument("--run", default="runs/shapes", help="whose stages 1 and 2 are trained (%(default)s)")
+    options, overrides = parser.parse_known_args(argv)
+    given = ["--config", options.config, "--run", options.run, *overrides]
+    launched = parsed(given)
+    for kind in ("text_encoder", "autoencoder"):
+        read_contract(launched.run / kind / "final", kind)
+    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    found["machine"] = {"cores": os.cpu_count(), "torch": torch.__version__, "device": _device()}
+    for name in [options.only] if options.only else PARTS:
+        print(f"# {name}")
+        found[name] = PARTS[name](given)
+        atomic_text(options.out, json.dumps(found, indent=2) + "\n")
+    print(options.out)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
 def main(argv: Sequence[str]) -> None:
     if list(argv) == ["save"]:
         save_cost()
@@ -194,10 +236,12 @@ def main(argv: Sequence[str]) -> None:
         curves(argv[1:])
     elif len(argv) >= 2 and argv[0] == "loop":
         loop_cost(argv[1], argv[2:])
+    elif not argv or argv[0].startswith("--"):
+        stage_3(argv)
     else:
         raise ValueError(
-            "expected `save`, `encode TEXT_STAGE`, `decode AUTOENCODER`, `loop STAGE --config FILE --run RUN`, "
-            "`autoencoder --config FILE --run RUN` or `curves CONFIG CONFIG`"
+            "expected no name (stage 3), `save`, `encode TEXT_STAGE`, `decode AUTOENCODER`, "
+            "`loop STAGE --config FILE --run RUN`, `autoencoder --config FILE --run RUN` or `curves CONFIG CONFIG`"
         )
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +13,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from sd_mini import images
 from training import autoencoder, launch
 from training.autoencoder_losses import OF_ERROR, kl_term
 from training.batches import Batch, batch_ids
+from training.interleaved import Spread, measure, ratios
 from training.loader import iterate
 from training.loop import Loop
 from training.process import join_processes
@@ -46,54 +42,13 @@ def autoencoder_cost(argv: Sequence[str]) -> None:
     more = sorted(set(launched.config.loss.begun(10**9)) - {*_PLAIN, "commitment", "distillation"})
     if more:
         raise ValueError(f"loss {', '.join(more)}: the plain loop has none of that; expected {', '.join(_PLAIN)} alone")
-    context = multiprocessing.get_context("spawn")
-    workers, children = {}, []
-    for name, function in (("reference", _reference), ("one thread", _as_launched), ("this loop", _ours)):
-        workers[name], other = context.Pipe()
-        children.append(context.Process(target=_serve, args=(function, argv, other), daemon=True))
-        children[-1].start()
-    first = {name: received(worker) for name, worker in workers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in tqdm(range(ROUNDS), desc="rounds"):
-        for name, worker in workers.items():
-            worker.send(BLOCK)
-            seconds[name].append(worker.recv())
-    for worker in workers.values():
-        worker.send(0)
+    loops = {"reference": _reference, "one thread": _as_launched, "this loop": _ours}
+    first, seconds = measure(loops, argv, BLOCK, ROUNDS, WARM_UP)
     count = BLOCK * launched.config.train.batch_size
     for name, values in seconds.items():
-        rates = sorted(count / s for s in values)
-        ratios = sorted(a / b for a, b in zip(values, seconds["this loop"], strict=True))
-        spread = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
-        print(
-            f"{name:>10} {statistics.median(rates):7.1f} pictures/s [{rates[0]:.1f}, {rates[-1]:.1f}], ratio {spread}"
-        )
+        rates = Spread.of([count / s for s in values])
+        print(f"{name:>10} {rates} pictures/s, ratio {ratios(values, seconds['this loop'])}")
     print("loss of the first batch: " + ", ".join(f"{name} {loss:.6f}" for name, loss in first.items()))
-
-
-def received(pipe: Connection) -> Any:
-    """What a worker sends. Raises ValueError where that is a user's mistake."""
-    found = pipe.recv()
-    if isinstance(found, ValueError):
-        raise found
-    return found
-
-
-def _serve(loop: Callable[[Sequence[str]], Iterator[float]], argv: Sequence[str], pipe: Connection) -> None:
-    """Send the first batch's loss; then, asked for so many updates, the seconds they took; 0 ends it."""
-    updates = loop(argv)
-    try:
-        pipe.send(next(updates))
-    except ValueError as error:
-        pipe.send(error)
-        return
-    for _ in range(WARM_UP):
-        next(updates)
-    while count := pipe.recv():
-        start = time.perf_counter()
-        for _ in range(count):
-            next(updates)
-        pipe.send(time.perf_counter() - start)
 
 
 def _ours(argv: Sequence[str]) -> Iterator[float]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sd_mini.cli import Parser, whole
 from training import autoencoder, launch
-from training.benchmark_autoencoder import received
+from training.interleaved import received
 from training.loader import iterate
 from training.loop import Loop
 from training.process import join_processes

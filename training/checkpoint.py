@@ -93,6 +93,11 @@ def find(path: Path, stage: str) -> Path:
     return folder
 
 
+def named(folder: Path, step: int) -> Path:
+    """Where a stage's checkpoint of that step lies, if it is still there."""
+    return folder / "checkpoints" / f"step-{step:08d}"
+
+
 def every(root: Path) -> tuple[list[Path], list[str]]:
     """(all valid ones, oldest first; what is wrong with each of the others)."""
     found = {folder: damage(folder) for folder in _folders(root)}

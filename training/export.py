@@ -26,9 +26,10 @@ from training.task import export_record, mean_scores
 def export(folder: Path, out: Path, step: int | None = None, ema_width: float | None = None) -> str:
     """Write the stage trained in `folder` to `out`, as it was at `step`. Returns its hash.
 
-    `step`: of a checkpoint that is still there; none: the newest. `ema_width`: any width where a snapshot was taken at
-    that step, 0.05 and 0.10 at every checkpoint; none: the width of the training's config. Raises ValueError where
-    there is no such checkpoint or snapshot, or the data or the other stages are not those it was trained on.
+    `step`: of a checkpoint that is still there, or of a snapshot of the averages; none: the newest. `ema_width`: any
+    width where a snapshot was taken at that step, 0.05 and 0.10 at every checkpoint; none: the width of the training's
+    config. Raises ValueError where there is no such checkpoint or snapshot, or the data or the other stages are not
+    those it was trained on.
     """
     if folder.name not in KINDS or not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
@@ -39,13 +40,21 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     width = config.train.ema_width if ema_width is None else ema_width
     if width is not None and config.train.ema_width is None:
         raise ValueError(f"--ema_width {width}: {folder} was trained without averages; leave it out")
-    saved = _checkpoint(folder, step)
-    tensors, state = checkpoint.load(saved)
     task = program.make_task(Launch(config, folder.parent, folder))
-    checkpoint.check_identity(saved, state, task.identity)
     objective = next(iter(task.players.values())).objective
-    checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
-    objective.load_state_dict(tensors["model"])
+    snapshot = snapshots.of_step(folder, step) if step is not None and width is not None else None
+    if snapshot is not None and not checkpoint.named(folder, step).is_dir():
+        # of a step whose checkpoint has gone only the averages are left, and the seconds to the end
+        tensors, state = checkpoint.load(snapshot)
+        newest = checkpoint.find(folder, folder.name)
+        checkpoint.check_identity(newest, checkpoint.load_state(newest), task.identity)
+        state["seconds"] = checkpoint.load_state(newest)["seconds"] * step / config.train.steps
+    else:
+        saved = _checkpoint(folder, step)
+        tensors, state = checkpoint.load(saved)
+        checkpoint.check_identity(saved, state, task.identity)
+        checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
+        objective.load_state_dict(tensors["model"])
     if width is not None:
         at_step = tensors[f"ema-{width}"] if width in WIDTHS else snapshots.at_width(folder, state["step"], width)
         snapshots.put(objective, at_step)
@@ -60,14 +69,14 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
 def _checkpoint(folder: Path, step: int | None) -> Path:
     if step is None:
         return checkpoint.find(folder, folder.name)
-    return checkpoint.find(folder / "checkpoints" / f"step-{step:08d}", folder.name)
+    return checkpoint.find(checkpoint.named(folder, step), folder.name)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m training.export", description=__doc__.splitlines()[0])
     parser.add_argument("stage", type=Path, help="RUN/STAGE, where it was trained")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the stage to")
-    parser.add_argument("--step", type=int, help="of a checkpoint; the newest if not given")
+    parser.add_argument("--step", type=int, help="of a checkpoint or snapshot; the newest if not given")
     parser.add_argument("--ema_width", type=float, help="relative width of the average, 0.01 to 0.28")
     given = parser.parse_args(argv)
     digest = export(given.stage, given.out, given.step, given.ema_width)

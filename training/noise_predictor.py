@@ -15,39 +15,22 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sd_mini import diffusion, images, noise_predictor, stages
+from sd_mini import diffusion, images, samplers, stages
 from sd_mini.config import Config, command
 from sd_mini.data import DataConfig, load_captioned
 from sd_mini.guidance import Guidance
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import Stage
-from training import launch
+from training import cache, launch
 from training.batches import Batch, generator
 from training.encoded import Encoded, text_stage
+from training.network import NetworkConfig, description, exported, make_network, token_grid
 from training.players import Player
+from training.predictor_losses import Objective, ObjectiveConfig, answer_and_target
+from training.representation import Alignment, features, load_teacher, weights_at
 from training.task import TrainConfig
 
 VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
-
-
-class NetworkConfig(Config):
-    kind: Literal["prx", "pixart", "unet"] = "prx"
-    """which diffusers network: PRXTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel"""
-    network: dict[str, Any] = Field(default_factory=dict)
-    """fields of that class; those that the other stages decide are left out"""
-
-
-class ObjectiveConfig(Config):
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """share of samples trained on the null condition"""
-    uniform_share: float = Field(0.1, ge=0, le=1)
-    """share of timesteps drawn uniformly, the others logit-normal"""
-    shift: float = Field(1.0, gt=0)
-    """above 1 trains more on the noisy end"""
-    direction: float = Field(0.0, ge=0)
-    """weight of 1 - the cosine between the velocity and its target, beside their squared distance"""
-    noise_draws: int = Field(1, ge=1)
-    """draws of noise a sample, of which the nearest to its latents is taken (immiscible diffusion)"""
 
 
 class SamplingConfig(Config):
@@ -57,6 +40,8 @@ class SamplingConfig(Config):
     guidance: float = Field(3.0, ge=0)
     interval: tuple[float, float] = (0.0, 1.0)
     """noise levels between which steps are guided; 0 is the picture, 1 the noise"""
+    sampler: str | None = None
+    """euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm; none: the one that did best for its kind"""
 
     @model_validator(mode="after")
     def _guided(self) -> SamplingConfig:
@@ -82,26 +67,11 @@ class PredictorConfig(Config):
     autoencoder: str | None = None
     """folder of the exported autoencoder; none: RUN/autoencoder/final"""
 
-
-class Objective(nn.Module):
-    """Flow matching: the network learns the velocity from picture to noise."""
-
-    def __init__(self, network: nn.Module, direction: float = 0.0):
-        super().__init__()
-        self.network, self.direction = network, direction
-
-    def forward(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """=> losses (b,), and the squared error alone and the direction's part where that has a weight."""
-        noised = diffusion.flow_noise(latents, noise, timesteps)
-        velocity = noise_predictor.predict(self.network, noised, timesteps, prompt_embeds, prompt_mask)
-        target = diffusion.flow_target(latents, noise)
-        errors = (velocity - target).square().mean((1, 2, 3))
-        if not self.direction:
-            return errors, {}
-        direction = diffusion.direction_losses(velocity, target)
-        return errors + self.direction * direction, {"error": errors.mean(), "direction": direction.mean()}
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> PredictorConfig:
+        if self.sampling.sampler is not None:
+            samplers.build(self.sampling.sampler, self.objective.process)
+        return self
 
 
 class PredictorTask:
@@ -112,9 +82,10 @@ class PredictorTask:
         resolution = config.data.resolution
         self.latent_shape = self.vae.parts["autoencoder"].latent_shape(resolution, resolution)
         torch.manual_seed(config.train.seed)
-        _, dim = self.text.contract["conditioning"]
-        network = noise_predictor.build(config.network.kind, config.network.network, self.latent_shape, dim)
-        self.players = {"noise_predictor": Player(Objective(network, config.objective.direction), config.train)}
+        length, dim = self.text.contract["conditioning"]
+        network = make_network(config.network, self.latent_shape, dim)
+        repa = config.objective.repa
+        teacher = load_teacher(repa, self.text) if repa.weight else None
         pictures, valid = load_captioned(config.data, config.valid)
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
@@ -128,6 +99,14 @@ class PredictorTask:
             "autoencoder": stages.encoder_of(self.vae.contract),
             "data": pictures.fingerprint,
         }
+        alignment = None
+        if teacher is not None:
+            grid = token_grid(network, self.latent_shape)
+            self.features = features(pictures, teacher, grid, run / "cache", config.cache_dtype)
+            alignment = Alignment(network, self.features[np.arange(1)].shape[1], repa, grid)
+        objective = Objective(network, config.objective, alignment)
+        self.players = {"noise_predictor": Player(objective, config.train)}
+        cache.say(description(objective, self.latent_shape, (length, dim), config.train))
         with torch.no_grad():
             null = text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
@@ -137,16 +116,14 @@ class PredictorTask:
         own = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
         dropped = batch.uniform("dropout") < self.config.objective.caption_dropout
         own["prompt_embeds"][dropped], own["prompt_mask"][dropped] = self.null_tokens, self.null_mask
-        timesteps = diffusion.sample_timesteps(
-            batch.normal("timesteps"),
-            batch.uniform("timesteps"),
-            self.config.objective.uniform_share,
-            self.config.objective.shift,
-        )
+        timesteps = self.config.objective.draw(batch.normal("timesteps"), batch.uniform("timesteps"))
         draws = self.config.objective.noise_draws
         noise = batch.normal("noise", *([draws] if draws > 1 else []), *self.latent_shape)
         if draws > 1:
             noise = diffusion.nearest_noise(own["latents"], noise)
+        if (repa := self.config.objective.repa).weight:
+            own["features"] = torch.from_numpy(self.features[batch.own_ids]).float()
+            own["feature_weights"] = weights_at(batch.step, self.config.train.steps, len(timesteps), repa)
         return {**own, "noise": noise, "timesteps": timesteps}
 
     def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
@@ -154,7 +131,7 @@ class PredictorTask:
 
         Two runs, two steps of one, and one before and after a resume see the same draws.
         """
-        device, plain = next(objective.parameters()).device, Objective(objective.network)
+        device, process = next(objective.parameters()).device, self.config.objective.process
         fixed = generator(0, 0, "validation")
         noise = torch.randn(len(self.valid), *self.latent_shape, generator=fixed)[rows]
         ids = np.arange(rows.start, rows.stop)
@@ -162,8 +139,12 @@ class PredictorTask:
         losses = []
         for part in torch.arange(len(ids)).split(256):
             own = {name: value[part].to(device) for name, value in batch.items()}
-            timesteps = [torch.full((len(part),), level, device=device) for level in VALID_TIMESTEPS]
-            losses.append(torch.stack([plain(**own, timesteps=t)[0] for t in timesteps]).cpu())
+            of_levels = []
+            for level in VALID_TIMESTEPS:
+                timesteps = process.times(torch.full((len(part),), level, device=device))
+                answer, target = answer_and_target(objective.network, process, timesteps=timesteps, **own)
+                of_levels.append((answer - target).square().mean((1, 2, 3)))
+            losses.append(torch.stack(of_levels).cpu())
         curve = torch.cat(losses, dim=1).numpy()  # (levels, n)
         return {"loss": curve.mean(0)} | {f"loss_t{t:.2f}": c for t, c in zip(VALID_TIMESTEPS, curve, strict=True)}
 
@@ -187,12 +168,13 @@ class PredictorTask:
             "hash": "",
             "latent_shape": list(self.latent_shape),
             "conditioning": self.text.contract["conditioning"],
-            "objective": {"kind": "flow", **self.config.objective.model_dump()},
+            "objective": self.config.objective.model_dump(),
             "sampling": {
                 "resolution": self.config.data.resolution,
                 "default_steps": self.config.sampling.steps,
                 "default_guidance": self.config.sampling.guidance,
                 "default_interval": self.config.sampling.interval,
+                "sampler": self.config.sampling.sampler,
             },
             "trained_against": {"text_encoder": self.text.hash, "autoencoder": stages.latents_of(self.vae.contract)},
             "data": self.data,
@@ -201,7 +183,8 @@ class PredictorTask:
 
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
         contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
-        stages.export(folder, "noise_predictor", {"noise_predictor": objective.network}, contract)
+        network = exported(objective.network, self.config.network)
+        stages.export(folder, "noise_predictor", {"noise_predictor": network}, contract)
 
 
 main = launch.Program(PredictorConfig, "noise_predictor", lambda launched: PredictorTask(launched.config, launched.run))

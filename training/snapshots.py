@@ -53,6 +53,11 @@ def at_width(folder: Path, step: int, width: float) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in total.items()}
 
 
+def of_step(folder: Path, step: int) -> Path | None:
+    """The valid snapshot of that step in a stage's folder, if there is one."""
+    return next((path for path in checkpoint.every(folder / FOLDER)[0] if _step(path) == step), None)
+
+
 @torch.no_grad()
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give `module` those of its parameters that were averaged."""

@@ -1,0 +1,77 @@
+"""From noise to clean latents: a sampler's steps over a network, guided or not."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from torch import Tensor
+
+from sd_mini import diffusion, noise_predictor, samplers
+from sd_mini.guidance import Guidance
+from sd_mini.pipeline_inputs import Generators
+from sd_mini.process import Process, levels
+
+Condition = tuple[Tensor, Tensor]  # prompt_embeds (B, L, D), prompt_mask (B, L)
+
+
+class Denoising:
+    """One way down from noise: where the steps are, and what each of them computes.
+
+    `guide`: an earlier snapshot of `network`, whose prediction with the prompt then stands in for the one without
+    (autoguidance, Karras et al. 2024 "Guiding a Diffusion Model with a Bad Version of Itself", eq. 3).
+
+    Raises ValueError, one line, for a scheduler that does not fit what the network predicts.
+    """
+
+    def __init__(
+        self,
+        network: ModelMixin,
+        scheduler: SchedulerMixin,
+        process: Process,
+        guidance: Guidance,
+        steps: int,
+        device: torch.device | str | None = None,
+        guide: ModelMixin | None = None,
+    ):
+        samplers.check(scheduler, process)
+        self.network, self.scheduler, self.process = network, scheduler, process
+        self.guidance, self.guide = guidance, guide
+        self.timesteps = samplers.set_timesteps(scheduler, steps, device)
+        self.levels: list[float] = levels(self.timesteps).tolist()
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether any step asks for a prediction without the prompt."""
+        return self.guide is None and any(map(self.guidance.is_active, self.levels))
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Noise N(0, I) => what the scheduler begins with."""
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def step(
+        self, number: int, latents: Tensor, prompt: Condition, null: Condition | None, generator: Generators = None
+    ) -> Tensor:
+        """Latents (B, C, h, w) before step `number` => after it."""
+        t = self.timesteps[number]
+        seen = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            seen = self.scheduler.scale_model_input(latents, t)
+        answer = self._answer(number, seen, prompt, null)
+        return samplers.step(self.scheduler, answer, t, latents, generator)
+
+    def _answer(self, number: int, latents: Tensor, prompt: Condition, null: Condition | None) -> Tensor:
+        if not self.guidance.is_active(self.levels[number]):
+            return self._predict(self.network, number, latents, prompt)
+        if self.guide is not None:
+            good, bad = (self._predict(one, number, latents, prompt) for one in (self.network, self.guide))
+            return self.guidance.join(good, bad)
+        assert null is not None
+        both = (torch.cat([null[0], prompt[0]]), torch.cat([null[1], prompt[1]]))
+        # both predictions in one pass
+        unconditional, conditional = self._predict(self.network, number, torch.cat([latents] * 2), both).chunk(2)
+        return self.guidance.join(conditional, unconditional)
+
+    def _predict(self, network: ModelMixin, number: int, latents: Tensor, condition: Condition) -> Tensor:
+        time = self.timesteps[number].to(latents.dtype).expand(len(latents))
+        predicted = noise_predictor.predict(network, latents, time, *condition)
+        return self.process.answer(predicted, latents, time / diffusion.STEPS, floor=1e-4)

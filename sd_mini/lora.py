@@ -1,0 +1,153 @@
+"""Low-rank adapters on a noise predictor, Hu et al. 2022, by peft: added, saved in peft's format, loaded, merged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sd_mini.config import Config
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # what peft puts before every name in its files
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "img_qkv_proj", "txt_kv_proj")  # diffusers' names, and PRX's own
+
+
+class LoraConfig(Config):
+    rank: int = Field(0, ge=0)
+    """of the update to each matrix; 0: no adapters, every weight is trained"""
+    alpha: float | None = Field(None, gt=0)
+    """the update is scaled by alpha / rank; none: the rank"""
+    targets: tuple[str, ...] = ATTENTION
+    """ends of the names of the linear layers that get one"""
+
+
+def add(network: ModelMixin, config: LoraConfig) -> None:
+    """Give the layers in `config.targets` adapters that change nothing yet, and freeze everything else, in place.
+
+    Raises ValueError where the network has no layer of these names, or peft is not installed.
+    """
+    peft = _peft()
+    found = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and _matches(n, config.targets)]
+    if not found:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(
+            f"network.lora.targets {', '.join(config.targets)}: {type(network).__name__} has no such linear layers; it "
+            f"has {', '.join(linear[:12])}"
+        )
+    network.requires_grad_(False)
+    given = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=found)
+    peft.inject_adapter_in_model(given, network)
+
+
+def save(network: ModelMixin, folder: Path, base: dict[str, Any]) -> None:
+    """Write the adapters of `network` into `folder` as peft would; `base` is recorded, to say what they belong to."""
+    weights = {f"{_PREFIX}{_file_name(name)}": tensor.contiguous() for name, tensor in state(network).items()}
+    layers = {name.split(".lora_")[0] for name in state(network)}
+    one = next(module for module in network.modules() if _is_lora(module))
+    config = {
+        "peft_type": "LORA",
+        "r": one.r["default"],
+        "lora_alpha": one.lora_alpha["default"],
+        "target_modules": sorted(layers),
+        "base_model": base,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(network: ModelMixin, folder: str | Path) -> None:
+    """Add the adapters saved in `folder` to `network`, in place, ready to be trained on or merged.
+
+    Raises ValueError, one line: files that are missing or cut short, layers that this network does not have, or that
+    have another shape in it.
+    """
+    folder = Path(folder)
+    config, weights = _read(folder)
+    layers = dict(network.named_modules())
+    for name in config["target_modules"]:
+        if not isinstance(layers.get(name), nn.Linear):
+            raise ValueError(
+                f"LoRA {folder}: adapts {name}, which this {type(network).__name__} does not have; it was made for "
+                "another network"
+            )
+    add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
+    expected = {f"{_PREFIX}{_file_name(name)}": tensor for name, tensor in state(network).items()}
+    if odd := sorted(set(expected) ^ set(weights)):
+        what = "lacks" if odd[0] in expected else "has no place for"
+        raise ValueError(f"LoRA {folder}: {what} {odd[0]}; expected the adapters of {type(network).__name__}")
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            raise ValueError(
+                f"LoRA {folder}: {name} is {tuple(weights[name].shape)}, but this network's layer takes "
+                f"{tuple(tensor.shape)}; it was made for another network"
+            )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(weights[name])
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    """The adapters' own parameters, by name."""
+    return {name: p.detach() for name, p in network.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def merge(network: ModelMixin) -> None:
+    """Add each adapter's product to its layer's weight, in place; what is left is the stock network."""
+    parents = dict(network.named_modules())
+    for name, module in list(parents.items()):
+        if _is_lora(module):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(parents[parent], child, module.get_base_layer())
+    if hasattr(network, "peft_config"):
+        del network.peft_config
+    network.requires_grad_(True)
+
+
+def is_adapted(network: nn.Module) -> bool:
+    return any(map(_is_lora, network.modules()))
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
+
+
+def _file_name(name: str) -> str:
+    return name.replace(".default.", ".")
+
+
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    return any(re.search(rf"(^|\.){re.escape(target)}$", name) for target in targets)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"LoRA {folder}: {name} is missing; expected a folder as training writes it, or peft")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(folder / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"LoRA {folder}: cannot be read ({error}); give a whole one") from error
+    if not isinstance(config.get("target_modules"), list) or not {"r", "lora_alpha"} <= set(config):
+        raise ValueError(f"LoRA {folder}: {CONFIG} names no target_modules, r and lora_alpha; give one of a LoRA")
+    return config, weights
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("LoRA needs peft, which is not installed: pip install 'sd-mini[train]'") from error
+    return peft

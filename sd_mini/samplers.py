@@ -1,0 +1,148 @@
+"""Samplers by name, each a diffusers scheduler that fits the process; and the spacing of steps that each needs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from sd_mini import diffusion
+from sd_mini.diffusion import STEPS
+from sd_mini.process import Process
+
+FLOW: dict[str, type[SchedulerMixin]] = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "heun": FlowMatchHeunDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+DISCRETE: dict[str, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+NAMES = tuple(dict.fromkeys([*FLOW, *DISCRETE]))
+_MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+
+
+def default(process: Process) -> str:
+    """The sampler that a pipeline starts with, by measurement on the shapes world; training/LOG.md has the table."""
+    return "euler" if process.is_flow else "dpm++"
+
+
+def build(name: str, process: Process) -> SchedulerMixin:
+    """A sampler's name => a scheduler for what the network was trained to predict.
+
+    dpm++ is DPM-Solver++(2M), Lu et al. 2022; unipc Zhao et al. 2023; heun Karras et al. 2022, algorithm 1, two
+    evaluations a step; ddim Song et al. 2021 with eta 0; ddpm Ho et al. 2020, algorithm 2, which draws noise on its
+    way. Raises ValueError for an unknown name, and for one that cannot follow the process.
+    """
+    known = FLOW if process.is_flow else DISCRETE
+    if name not in NAMES:
+        raise ValueError(f"sampler {name!r}: expected one of {', '.join(known)}")
+    if name not in known:
+        raise ValueError(
+            f"sampler {name}: follows a discrete schedule, this network the linear path; use one of {', '.join(known)}"
+        )
+    cls = known[name]
+    if process.is_flow:
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if cls in _MULTISTEP else {}
+        return cls(num_train_timesteps=STEPS, **flow)
+    given: dict[str, Any] = {
+        "num_train_timesteps": STEPS,
+        "prediction_type": process.kind,
+        **_spacing(process),
+        **diffusion.BETAS[process.schedule],
+    }
+    fields = inspect.signature(cls.__init__).parameters
+    if "clip_sample" in fields:
+        given["clip_sample"] = False  # latents are not held within [-1, 1]
+    if process.zero_snr:
+        if "rescale_betas_zero_snr" not in fields:
+            raise ValueError(
+                f"sampler {name}: cannot begin at zero signal, and this network was trained with zero_snr; use ddim, "
+                "dpm++, unipc, euler or ddpm"
+            )
+        given["rescale_betas_zero_snr"] = True
+    return cls(**given)
+
+
+def _spacing(process: Process) -> dict[str, Any]:
+    """v and the clean latents are asked for from the very last step on, where training ends: Lin et al. 2024, sec. 3.3.
+
+    The noise says nothing there: an error in it is one of the clean latents times 1 / sqrt(alphas_cumprod), 20,000 on
+    the cosine schedule. It begins a step earlier, as Stable Diffusion does.
+    """
+    if process.kind == "epsilon":
+        return {"timestep_spacing": "leading", "steps_offset": 1}
+    return {"timestep_spacing": "trailing"}
+
+
+def check(scheduler: SchedulerMixin, process: Process) -> None:
+    """Raises ValueError, one line, for a scheduler that would step by something else than what the network predicts."""
+    config, name = scheduler.config, type(scheduler).__name__
+    is_flow = isinstance(scheduler, tuple(FLOW.values())) and not isinstance(scheduler, _MULTISTEP)
+    is_flow = is_flow or bool(config.get("use_flow_sigmas"))
+    steps_by = config.get("prediction_type", "flow_prediction" if is_flow else "epsilon")
+    wanted = "flow_prediction" if process.is_flow else process.kind
+    mend = "make one that fits: sd_mini.samplers.build(NAME, process), or Pipeline.use_sampler(NAME)"
+    if is_flow != process.is_flow or steps_by != wanted:
+        path = "the linear path's sigmas" if is_flow else "a discrete schedule"
+        raise ValueError(
+            f"scheduler {name}: steps by {steps_by} on {path}, but this network predicts {process.kind}"
+            f"{'' if process.is_flow else f' on the {process.schedule} schedule'}; {mend}"
+        )
+    if config.get("num_train_timesteps") != STEPS:
+        raise ValueError(f"scheduler {name}: num_train_timesteps {config.num_train_timesteps}; expected {STEPS}")
+    if process.is_flow:
+        return
+    expected = diffusion.alphas_cumprod(process.schedule, process.zero_snr)
+    # the last value apart: diffusers keeps zero signal a hair above zero where it divides by it
+    if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            f"scheduler {name}: its betas are not those of the {process.schedule} schedule"
+            f"{' with zero_snr' if process.zero_snr else ''} that this network was trained on; {mend}"
+        )
+
+
+def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | str | None = None) -> Tensor:
+    """Space `steps` steps evenly down to the picture, and return the timesteps (N,) that the network is asked at.
+
+    The two flow-matching schedulers would by themselves spend the last step between sigma 0.001 and 0.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
+    else:
+        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
+            scheduler.sigma_min = 1 / steps
+        scheduler.set_timesteps(steps, device=device)
+    return scheduler.timesteps
+
+
+def step(
+    scheduler: SchedulerMixin,
+    answer: Tensor,
+    timestep: Tensor,
+    latents: Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """One step of `scheduler`: latents (B, C, h, w) => the next. A sampler that draws noise draws from `generator`."""
+    draws = {"generator": generator} if isinstance(scheduler, DDPMScheduler) else {}
+    return scheduler.step(answer, timestep, latents, return_dict=False, **draws)[0]

@@ -1,0 +1,118 @@
+"""How long a recipe takes to a given judged score: ours against the classical one and a SiT-style one, in one house."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sd_mini.pipeline import Pipeline
+from training import export, noise_predictor
+from training.benchmark_predictor import parsed, prepared
+from training.interleaved import Spread, measure
+from training.loader import iterate
+
+PLAIN = ["--train.lr", "1e-4", "--train.muon_lr", "null", "--train.schedule", "constant", "--train.warmup_steps", "0"]
+PLAIN += ["--objective.density", "uniform", "--objective.shift", "1", "--sampling.interval", "[0, 1]"]
+PLAIN += ["--train.weight_decay", "0.01", "--train.betas", "[0.9, 0.999]", "--train.ema_width", "0.05"]
+RECIPES = {
+    "ours": [],
+    "sit": PLAIN,
+    "classical": [*PLAIN, "--objective.kind", "epsilon", "--objective.schedule", "scaled_linear"],
+}
+AT_LEAST = {"sit": 3, "classical": 10}  # times our time, up to which a recipe is trained on
+CATEGORY = "one_object"
+
+
+def time_to_score(argv: Sequence[str], updates: int = 500, prompts: int = 200) -> dict[str, Any]:
+    """Our recipe is trained for `updates` updates and judged; the others go on until they are judged as well.
+
+    Time is the number of updates times what one takes, which is measured in turn, so that a slow spell meets all alike.
+    The others have AdamW 1e-4 at a constant rate and uniform t. The classical recipe's average, EMA 0.9999, still
+    holds 0.9999^n of its random start after n updates; both are judged by our short one, in their favour. They are
+    looked at after every time that ours took, up to AT_LEAST of them; one that has not arrived then takes longer.
+    """
+    costs = _costs(argv)
+    root = Path(tempfile.mkdtemp(prefix="time_to_score-"))
+    launched = parsed(argv)
+    run = _trained(launched.run, root / "ours", argv, "ours", updates, updates)
+    wanted = judged(Pipeline.from_run(run), root, prompts)
+    budget = updates * costs["ours"].median
+    print(f"ours: {updates} updates, {budget:.0f} s: {100 * wanted:.1f} % of {CATEGORY} exact")
+    found: dict[str, Any] = {"score": wanted, "seconds": round(budget, 1), "updates": updates, "prompts": prompts}
+    for name, most in AT_LEAST.items():
+        each = max(1, round(budget / costs[name].median))
+        run = _trained(launched.run, root / name, argv, name, most * each, each)
+        scores, ratio = [], None
+        for times in range(1, most + 1):
+            stage = root / f"{name}-{times}"
+            export.export(run / "noise_predictor", stage, times * each)
+            parts = (run / kind / "final" for kind in ("text_encoder", "autoencoder"))
+            scores.append(judged(Pipeline.from_stages(*parts, stage), root, prompts))
+            print(f"{name}: {times * each} updates, {times} x our time: {100 * scores[-1]:.1f} %")
+            if scores[-1] >= wanted:
+                ratio = times
+                break
+        found[f"ratio_to_{name}"] = {"median": ratio or most, "low": ratio or most, "high": ratio, "scores": scores}
+    shutil.rmtree(root)
+    return found
+
+
+def _costs(argv: Sequence[str]) -> dict[str, Spread]:
+    """Seconds an update takes by each recipe, measured in turn."""
+    loops: dict[str, Callable] = {"ours": _ours, "sit": _sit, "classical": _classical}
+    _, seconds = measure(loops, argv, block=10, rounds=5, warm_up=5)
+    return {name: Spread.of([value / 10 for value in values]) for name, values in seconds.items()}
+
+
+def _ours(argv: Sequence[str]):
+    yield from _loop(argv, "ours")
+
+
+def _sit(argv: Sequence[str]):
+    yield from _loop(argv, "sit")
+
+
+def _classical(argv: Sequence[str]):
+    yield from _loop(argv, "classical")
+
+
+def _loop(argv: Sequence[str], name: str):
+    loop, _ = prepared([*argv, *RECIPES[name]])
+    yield 0.0
+    for inputs in iterate(loop.steps, 0, 10**6, loop.config.workers):
+        loop.update(inputs)
+        yield 0.0
+
+
+def _trained(source: Path, run: Path, argv: Sequence[str], name: str, updates: int, every: int) -> Path:
+    """A run over the same stages 1 and 2, trained by that recipe, with a checkpoint after every so many updates."""
+    for kind in ("text_encoder", "autoencoder"):
+        (run / kind).mkdir(parents=True)
+        (run / kind / "final").symlink_to((source / kind / "final").absolute(), target_is_directory=True)
+    (run / "cache").symlink_to((source / "cache").absolute(), target_is_directory=True)
+    own = [*argv, *RECIPES[name], "--steps", str(updates)]
+    own[own.index("--run") + 1] = str(run)
+    never = ["--train.valid_every", str(updates), "--train.preview_every", str(updates)]
+    kept = ["--train.checkpoint_every", str(every), "--train.keep_every", str(every)]
+    noise_predictor.main([*own, *never, *kept])
+    return run
+
+
+def judged(pipeline: Pipeline, root: Path, prompts: int) -> float:
+    """`exact` of CATEGORY over the test prompts, by the report's judge in a process of its own."""
+    shutil.rmtree(root / "pipeline", ignore_errors=True)
+    pipeline.save(root / "pipeline")
+    out = root / f"report-{time.monotonic_ns()}"
+    argv = ["eval", str(root / "pipeline"), "--data", "shapes", "--out", str(out), "--prompts", str(prompts)]
+    done = subprocess.run([sys.executable, "-m", *argv], check=False, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise ValueError(f"python -m {' '.join(argv)} ended with exit code {done.returncode}; see above")
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report["composition"]["test"][CATEGORY]["exact"]
