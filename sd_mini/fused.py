@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, PRXTransformer2DModel
@@ -18,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd_mini import fused_prx
-
-T = TypeVar("T")
+from sd_mini.threads import shared
 
 _ROWS = 8  # samples a thread takes at least: with fewer, Python is slower than the cores
 _STOCK = {
@@ -113,14 +110,14 @@ class _Written(torch.autograd.Function):
         backs, ctx.backs = ctx.backs, None
         if backs is None:
             raise RuntimeError("the written PRX keeps nothing for a second backward pass through the same forward")
-        grads = _shared([partial(back, part) for back, part in zip(backs, gradient.split(ctx.sizes), strict=True)])
+        grads = shared([partial(back, part) for back, part in zip(backs, gradient.split(ctx.sizes), strict=True)])
         total, *others = ([of[name] for name in ctx.names] for of in grads)
 
         def add(start: int) -> None:
             for more in others:
                 torch._foreach_add_(total[start :: len(grads)], more[start :: len(grads)])
 
-        _shared([partial(add, start) for start in range(len(grads))])
+        shared([partial(add, start) for start in range(len(grads))])
         wanted = ctx.needs_input_grad[4:]
         return None, None, None, None, *(g if want else None for g, want in zip(total, wanted, strict=True))
 
@@ -137,37 +134,7 @@ def _parts(
     threads, n = torch.get_num_threads(), len(given[0])
     count = threads if n >= _ROWS * threads else 1
     cut = [[None] * count if x is None else x.tensor_split(count) for x in given]
-    return _shared([partial(fused_prx.forward, w, plan, *part, turn) for part in zip(*cut, strict=True)])
-
-
-def _shared(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of all calls; of several, each in a thread of its own that uses one core.
-
-    Two halves of a batch side by side take three quarters of the time of the whole with every operation shared out
-    over both cores, whose operations are too short for that.
-    """
-    if len(calls) == 1:
-        return [_without_grad(calls[0])]
-    pool = _pool(len(calls), bool(torch.tensor(1e-39) * 1 == 0))
-    return [future.result() for future in [pool.submit(_without_grad, call) for call in calls]]
-
-
-def _without_grad(call: Callable[[], T]) -> T:
-    with torch.no_grad():
-        return call()
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int, flush_denormal: bool) -> ThreadPoolExecutor:
-    def start() -> None:
-        torch.set_num_threads(1)  # of this thread
-        torch.set_flush_denormal(flush_denormal)
-
-    return ThreadPoolExecutor(threads, "sd_mini", start)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads are not forked
+    return shared([partial(fused_prx.forward, w, plan, *part, turn) for part in zip(*cut, strict=True)])
 
 
 class FusedPRXAttention:

@@ -1,0 +1,137 @@
+import copy
+import io
+
+import pytest
+import torch
+from diffusers import PRXTransformer2DModel
+
+from sd_mini import fused, noise_predictor
+
+
+@pytest.fixture
+def pair():
+    """A network as it is built here, and the stock one with its weights."""
+    torch.manual_seed(0)
+    network = {"hidden_size": 32, "num_heads": 2, "depth": 2, "mlp_ratio": 3.0}
+    ours = noise_predictor.build("prx", network, (4, 8, 8), 24)
+    for parameter in ours.parameters():  # a fresh PRX has its attention gated off
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    stock = PRXTransformer2DModel(**{k: v for k, v in ours.config.items() if not k.startswith("_")})
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """How often the written network has run: () => int."""
+    runs = []
+    run = fused._run
+    monkeypatch.setattr(fused, "_run", lambda *given: runs.append(None) or run(*given))
+    return lambda: len(runs)
+
+
+def inputs(n, side=8):
+    mask = torch.rand(n, 6) < 0.6
+    return {
+        "hidden_states": torch.randn(n, 4, side, side),
+        "timestep": torch.rand(n),
+        "encoder_hidden_states": torch.randn(n, 6, 24),
+        "attention_mask": mask,
+    }
+
+
+def assert_equal(ours, stock, given):
+    outputs = [network(**given).sample for network in (ours, stock)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    target = torch.randn_like(outputs[0])
+    for network, output in zip((ours, stock), outputs, strict=True):
+        network.zero_grad()
+        (output * target).sum().backward()
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(**given, return_dict=False)[0], outputs[1].detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "threads"), [(3, 1), (3, 2), (17, 2)])
+def test_the_written_network_is_the_stock_network(pair, written, n, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_equal(*pair, inputs(n))
+        assert_equal(*pair, {**inputs(n, side=4), "attention_mask": None})
+    finally:
+        torch.set_num_threads(before)
+    assert written() == 4
+
+
+def test_weights_lent_for_one_call_and_frozen_ones(pair, written):
+    ours, stock = pair
+    given, lent = inputs(3), {name: 2 * p.detach() for name, p in stock.named_parameters()}
+    made = torch.func.functional_call(ours, lent, kwargs=given).sample
+    torch.testing.assert_close(made, torch.func.functional_call(stock, lent, kwargs=given).sample, rtol=1e-5, atol=1e-4)
+    ours.txt_in.requires_grad_(False)
+    ours(**given).sample.sum().backward()
+    assert ours.txt_in.weight.grad is None and ours.img_in.weight.grad is not None and written() == 2
+
+
+def hooked(network):
+    network.blocks[0].register_forward_hook(lambda module, given, output: output)
+
+
+def checkpointed(network):
+    network.enable_gradient_checkpointing()
+
+
+def compiled(network):
+    network.blocks[1].compile(backend="eager")
+
+
+def replaced(network):
+    class Other(torch.nn.Linear):
+        pass
+
+    network.blocks[0].gate_proj.__class__ = Other
+
+
+@pytest.mark.parametrize("change", [hooked, checkpointed, compiled, replaced])
+def test_a_changed_network_runs_as_it_is(pair, written, change):
+    ours, stock = pair
+    change(ours)
+    assert_equal(ours, stock, inputs(3))
+    assert not written()
+
+
+def test_inputs_that_are_not_what_it_was_written_for(pair, written):
+    ours, stock = pair
+    given = inputs(3)
+    given["hidden_states"].requires_grad_(True)
+    gradients = []
+    for network in pair:
+        gradients += torch.autograd.grad(network(**given).sample.sum(), given["hidden_states"])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert ours(**inputs(3)).sample.dtype == stock(**inputs(3)).sample.dtype
+    assert not written()
+
+
+def test_a_second_backward_pass_is_refused(pair):
+    output = pair[0](**inputs(3)).sample.sum()
+    output.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        output.backward()
+
+
+def test_copies_and_saved_folders_are_the_stock_ones(pair, written, tmp_path):
+    ours, _ = pair
+    given, twin = inputs(3), copy.deepcopy(ours)
+    with torch.no_grad():
+        before = ours(**given).sample
+        for parameter in ours.parameters():
+            parameter.zero_()
+        assert torch.equal(twin(**given).sample, before)  # the copy runs with its own weights
+    assert written() == 2
+    twin.save_pretrained(tmp_path)
+    again = PRXTransformer2DModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**given).sample, before, rtol=0, atol=1e-5)
+    torch.save(twin.state_dict(), io.BytesIO())
