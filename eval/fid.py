@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,17 +23,24 @@ def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -
 
     Symmetric, and 0 for equal ones up to rounding. Raises ValueError for sizes that differ and for NaN.
     """
-    parts = [torch.as_tensor(part, dtype=torch.float64) for part in (mean_a, cov_a, mean_b, cov_b)]
-    _check(*parts)
-    mean_a, cov_a, mean_b, cov_b = parts
-    return _distance(mean_a, cov_a, mean_b, cov_b, _root(cov_b))
+    return distance_to(mean_b, cov_b)(mean_a, cov_a)
 
 
-def _distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor, root_b: Tensor) -> float:
-    with _one_thread():
-        values = torch.linalg.eigvalsh(root_b.T @ cov_a @ root_b)
-    between = _above_rounding(values).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * between)
+def distance_to(mean_b: Array, cov_b: Array) -> Callable[[Array, Array], float]:
+    """`frechet_distance` to one Gaussian whose root is taken once, for many that are compared with it."""
+    mean_b, cov_b = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_b, cov_b))
+    _check(mean_b, cov_b, mean_b, cov_b)
+    root = _root(cov_b)
+
+    def distance(mean_a: Array, cov_a: Array) -> float:
+        mean_a, cov_a = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_a, cov_a))
+        _check(mean_a, cov_a, mean_b, cov_b)
+        product = root.T @ cov_a @ root
+        with _one_thread():
+            between = _above_rounding(torch.linalg.eigvalsh(product)).sqrt().sum()
+        return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * between)
+
+    return distance
 
 
 def _root(cov: Tensor) -> Tensor:
@@ -79,10 +86,19 @@ def _check(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> None
         raise ValueError("frechet_distance: got NaN or infinity in a mean or a covariance; the features are broken")
 
 
-def null_bias(dim: int, count: int) -> float:
-    """About what the distance of `count` pictures to the very Gaussian they come from is: d (d + 5) / (2 N), at unit
-    scale (measured; of features of another scale, times their variance)."""
-    return dim * (dim + 5) / (2 * count)
+# to second order in the sampling error of both sets: tr C for the means, and half of sum l_i l_j / (l_i + l_j), i and j
+# unlike, plus half of tr C for the covariances, over the eigenvalues l of C
+def null_bias(covariance: Array, count_a: int, count_b: int) -> float:
+    """About what the distance of two sets of so many pictures from one Gaussian (D, D) is, instead of 0.
+
+    At unit covariance and N pictures each, d (d + 5) / (2 N).
+    """
+    with _one_thread():
+        values = _above_rounding(torch.linalg.eigvalsh(torch.as_tensor(covariance, dtype=torch.float64)))
+    values = values[values > 0]
+    pairs = values[:, None] * values / (values[:, None] + values)
+    unlike = pairs.sum() - pairs.diagonal().sum()
+    return float((1.5 * values.sum() + unlike / 2) * (1 / count_a + 1 / count_b))
 
 
 # Chong & Forsyth 2020: the distance is linear in 1/N, and its value at 1/N = 0 has no bias by the number of pictures
@@ -96,15 +112,13 @@ def frechet_infinity(
     features = np.asarray(features)
     if len(features) < 20:
         raise ValueError(f"frechet_infinity: {len(features)} pictures are too few for a line; expected at least 20")
-    mean_b, cov_b = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_b, cov_b))
-    root, draw = _root(cov_b), np.random.default_rng(seed)
+    distance, draw = distance_to(mean_b, cov_b), np.random.default_rng(seed)
     smallest = min(max(_SMALLEST * len(features), 2 * features.shape[1]), len(features) / 2)
     counts = np.linspace(smallest, len(features), sizes).round().astype(int)
     distances = []
     for count in counts:
         chosen = features[draw.permutation(len(features))[:count]]
-        mean, cov = (torch.from_numpy(part) for part in statistics(chosen))
-        distances.append(_distance(mean, cov, mean_b, cov_b, root))
+        distances.append(distance(*statistics(chosen)))
     design = np.stack([1 / counts, np.ones(sizes)], axis=1)
     solution, *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
     residual = np.sum((np.array(distances) - design @ solution) ** 2) / (sizes - 2)

@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d, interpolate, relu
 SIDE = 64  # px at which pictures are looked at
 WIDTHS = (16, 32, 80)
 DIM = sum(WIDTHS)
-_GAIN = 10.0  # brings the features to about unit scale, at which distances are easily read
+_GAIN = 3.0  # brings the features to about unit length a filter, where the cubic kernel has room
 
 
 class Mini(nn.Module):
@@ -28,6 +28,7 @@ class Mini(nn.Module):
         for level, (narrow, wide) in enumerate(pairwise(widths)):
             filters = torch.randn(wide, narrow, 3, 3, generator=draw) * (2 / (9 * narrow)) ** 0.5  # He et al. 2015
             self.register_buffer(f"filters_{level}", filters)
+        self.register_buffer("gain", torch.tensor(_GAIN))  # a weight like the others, so that it counts in their hash
 
     def forward(self, pictures: Tensor) -> Tensor:
         x = pictures.float() / 127.5 - 1
@@ -37,4 +38,4 @@ class Mini(nn.Module):
             x = relu(nn.functional.conv2d(x, getattr(self, f"filters_{level}"), padding=1))
             seen.append(x.mean((2, 3)))
             x = avg_pool2d(x, 2)
-        return _GAIN * torch.cat(seen, dim=1)
+        return self.gain * torch.cat(seen, dim=1)

@@ -19,13 +19,13 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.composition import wilson
-from eval.generate import Sampling, generate
+from eval.generate import generate
 from eval.memorisation import nearest, small_pixels
+from eval.sources import Ours, Sampling
 from sd_mini import images
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import CaptionedPictures, DataConfig, load
-from sd_mini.guidance import Guidance
 from sd_mini.stages import atomic_folder
 
 SCORES = "words.json"
@@ -48,14 +48,9 @@ def _main(argv: Sequence[str]) -> None:
     report: dict[str, dict] = {"chance": {word: float(rows.mean()) for word, rows in classes.items()}, "runs": {}}
     rows, known = [], small_pixels(data.pictures)
     for folder, pipeline in zip(options.runs, runs, strict=True):
-        pipeline.set_progress_bar_config(disable=True)
-        sampling = Sampling(
-            pipeline.config.default_steps,
-            Guidance(pipeline.config.default_guidance, 0.0, *pipeline.config.default_interval),
-            options.batch,
-        )
+        maker = Ours(pipeline)
         with tqdm(total=len(prompts), desc=str(folder)) as bar:
-            made = generate(pipeline, prompts, sampling, bar)
+            made = generate(maker, prompts, Sampling(maker.steps, maker.guidance, options.batch), bar)
         right = [
             bool(classes[p][n])
             for p, n in zip(prompts, nearest(small_pixels(made), known).numbers.tolist(), strict=True)

@@ -292,7 +292,10 @@ def test_the_nearest_picture_by_brute_force():
 def test_inception_is_faster_than_torch_fidelity(stock_inception, inception_file):
     pictures = np.random.default_rng(0).integers(0, 256, (64, 3, 64, 64), dtype=np.uint8)
     extract, seconds = open_features(f"inception={inception_file}"), {}
-    for name, call in (("theirs", lambda: stock_inception(torch.from_numpy(pictures))), ("ours", lambda: extract(pictures))):
+    for name, call in (
+        ("theirs", lambda: stock_inception(torch.from_numpy(pictures))),
+        ("ours", lambda: extract(pictures)),
+    ):
         with torch.inference_mode():
             call()
             start = time.perf_counter()
