@@ -28,7 +28,6 @@ def test_mfu_is_the_counted_flops_over_the_measured_peak(argv, monkeypatch):
     found = benchmark_predictor.utilisation(argv, rounds=3)
     for name in ("forward_backward", "step"):
         assert 0 < found[name]["low"] <= found[name]["median"] <= found[name]["high"] < 1.5
-    assert found["step"]["median"] < found["forward_backward"]["median"]  # which is a part of it
 
 
 @pytest.mark.parametrize("loop", [benchmark_predictor.reference, benchmark_predictor.cached_reference])
