@@ -24,6 +24,7 @@ from sd_mini.stages import Stage
 from training import launch
 from training.batches import Batch, generator
 from training.encoded import Encoded, text_stage
+from training.evaluation import EvaluateConfig, Evaluator
 from training.players import Player
 from training.task import TrainConfig
 
@@ -76,6 +77,7 @@ class PredictorConfig(Config):
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     train: TrainConfig = TrainConfig()
     text_encoder: str | None = None
     """folder of the exported text stage; none: RUN/text_encoder/final"""
@@ -131,6 +133,8 @@ class PredictorTask:
         with torch.no_grad():
             null = text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens, null.mask
+        self.measure_every = config.evaluate.every
+        self.evaluator = Evaluator(config.evaluate, config.valid, run / "cache" / "features")
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Latents and one caption each, some replaced by the null condition, with noise and timesteps of this step."""
@@ -174,6 +178,9 @@ class PredictorTask:
             captions, generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))]
         )
         return images.grid(made.images, columns=4, labels=captions, scale=2)
+
+    def measure(self, objective: Objective) -> dict[str, float]:
+        return self.evaluator.scores(self._pipeline(objective.network).save_pretrained)
 
     def _pipeline(self, network: nn.Module) -> Pipeline:
         predictor = Stage(Path(), self._contract({}), {"noise_predictor": network})
