@@ -110,7 +110,8 @@ def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdi
     """Composition, ceiling, chance (each picture judged by the next prompt) and, where there is a true set, the blame.
 
     The verdicts on the made pictures."""
-    found = {name: [look(picture) for picture in pictures] for name, pictures in sets.items()}
+    looked: dict[bytes, Any] = {}  # most pictures of one set stand in the next, too
+    found = {name: [_once(looked, picture) for picture in pictures] for name, pictures in sets.items()}
     verdicts = {name: _verdicts(objects, asked.scenes) for name, objects in found.items()}
     shuffled = summarise(_verdicts(found[MADE], asked.scenes[1:] + asked.scenes[:1]))
     _put(scores, "composition", asked.split, summarise(verdicts[MADE]))
@@ -122,6 +123,13 @@ def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdi
         entry = {"shares": share_out_each(wrong, asked.captions), "shuffled": 1 - shuffled["all"]["exact"]}
         scores.setdefault("blame", {}).setdefault(asked.split, {})["not exact"] = entry
     return verdicts[MADE]
+
+
+def _once(looked: dict[bytes, Any], picture: np.ndarray) -> Any:
+    key = picture.tobytes()
+    if key not in looked:
+        looked[key] = look(picture)
+    return looked[key]
 
 
 def _verdicts(found: list, scenes: Sequence) -> list[Verdict]:
