@@ -25,7 +25,7 @@ from eval import card, report
 from eval.asked import SHAPES, Question, ask_captions, ask_lying, ask_shapes, training_data
 from eval.clip_score import Clip
 from eval.composition_objects import MIN_SIDE
-from eval.features import open_features
+from eval.features import open_all
 from eval.generate import Job, Kept
 from eval.measure import Measured, Tools, measure
 from eval.reconstruction import FIRST_SCENE_SEED
@@ -122,7 +122,7 @@ def _tools(
 ) -> Tools:
     run = report.run_of(options.pipeline)
     return Tools(
-        networks=[open_features(name, device) for name in options.features],
+        networks=open_all(options.features, device),
         cache=options.cache or options.out.parent / "cache" / "features",
         batch=options.batch,
         clip=Clip(options.clip, device) if options.clip is not None else None,
@@ -156,7 +156,7 @@ def _parser() -> Parser:
     add("--data", required=True, help="'shapes', a .parquet file or a folder of captioned pictures")
     add("--out", required=True, type=Path, help="report folder; an older report is replaced")
     add("--split", help="of data other than shapes (test)")
-    add("--prompts", type=whole(1), help="a split (shapes: 500 of test, 300 of the others; else half, at most 500)")
+    add("--prompts", type=whole(2), help="a split (shapes: 500 of test, 300 of the others; else half, at most 500)")
     add("--seed", type=whole(0), default=0, help="of the scenes that are asked for (%(default)s)")
     add("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
     add("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")

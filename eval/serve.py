@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval.asked import SHAPES, Asked, Question, ask_captions, ask_shapes
 from eval.clip_score import Clip
-from eval.features import open_features
+from eval.features import open_all
 from eval.generate import generate
 from eval.measure import Tools, measure
 from eval.sources import Ours, Sampling, open_source
@@ -92,7 +92,7 @@ def _question(options: Any, resolution: int) -> Question:
 
 def _tools(options: Any, device: str) -> Tools:
     return Tools(
-        networks=[open_features(name, device) for name in options.features],
+        networks=open_all(options.features, device),
         cache=options.cache,
         batch=options.batch,
         clip=Clip(options.clip, device) if options.clip is not None else None,

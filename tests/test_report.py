@@ -359,6 +359,8 @@ def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_r
         (["--data", "shapes", "--split", "train"], ["--split train", "all its splits"]),
         (["--data", "shapes", "--guidance", "-1"], ["guidance", "-1"]),
         (["--data", "data", "--prompts", "2", "--sweep", "1", "3"], ["--sweep", "--clip"]),
+        (["--data", "shapes", "--prompts", "1"], ["--prompts", "'1'", "from 2"]),
+        (["--data", "shapes", "--features", "mini", "mini"], ["--features mini mini", "give each once"]),
         (["--data", "shapes", "--features", "vgg"], ["features 'vgg'", "mini"]),
         (["--data", "shapes", "--clip", "local-dir:nowhere"], ["open_clip", "nowhere"]),
         (["--data", "shapes", "--resolution", "64"], ["--resolution 64", "32 px"]),
@@ -384,7 +386,7 @@ def assert_refused(capfd, parts, pipeline, out, *options):
 
 
 def test_folders_that_are_not_what_they_should_be_are_refused(tiny_run, tmp_path, capfd):
-    shapes_data = ["--data", "shapes", "--prompts", "1"]
+    shapes_data = ["--data", "shapes", "--prompts", "2"]
     assert_refused(capfd, ["neither a pipeline"], tmp_path, tmp_path / "report", *shapes_data)
     assert_refused(capfd, ["no such folder"], tmp_path / "none", tmp_path / "report", *shapes_data)
     (tmp_path / "report").write_text("a file")
