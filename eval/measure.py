@@ -67,6 +67,10 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
     if tools.clip is not None:
         encoders = maker.text_encoders if maker is not None else []
         scores["clip"] = clip_part(tools.clip, pictures, first.captions, question.reference, encoders)
+        if scores["clip"]["conditioned"]:
+            remarks.append(
+                f"CLIP score: {tools.clip.name} also conditioned the pictures, which flatters them; score with another"
+            )
     galleries = pick_galleries(pictures, first.captions, *_ranking(verdicts, pictures, question, tools))
     if tools.training is not None:
         scores["memorisation"], closest = _memorisation(pictures, question, tools)

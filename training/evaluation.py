@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from pydantic import Field
 
 from sd_mini.config import Config
@@ -77,6 +78,9 @@ class Evaluator:
         grouped = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
         own = {name: value for name, value in os.environ.items() if name not in grouped}
         own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        own["OMP_NUM_THREADS"] = str(
+            torch.get_num_threads()
+        )  # `accelerate launch` leaves 1 there, whatever this one has
         process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
         weakref.finalize(self, _end, process)  # it ends by itself, too, when this process dies
         return process
