@@ -51,8 +51,9 @@ def _main(argv: Sequence[str]) -> None:
     if options.data == SHAPES and options.split is not None:
         raise ValueError(f"--split {options.split}: shapes is measured on all its splits; leave --split out")
     # one process needs no group, and leaves the environment's rank alone
-    state = PartialState() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    device = str(state.device) if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    has_gpu, many = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    state = PartialState(cpu=not has_gpu) if many else None
+    device = str(state.device) if state is not None else "cuda" if has_gpu else "cpu"
     source = open_source(options.pipeline, options.resolution, device)
     data = DataConfig(source=options.data, split=options.split or "test", resolution=source.resolution)
     question = _question(options, source, data)
@@ -68,7 +69,9 @@ def _main(argv: Sequence[str]) -> None:
         kept.make(*((state.process_index, state.num_processes) if state is not None else ()))
         if state is not None:
             state.wait_for_everyone()
-            if not state.is_main_process:
+            is_main = state.is_main_process
+            state.destroy_process_group()  # what is left is for one
+            if not is_main:
                 return
         made = {job.name: kept.read(job.name) for job in jobs + swept}
         measured = measure(question, made, source, tools)
