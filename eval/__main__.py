@@ -25,7 +25,7 @@ from eval import card, report
 from eval.asked import SHAPES, Question, ask_captions, ask_lying, ask_shapes, training_data
 from eval.clip_score import Clip
 from eval.composition_objects import MIN_SIDE
-from eval.features import open_features
+from eval.features import open_all
 from eval.generate import Job, Kept
 from eval.measure import Measured, Tools, measure
 from eval.reconstruction import FIRST_SCENE_SEED
@@ -51,8 +51,9 @@ def _main(argv: Sequence[str]) -> None:
     if options.data == SHAPES and options.split is not None:
         raise ValueError(f"--split {options.split}: shapes is measured on all its splits; leave --split out")
     # one process needs no group, and leaves the environment's rank alone
-    state = PartialState() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    device = str(state.device) if state is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    has_gpu, many = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    state = PartialState(cpu=not has_gpu) if many else None
+    device = str(state.device) if state is not None else "cuda" if has_gpu else "cpu"
     source = open_source(options.pipeline, options.resolution, device)
     data = DataConfig(source=options.data, split=options.split or "test", resolution=source.resolution)
     question = _question(options, source, data)
@@ -68,7 +69,9 @@ def _main(argv: Sequence[str]) -> None:
         kept.make(*((state.process_index, state.num_processes) if state is not None else ()))
         if state is not None:
             state.wait_for_everyone()
-            if not state.is_main_process:
+            is_main = state.is_main_process
+            state.destroy_process_group()  # what is left is for one
+            if not is_main:
                 return
         made = {job.name: kept.read(job.name) for job in jobs + swept}
         measured = measure(question, made, source, tools)
@@ -122,7 +125,7 @@ def _tools(
 ) -> Tools:
     run = report.run_of(options.pipeline)
     return Tools(
-        networks=[open_features(name, device) for name in options.features],
+        networks=open_all(options.features, device),
         cache=options.cache or options.out.parent / "cache" / "features",
         batch=options.batch,
         clip=Clip(options.clip, device) if options.clip is not None else None,
@@ -156,7 +159,7 @@ def _parser() -> Parser:
     add("--data", required=True, help="'shapes', a .parquet file or a folder of captioned pictures")
     add("--out", required=True, type=Path, help="report folder; an older report is replaced")
     add("--split", help="of data other than shapes (test)")
-    add("--prompts", type=whole(1), help="a split (shapes: 500 of test, 300 of the others; else half, at most 500)")
+    add("--prompts", type=whole(2), help="a split (shapes: 500 of test, 300 of the others; else half, at most 500)")
     add("--seed", type=whole(0), default=0, help="of the scenes that are asked for (%(default)s)")
     add("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
     add("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")

@@ -99,7 +99,12 @@ def training_data(run: Path | None) -> CaptionedPictures | None:
     if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
         return None
     values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    data = load(check(DataConfig, values["data"], source=str(folder / "config.yaml")))
+    try:
+        data = load(check(DataConfig, values["data"], source=str(folder / "config.yaml")))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; what {folder} was trained on is searched for copies: or give --training none"
+        ) from None
     trained_on = read_contract(folder / "final", "noise_predictor")["data"]["fingerprint"]
     if data.fingerprint != trained_on:
         raise ValueError(

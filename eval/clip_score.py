@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,20 +61,14 @@ class Clip:
             parts.append(self.model.encode_text(tokens, normalize=True).float().cpu())
         return torch.cat(parts).numpy()
 
-    def warn_if_conditioning(self, encoders: Sequence[nn.Module]) -> bool:
-        """Whether one of the text encoders that the pictures were conditioned by is this model's own, with a warning:
-        pictures that please it are then what was trained for."""
-        text = getattr(self.model, "text", self.model)
-        own = getattr(text, "token_embedding", None)
-        for encoder in encoders if own is not None else ():
-            its = encoder.get_input_embeddings().weight
-            if its.shape == own.weight.shape and torch.equal(its.detach().cpu().float(), own.weight.detach().cpu()):
-                warnings.warn(
-                    f"CLIP score: {self.name} also conditioned the pictures, which flatters them; score with another",
-                    stacklevel=2,
-                )
-                return True
-        return False
+    def is_among(self, encoders: Sequence[nn.Module]) -> bool:
+        """Whether one of the text encoders that the pictures were conditioned by is this model's own: pictures that
+        please it are then what was trained for."""
+        own = getattr(getattr(self.model, "text", self.model), "token_embedding", None)
+        if own is None:
+            return False
+        tables = [encoder.get_input_embeddings().weight.detach().cpu().float() for encoder in encoders]
+        return any(its.shape == own.weight.shape and torch.equal(its, own.weight.detach().cpu()) for its in tables)
 
 
 def cosines(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -127,4 +120,4 @@ def clip_part(
     candidates = min(CANDIDATES, len(set(prompts)))
     part["r_precision"] = {"mean": float(hits.mean()), "low": low, "high": high, "candidates": candidates}
     part["cmmd"] = cmmd(seen, clip.pictures(real))
-    return {**part, "conditioned": clip.warn_if_conditioning(encoders), "n": len(made), "n_reference": len(real)}
+    return {**part, "conditioned": clip.is_among(encoders), "n": len(made), "n_reference": len(real)}

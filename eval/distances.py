@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from eval import kid
+from eval.bootstrap import prompt_interval
+from eval.composition import wilson
 from eval.features import Extractor
 from eval.fid import distance_to, frechet_infinity, null_bias
-from eval.kid import kernel_distance
 from eval.moments import statistics
-from eval.prdc import NEIGHBOURS, precision_recall_density_coverage
+from eval.prdc import NEIGHBOURS, each_picture
 from eval.reference import Seen, reference
 
 _DRAWS = 200  # of prompts, for the distance's interval
@@ -25,9 +27,9 @@ def compare(
 ) -> tuple[dict[str, Any], list[str]]:
     """Two (N, 3, R, R) uint8 => every distance by this network, and what is to be said about them, a line each.
 
-    fd: the Frechet distance, called `name`; low, high: its 95 % interval over prompts, the reference kept;
-    fd_infinity, fd_infinity_error: what it would be of infinitely many pictures, and its standard error; bias: the part
-    of fd that is there by N alone; kid; precision, recall, density, coverage; n, n_reference, dim, extractor (its
+    fd: the Frechet distance, called `name`, and fd_infinity, fd_infinity_error: what it would be of infinitely many
+    pictures, and its standard error; bias: the part of fd that is there by N alone; kid; precision, recall, density,
+    coverage; their 95 % intervals as low, high (of fd) and NAME_low, NAME_high; n, n_reference, dim, extractor (its
     hash), preprocessing.
     """
     seen, known = Seen.of(extractor(made)), reference(extractor, real, cache)
@@ -37,7 +39,7 @@ def compare(
         "name": extractor.distance,
         "fd": seen.distance(known),
         "bias": bias,
-        "kid": kernel_distance(seen.features, known.features),
+        "kid": kid.kernel_distance(seen.features, known.features),
         "n": count,
         "n_reference": len(real),
         "dim": dim,
@@ -50,6 +52,7 @@ def compare(
             f"{extractor.distance}: {count} pictures are few for {dim} features; about {bias:.3g} of {found['fd']:.3g} "
             "is bias by their number (at unit covariance d (d + 5) / (2 N)): compare at equal N only, or ask for more"
         )
+    found["kid_low"], found["kid_high"] = _kid_interval(found["kid"], seen, known, prompts)
     if dim <= _WIDEST:
         found["low"], found["high"] = _interval(found["fd"], seen, known, prompts)
     if count >= FEWEST_FOR_A_LINE:
@@ -57,10 +60,27 @@ def compare(
     else:
         remarks.append(f"{extractor.distance} infinity left out: {count} pictures, at least {FEWEST_FOR_A_LINE} needed")
     if min(count, len(real)) > NEIGHBOURS:
-        found |= precision_recall_density_coverage(known.features, seen.features)
+        found |= _neighbours(seen, known, prompts)
     else:
         remarks.append(f"precision and recall left out: {count} pictures, more than {NEIGHBOURS} needed")
     return found, remarks
+
+
+def _neighbours(seen: Seen, known: Seen, prompts: Sequence[str]) -> dict[str, float]:
+    """Precision and density with their intervals over prompts; recall and coverage are shares of the real pictures."""
+    found: dict[str, float] = {}
+    for name, values in each_picture(known.features, seen.features).items():
+        found[name] = float(values.mean())
+        is_made = name in ("precision", "density")
+        ends = prompt_interval(values, prompts) if is_made else wilson(int(values.sum()), len(values))
+        found[f"{name}_low"], found[f"{name}_high"] = ends
+    return found
+
+
+def _kid_interval(value: float, seen: Seen, known: Seen, prompts: Sequence[str]) -> tuple[float, float]:
+    shares = kid.each_picture(seen.features, known.features)
+    low, high = (end - float(shares.mean()) for end in prompt_interval(shares, prompts))
+    return value + low, value + high
 
 
 def _interval(value: float, seen: Seen, known: Seen, prompts: Sequence[str]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,14 @@ def open_features(name: str, device: str = "cpu") -> Extractor:
     if isinstance(found.network, nn.Module):
         found.network.to(device)
     return replace(found, device=device)
+
+
+def open_all(names: Sequence[str], device: str = "cpu") -> list[Extractor]:
+    """Several. Raises ValueError also where two would be called alike in a report."""
+    found = [open_features(name, device) for name in names]
+    if len({one.distance for one in found}) < len(found):
+        raise ValueError(f"--features {' '.join(names)}: two of them give a {found[-1].distance}; give each once")
+    return found
 
 
 def _made(name: str, distance: str, preprocessing: str, network: nn.Module) -> Extractor:

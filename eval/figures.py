@@ -55,7 +55,7 @@ def waterfall(
     names.append(f"in all {start:.3g}")
     if shuffled is not None:
         axes.barh(len(names), factor * shuffled, color="white", edgecolor=_THIRD, hatch="//", height=0.62)
-        names.append(f"other prompts' pictures {factor * shuffled:.3g}")
+        names.append(f"shuffled prompts {factor * shuffled:.3g}")
     axes.axvline(0, color="black", lw=0.6)
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel=unit)
     axes.invert_yaxis()
@@ -87,7 +87,7 @@ def curves(stages: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str
     """Each stage's loss and held-out score by step."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 1.7 * len(stages)), layout="constrained")
+    figure = Figure(figsize=(4.3, 1.7 * len(stages)), layout="constrained")
     for row, (stage, series) in enumerate(stages.items()):
         axes = figure.add_subplot(len(stages), 1, row + 1)
         for number, (name, points) in enumerate(series.items()):
@@ -103,9 +103,9 @@ def curves(stages: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str
 def _figure(height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # a second
 
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    figure = Figure(figsize=(4.3, height), layout="constrained")
     axes = figure.subplots()
-    axes.tick_params(labelsize=9)
+    axes.tick_params(labelsize=10)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes

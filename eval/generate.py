@@ -65,13 +65,14 @@ class Kept:
             self.maker.check(job.prompts)
         every = [(job, start) for job in self.jobs for start in _starts(job.prompts, job.sampling)]
         share = [(job, start) for job, start in every[rank::processes] if not self._path(job, start).is_file()]
-        self.folder.mkdir(parents=True, exist_ok=True)
         total = sum(len(job.prompts[start : start + job.sampling.batch]) for job, start in share)
         with tqdm(total=total, desc="pictures", delay=1) as bar:
             for job, start in share:
                 path = self._path(job, start)
                 partial = path.with_suffix(f".{os.getpid()}.partial")
-                save_file({"pictures": _batch(self.maker, job.prompts, job.sampling, start, bar)}, partial)
+                made = _batch(self.maker, job.prompts, job.sampling, start, bar)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file({"pictures": made}, partial)
                 sync(partial)
                 os.replace(partial, path)
 

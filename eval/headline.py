@@ -47,12 +47,11 @@ def _distances(name: str, found: Mapping[str, Any]) -> list[Row]:
         value, reach = found["fd_infinity"], 1.96 * found["fd_infinity_error"]
         rows.append(Row(f"{name} of infinitely many", f"{value:.4g}", f"{value - reach:.4g}–{value + reach:.4g}", n))
     kid = "KID" if name == "FID" else f"KID by {name.removeprefix('FD-')}"
-    rows.append(Row(f"{kid} (unbiased)", f"{found['kid']:.4g}", "", n))
-    if "precision" in found:
-        by = "" if name == "FID" else f" by {name.removeprefix('FD-')}"
-        for pair in (("precision", "recall"), ("density", "coverage")):
-            value = " / ".join(f"{found[key]:.3f}" for key in pair)
-            rows.append(Row(f"{' / '.join(pair)}{by}", value, "", n))
+    rows.append(Row(f"{kid} (unbiased)", f"{found['kid']:.4g}", f"{found['kid_low']:.4g}–{found['kid_high']:.4g}", n))
+    by = "" if name == "FID" else f" by {name.removeprefix('FD-')}"
+    for key in ("precision", "recall", "density", "coverage") if "precision" in found else ():
+        ends = f"{found[key + '_low']:.3f}–{found[key + '_high']:.3f}"
+        rows.append(Row(f"{key}{by}", f"{found[key]:.3f}", ends, n))
     return rows
 
 

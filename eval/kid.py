@@ -25,3 +25,16 @@ def _sum(a: np.ndarray, b: np.ndarray) -> float:
 
 def _diagonal(a: np.ndarray) -> float:
     return float(sum((((rows * rows).sum(1) / a.shape[1] + 1) ** 3).sum() for rows in strips(a)))
+
+
+def each_picture(features_a: np.ndarray, features_b: np.ndarray) -> np.ndarray:
+    """(N,) what each row of `features_a` adds to the estimate, to first order (Hajek's projection), as its spread is
+    what the estimate varies by when other rows are drawn: twice its mean kernel with the others less that with b."""
+    a, b = check_pair("kernel_distance", features_a, features_b, minimum=2)
+    found = []
+    for rows in strips(a):
+        within = sum(((rows @ columns.T / a.shape[1] + 1) ** 3).sum(1) for columns in strips(a))
+        within = (within - ((rows * rows).sum(1) / a.shape[1] + 1) ** 3) / (len(a) - 1)
+        between = sum(((rows @ columns.T / a.shape[1] + 1) ** 3).sum(1) for columns in strips(b)) / len(b)
+        found.append(2 * (within - between))
+    return np.concatenate(found)

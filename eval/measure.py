@@ -67,6 +67,10 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
     if tools.clip is not None:
         encoders = maker.text_encoders if maker is not None else []
         scores["clip"] = clip_part(tools.clip, pictures, first.captions, question.reference, encoders)
+        if scores["clip"]["conditioned"]:
+            remarks.append(
+                f"CLIP score: {tools.clip.name} also conditioned the pictures, which flatters them; score with another"
+            )
     galleries = pick_galleries(pictures, first.captions, *_ranking(verdicts, pictures, question, tools))
     if tools.training is not None:
         scores["memorisation"], closest = _memorisation(pictures, question, tools)
@@ -110,7 +114,8 @@ def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdi
     """Composition, ceiling, chance (each picture judged by the next prompt) and, where there is a true set, the blame.
 
     The verdicts on the made pictures."""
-    found = {name: [look(picture) for picture in pictures] for name, pictures in sets.items()}
+    looked: dict[bytes, Any] = {}  # most pictures of one set stand in the next, too
+    found = {name: [_once(looked, picture) for picture in pictures] for name, pictures in sets.items()}
     verdicts = {name: _verdicts(objects, asked.scenes) for name, objects in found.items()}
     shuffled = summarise(_verdicts(found[MADE], asked.scenes[1:] + asked.scenes[:1]))
     _put(scores, "composition", asked.split, summarise(verdicts[MADE]))
@@ -122,6 +127,13 @@ def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdi
         entry = {"shares": share_out_each(wrong, asked.captions), "shuffled": 1 - shuffled["all"]["exact"]}
         scores.setdefault("blame", {}).setdefault(asked.split, {})["not exact"] = entry
     return verdicts[MADE]
+
+
+def _once(looked: dict[bytes, Any], picture: np.ndarray) -> Any:
+    key = picture.tobytes()
+    if key not in looked:
+        looked[key] = look(picture)
+    return looked[key]
 
 
 def _verdicts(found: list, scenes: Sequence) -> list[Verdict]:

@@ -32,10 +32,13 @@ class Mini(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         x = pictures.float() / 127.5 - 1
-        x = interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+        if x.shape[2:] != (SIDE, SIDE):
+            x = interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+        x = x.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         seen = []
         for level in range(len(WIDTHS)):
-            x = relu(nn.functional.conv2d(x, getattr(self, f"filters_{level}"), padding=1))
+            filters = getattr(self, f"filters_{level}").contiguous(memory_format=torch.channels_last)
+            x = relu(nn.functional.conv2d(x, filters, padding=1), inplace=True)
             seen.append(x.mean((2, 3)))
             x = avg_pool2d(x, 2)
         return self.gain * torch.cat(seen, dim=1)

@@ -6,7 +6,10 @@ BLOCK rows, and the blocks are cut by the row's number, not by the batch.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 BLOCK = 512  # rows whose product is taken at once; a process that shares the work takes whole blocks
 _COARSE, _FINE = 2.0**20, 2.0**62  # grid points a unit; a sum is coarse / 2^20 + fine / 2^62
@@ -100,8 +103,17 @@ def _strips(dim: int) -> list[slice]:
 
 
 def _product(block: np.ndarray, columns: slice) -> np.ndarray:
-    """Rows `columns` of block^T block, from the diagonal on: it is symmetric."""
-    return block[:, columns].T.astype(np.float64) @ block[:, columns.start :].astype(np.float64)
+    """Rows `columns` of block^T block, from the diagonal on: it is symmetric.
+
+    By one thread: the last bits of a product depend on how many share it, and processes have fewer each.
+    """
+    with _blas().limit(limits=1, user_api="blas"):
+        return block[:, columns].T.astype(np.float64) @ block[:, columns.start :].astype(np.float64)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _accumulate(block: np.ndarray, total: list[np.ndarray], products: list[np.ndarray] | None) -> None:

@@ -21,6 +21,7 @@ from sd_mini.cli import PIPELINE_MARK, open_pipeline
 from sd_mini.guidance import Guidance
 from sd_mini.load_autoencoder import wrapped
 from sd_mini.pipeline import Pipeline
+from sd_mini.stages import KINDS as STAGE_KINDS
 from sd_mini.stages import combined_hash, file_hashes
 
 CARD = "README.md"  # which an evaluation writes into a pipeline's folder, and which makes no picture
@@ -188,7 +189,7 @@ def lying(folder: Path) -> Lying:
     Raises ValueError, one line: no picture, one that cannot be read, sizes that differ or are not square, and prompts
     and pictures that do not match in number.
     """
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS), key=_natural)
+    files = sorted(filter(_is_picture, folder.iterdir()), key=_natural)
     if not files:
         raise ValueError(f"{folder}: no pictures here; expected pictures and {_PROMPTS} or {_METADATA}, or a pipeline")
     files, prompts = _prompts(folder, files)
@@ -226,16 +227,27 @@ def _prompts(folder: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
     return [file for file, _ in rows], [text for _, text in rows]
 
 
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _ENDINGS
+
+
+def _class_of(index: Path) -> str | None:
+    try:
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{index}: not readable as JSON ({error}); save the pipeline again") from None
+
+
 def open_source(folder: Path, resolution: int | None, device: str) -> Maker | Lying:
     """A run, a pipeline folder of ours or of diffusers, or a folder of pictures => what stands in it.
 
     Raises ValueError, one line, where it is none of these or is damaged.
     """
     index = folder / PIPELINE_MARK
-    if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("_class_name") != Pipeline.__name__:
+    if index.is_file() and _class_of(index) != Pipeline.__name__:
         return Stock(folder, resolution, device)
-    is_bare = folder.is_dir() and not index.is_file() and any(p.suffix.lower() in _ENDINGS for p in folder.iterdir())
-    if is_bare:
+    is_run = any((folder / kind).is_dir() for kind in STAGE_KINDS)
+    if folder.is_dir() and not index.is_file() and not is_run and any(map(_is_picture, folder.iterdir())):
         return lying(folder)
     pipeline = open_pipeline(folder).to(device)
     if resolution not in (None, pipeline.config.resolution):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,37 +18,41 @@ from eval.reference import Seen, reference
 from eval.sources import Sampling
 
 SCALES = (1.0, 1.5, 2.5, 4.0, 6.0)
-PROMPTS = 100
+PROMPTS = 64
 
 
 def sweep_jobs(asked: Asked, scales: Sequence[float], count: int, sampling: Sampling) -> list[Job]:
-    """The first `count` prompts at each scale, and at the one that the whole evaluation is made with."""
-    every = sorted({*scales, sampling.guidance.scale}) if scales else []
+    """The first `count` prompts at each scale but the one that the whole evaluation is made with."""
+    others = sorted({*scales} - {sampling.guidance.scale})
     return [
-        Job(f"guidance-{scale:g}", asked.captions[:count], replace(sampling, guidance=_at(sampling, scale)))
-        for scale in every
+        Job(
+            f"guidance-{scale:g}",
+            asked.captions[:count],
+            replace(sampling, guidance=replace(sampling.guidance, scale=scale)),
+        )
+        for scale in others
     ]
 
 
-def _at(sampling: Sampling, scale: float) -> Any:
-    return replace(sampling.guidance, scale=scale)
-
-
 def sweep_scores(
-    jobs: Sequence[Job], made: dict[str, np.ndarray], question: Question, tools: Tools, chosen: float
-) -> Any:
+    jobs: Sequence[Job], made: Mapping[str, np.ndarray], question: Question, tools: Tools, chosen: float
+) -> dict[str, Any]:
     """=> points in order of scale: fit (`exact`, else CLIP score) with its 95 % interval, and the Frechet distance.
 
-    Raises ValueError where there is neither a judge nor a CLIP model to say how well a picture fits.
+    The point of the `chosen` scale is of the first of the whole evaluation's pictures.
     """
     asked, extractor = question.splits[0], tools.networks[0]
-    known, points = reference(extractor, question.reference, tools.cache), []
-    for job in jobs:
-        pictures = made[job.name]
-        point = {"guidance": job.sampling.guidance.scale, "n": len(pictures)}
-        point |= _fit(pictures, asked, tools)
-        point["fd"] = Seen.of(extractor(pictures)).distance(known)
-        points.append(point)
+    known, count = reference(extractor, question.reference, tools.cache), len(jobs[0].prompts)
+    sets = {job.sampling.guidance.scale: made[job.name] for job in jobs} | {chosen: made[asked.split][:count]}
+    points = [
+        {
+            "guidance": scale,
+            "n": count,
+            **_fit(sets[scale], asked, tools),
+            "fd": Seen.of(extractor(sets[scale])).distance(known),
+        }
+        for scale in sorted(sets)
+    ]
     return {
         "fit": "exact" if asked.scenes is not None else "CLIP score",
         "distance": extractor.distance,

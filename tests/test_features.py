@@ -93,6 +93,10 @@ def test_only_inception_s_distance_is_called_fid(tmp_path):
     assert open_features("module:tests.test_features:own_network").distance == "FD-own_network"
 
 
+def test_dinov2_is_a_model_that_timm_has_weights_of():
+    assert features.DINOV2 in timm.list_pretrained()
+
+
 def test_a_timm_model_from_a_file(tmp_path, pictures):
     torch.manual_seed(0)
     stock = timm.create_model("test_vit", pretrained=False, num_classes=7)
@@ -173,7 +177,7 @@ def test_fd_mini_grows_with_what_is_wrong():
         ("inception=nowhere.pth", "inception weights nowhere.pth: no such file"),
         ("timm:test_vit=nowhere.pth", "no weights file nowhere.pth"),
         ("timm:no_such_model", "timm model 'no_such_model' cannot be loaded"),
-        ("dinov2", "where there is no hub, give a file or a folder"),
+        ("timm:test_vit", "where there is no hub, give a file or a folder"),
         ("transformers:nowhere", "'nowhere' cannot be loaded"),
         ("open_clip:ViT-B-32=nowhere.pt", "no weights file nowhere.pt"),
         ("module:tests.test_features:nothing", "module:PACKAGE.MODULE:FUNCTION"),
@@ -242,13 +246,12 @@ def test_clip_score_is_open_clip_s_cosine_and_long_prompts_keep_their_end(clip_n
     assert cosines(clip.pictures(pictures[:2]), clip.texts(prompts)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_model_that_scores_what_it_conditioned_is_said(clip_name, tmp_path):
+def test_a_model_that_scores_what_it_conditioned_is_known(clip_name):
     clip = Clip(clip_name)
     _, same = open_clip_encoder(clip_name)
-    with pytest.warns(UserWarning, match="also conditioned the pictures"):
-        assert clip.warn_if_conditioning([same])
+    assert clip.is_among([same]) and not clip.is_among([])
     torch.nn.init.normal_(same.get_input_embeddings().weight)
-    assert not clip.warn_if_conditioning([same])
+    assert not clip.is_among([same])
 
 
 def test_r_precision_by_hand():

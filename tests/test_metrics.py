@@ -1,6 +1,7 @@
 """Distances between sets of features, against closed forms, brute force and the reference implementations."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 
+from eval import kid
 from eval.bootstrap import prompt_interval
 from eval.cmmd import cmmd
 from eval.fid import frechet_distance, frechet_infinity, null_bias
@@ -129,6 +131,15 @@ def test_kid_against_torch_fidelity_of_one_subset_that_is_the_set():
     assert kernel_distance(a.numpy(), b.numpy()) == pytest.approx(theirs, rel=1e-6)
 
 
+def test_a_picture_s_part_in_kid_says_how_far_it_varies():
+    """The spread of the estimate over sets drawn anew, the other set kept, against one set's own parts."""
+    other = normal(400, 8, seed=99, shift=0.7)
+    sets = [normal(200, 8, seed=s) for s in range(200)]
+    found = np.std([kernel_distance(one, other) for one in sets])
+    said = [kid.each_picture(one, other).std() / math.sqrt(200) for one in sets[:20]]
+    assert np.mean(said) == pytest.approx(found, rel=0.15)
+
+
 def test_cmmd_of_shifted_gaussians():
     """2 * 1000 (1 + 2 / 100)^(-d / 2) (1 - exp(-|shift|^2 / 204)), beside the bias of the terms on the diagonal."""
     exact = 2000 * 1.02**-32 * (1 - math.exp(-16 / 204))
@@ -234,6 +245,26 @@ def test_batches_and_parts_leave_the_same_bits():
         for number in order:
             whole.merge(parts[number])
         assert same_bits(whole.mean_and_covariance(), expected)
+
+
+def test_the_number_of_threads_leaves_the_same_bits():
+    """Processes that share a machine have fewer each."""
+    code = (
+        "import hashlib, numpy as np; from eval.moments import statistics\n"
+        "mean, cov = statistics(np.random.default_rng(0).normal(size=(1300, 300)).astype(np.float32))\n"
+        "print(hashlib.sha256(mean.tobytes() + cov.tobytes()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            cwd=ROOT,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": number, "OMP_NUM_THREADS": number},
+        ).stdout
+        for number in ("1", "2")
+    }
+    assert len(found) == 1
 
 
 def test_the_statistics_can_be_asked_for_between_batches():

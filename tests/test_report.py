@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.__main__ import main
 from eval.blame import share_out
 from eval.composition import judge, summarise
 from eval.features import open_features
@@ -359,6 +360,8 @@ def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_r
         (["--data", "shapes", "--split", "train"], ["--split train", "all its splits"]),
         (["--data", "shapes", "--guidance", "-1"], ["guidance", "-1"]),
         (["--data", "data", "--prompts", "2", "--sweep", "1", "3"], ["--sweep", "--clip"]),
+        (["--data", "shapes", "--prompts", "1"], ["--prompts", "'1'", "from 2"]),
+        (["--data", "shapes", "--features", "mini", "mini"], ["--features mini mini", "give each once"]),
         (["--data", "shapes", "--features", "vgg"], ["features 'vgg'", "mini"]),
         (["--data", "shapes", "--clip", "local-dir:nowhere"], ["open_clip", "nowhere"]),
         (["--data", "shapes", "--resolution", "64"], ["--resolution 64", "32 px"]),
@@ -384,7 +387,7 @@ def assert_refused(capfd, parts, pipeline, out, *options):
 
 
 def test_folders_that_are_not_what_they_should_be_are_refused(tiny_run, tmp_path, capfd):
-    shapes_data = ["--data", "shapes", "--prompts", "1"]
+    shapes_data = ["--data", "shapes", "--prompts", "2"]
     assert_refused(capfd, ["neither a pipeline"], tmp_path, tmp_path / "report", *shapes_data)
     assert_refused(capfd, ["no such folder"], tmp_path / "none", tmp_path / "report", *shapes_data)
     (tmp_path / "report").write_text("a file")
@@ -398,3 +401,20 @@ def test_pictures_too_small_to_be_judged_are_refused(tiny_run, tmp_path, capfd):
     index = json.loads((small / "model_index.json").read_text())
     (small / "model_index.json").write_text(json.dumps({**index, "resolution": 16}))
     assert_refused(capfd, ["16 px", "32 px"], small, tmp_path / "report", "--data", "shapes")
+
+
+def test_copies_of_training_pictures_are_looked_for(smoke_run, tmp_path):
+    """In what the run's own config says it was trained on; if that is no longer what it was, it is said."""
+    run = shutil.copytree(smoke_run, tmp_path / "run")
+    asked = ["--data", "shapes", "--prompts", "6", "--sweep"]
+    assert main([str(run), "--out", str(run / "report"), *asked]) == 0
+    report = json.loads((run / "report" / "report.json").read_text())
+    found = report["memorisation"]
+    assert found["training"] == "shapes:train" and found["n_training"] == 64
+    assert found["pixels"]["n"] == found["mini"]["n"] == 6 and found["pixels"]["low"] <= found["pixels"]["copied"]
+    page = Page(run / "report" / "report.html")
+    assert "Closest to the training pictures" in page.text and page.text.count("training picture ") >= 6
+    assert "noise predictor" in page.text and "valid/loss" in page.text  # the curves of all three stages
+    config = run / "noise_predictor" / "config.yaml"
+    config.write_text(config.read_text().replace("count: 64", "count: 63", 1))
+    assert main([str(run), "--out", str(run / "report"), *asked]) == 2

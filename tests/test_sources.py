@@ -19,13 +19,16 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.__main__ import main
+from eval.asked import Asked, Question
+from eval.clip_score import Clip
 from eval.features import open_features
 from eval.generate import Job, Kept, generate
+from eval.measure import Tools, measure
 from eval.reference import Seen
 from eval.sources import Sampling, Stock, open_source
 from sd_mini import shapes
 from sd_mini.guidance import Guidance
-from sd_mini.load_encoder import clip_tokenizer
+from sd_mini.load_encoder import clip_tokenizer, open_clip_encoder
 from tests.launching import on_two_ranks
 from tests.test_open_clip import save_model
 
@@ -167,6 +170,22 @@ def test_a_stock_pipeline_is_measured(stock, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_score_by_the_model_that_conditioned_is_said(stock, tmp_path, capsys):
+    """The stock pipeline with an open_clip model's text half in the place of its own, scored by that very model."""
+    name = save_model(tmp_path / "clip", {"width": 16})
+    _, encoder = open_clip_encoder(name)
+    maker = Stock(stock, None, "cpu")
+    scenes = shapes.sample_scenes(7, "test", 1000)
+    captions, drawn = [shapes.caption(scene, 0) for scene in scenes], shapes.draw_batch(scenes, 32)
+    question = Question([Asked("test", captions)], drawn, True, "shapes", "0")
+    maker.text_encoders = [encoder]
+    tools = Tools([open_features("mini")], tmp_path / "cache", clip=Clip(name))
+    said = measure(question, {"test": drawn}, maker, tools).remarks
+    assert any("also conditioned the pictures" in remark for remark in said)
+    maker.text_encoders = []
+    assert not any("also conditioned" in remark for remark in measure(question, {"test": drawn}, maker, tools).remarks)
+
+
 def test_a_stock_pipeline_s_pictures_are_its_own(stock):
     maker = Stock(stock, None, "cpu")
     sampling = Sampling(2, maker.guidance, 2)
@@ -187,7 +206,8 @@ def test_a_pipeline_that_gives_nan_is_refused(stock, tmp_path, capsys):
         == 2
     )
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and "NaN" in said and not (tmp_path / "report").exists()
+    assert said.startswith("error: ") and "NaN" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]  # nothing half-written
 
 
 def test_a_pipeline_without_prompts_is_refused(tmp_path, capsys):

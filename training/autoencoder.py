@@ -95,6 +95,8 @@ class AutoencoderConfig(Config):
 
 
 class AutoencoderTask:
+    measure_every = None  # its held-out scores are what its evaluators say
+
     def __init__(self, config: AutoencoderConfig):
         self.config, loss = config, config.loss
         check_alike(config.data, config.valid)

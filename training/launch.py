@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from sd_mini.config import Config, read
 from sd_mini.stages import atomic_text
 from training import checkpoint
+from training.evaluation import EvaluateConfig
 from training.loop import Loop
 from training.process import follow_launcher, join_processes, only_writer
 from training.task import Origin, Task
@@ -25,7 +26,7 @@ C = TypeVar("C", bound=Config)
 _FREE = {
     f"train.{name}"
     for name in ("log_every", "valid_every", "preview_every", "checkpoint_every", "keep_last", "keep_every", "workers")
-} | {"train.trace"}
+} | {"train.trace", *(f"evaluate.{name}" for name in EvaluateConfig.model_fields)}
 
 
 # what a disk, or its permissions, answers

@@ -25,7 +25,7 @@ from training.pace import Pace
 from training.players import Learner, Speed
 from training.process import Stop, joined_rows, make_accelerator, seed_network_draws, share
 from training.task import Origin, Task, TrainConfig, export_record, mean_scores
-from training.watch import Watch
+from training.watch import MEASURE, Watch
 
 
 class Loop:
@@ -166,6 +166,8 @@ class Loop:
             self.validate()
         if self._due(self.config.preview_every):
             self.preview()
+        if self.task.measure_every is not None and self._due(self.task.measure_every):
+            self.measure()
 
     def _evaluate_what_was_lost(self) -> None:
         """A kill after the checkpoint from which this goes on may have come before that step was evaluated."""
@@ -174,14 +176,19 @@ class Loop:
             [
                 self._due(self.config.valid_every) and not self.scores,
                 self._due(self.config.preview_every) and not self.watch.has_picture(self.step),
+                self.task.measure_every is not None
+                and self._due(self.task.measure_every)
+                and not self.watch.scores(self.step, MEASURE),
             ]
         )
         # the main process has written them, so it knows for all
-        valid, picture = broadcast(lost.to(self.accelerator.device)).tolist()
+        valid, picture, measures = broadcast(lost.to(self.accelerator.device)).tolist()
         if valid:
             self.validate()
         if picture:
             self.preview()
+        if measures:
+            self.measure()
 
     def log(self) -> None:
         """One line of metrics.jsonl: means since the last line, over all processes."""
@@ -227,6 +234,13 @@ class Loop:
         with self.evaluated() as evaluated:
             if self.accelerator.is_main_process:
                 self.watch.picture(self.task.preview(evaluated), self.step)
+
+    def measure(self) -> None:
+        """The evaluators' scores of what the weights make now."""
+        with self.evaluated() as evaluated:
+            if self.accelerator.is_main_process:
+                self.watch.write_scores(self.step, self.task.measure(evaluated), MEASURE)
+        self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
         self.finite.check()

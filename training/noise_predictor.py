@@ -25,6 +25,7 @@ from sd_mini.stages import Stage
 from training import cache, launch
 from training.batches import Batch, generator
 from training.encoded import Encoded, text_stage
+from training.evaluation import EvaluateConfig, Evaluator
 from training.network import NetworkConfig, description, exported, make_network, token_grid
 from training.players import Player
 from training.predictor_losses import Objective, ObjectiveConfig, answer_and_target
@@ -64,6 +65,7 @@ class PredictorConfig(Config):
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     train: TrainConfig = TrainConfig()
     text_encoder: str | None = None
     """folder of the exported text stage; none: RUN/text_encoder/final"""
@@ -120,6 +122,8 @@ class PredictorTask:
         with torch.no_grad():
             null = text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
+        self.measure_every = config.evaluate.every
+        self.evaluator = Evaluator(config.evaluate, config.valid, run / "cache" / "features")
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Latents and one caption each, some replaced by the null condition, with noise and timesteps of this step."""
@@ -167,6 +171,9 @@ class PredictorTask:
             captions, generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))]
         )
         return images.grid(made.images, columns=4, labels=captions, scale=2)
+
+    def measure(self, objective: Objective) -> dict[str, float]:
+        return self.evaluator.scores(self._pipeline(objective.network).save_pretrained)
 
     def _pipeline(self, network: nn.Module) -> Pipeline:
         predictor = Stage(Path(), self._contract({}), {"noise_predictor": network})

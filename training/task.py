@@ -85,6 +85,8 @@ class Task(Protocol):
     """held-out samples"""
     identity: dict[str, str]
     """hashes of what it is trained on; a checkpoint of anything else is refused"""
+    measure_every: int | None
+    """steps between two calls of `measure`; none: never"""
 
     def inputs(self, batch: Batch) -> Pass:
         """The tensors of a batch's own rows, on the CPU; what every player's `objective` is called with."""
@@ -95,6 +97,10 @@ class Task(Protocol):
         ...
 
     def preview(self, objective: nn.Module) -> Image.Image: ...
+
+    def measure(self, objective: nn.Module) -> dict[str, float]:
+        """What the evaluators say of the pipeline as it stands, by name."""
+        ...
 
     def export(self, objective: nn.Module, folder: Path, record: dict[str, Any]) -> None: ...
 

@@ -37,6 +37,8 @@ STATISTICS_COUNT = 4096  # captions that the tokens' mean and std are measured o
 
 
 class TextTask:
+    measure_every = None  # its held-out scores are what its evaluators say
+
     def __init__(self, config: TextConfig, cache: Path):
         self.config = config
         self.train, self.valid = load_captioned(config.data, config.valid)

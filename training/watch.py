@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from sd_mini.stages import atomic_text, sync
 
 NONE = "none"
-_SCORE = "valid/"
+SCORE, MEASURE = "valid/", "eval/"  # before the names of held-out scores, and of the evaluators' scores
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
@@ -83,18 +83,18 @@ class Watch:
         if self.accelerator.trackers:
             self.accelerator.log({k: v for k, v in {**line, **timing}.items() if k != "step"}, step=line["step"])
 
-    def write_scores(self, step: int, scores: dict[str, float]) -> None:
-        self.write({"step": step, **{_SCORE + name: value for name, value in scores.items()}})
+    def write_scores(self, step: int, scores: dict[str, float], kind: str = SCORE) -> None:
+        self.write({"step": step, **{kind + name: value for name, value in scores.items()}})
 
     def show(self, loss: float, norm: float, speed: float, utilisation: float) -> None:
         shown = {"loss": f"{loss:.4f}", "grad": f"{norm:.2g}", "img/s": f"{speed:.0f}", "MFU": f"{utilisation:.0%}"}
         self.bar.set_postfix(shown, refresh=False)
 
-    def scores(self, step: int) -> dict[str, float]:
-        """The held-out scores that were logged at `step`; none if they were not, or were lost."""
+    def scores(self, step: int, kind: str = SCORE) -> dict[str, float]:
+        """The scores of that kind that were logged at `step`; none if they were not, or were lost."""
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         for line in map(json.loads, text.splitlines()):
-            scores = {name.removeprefix(_SCORE): value for name, value in line.items() if name.startswith(_SCORE)}
+            scores = {name.removeprefix(kind): value for name, value in line.items() if name.startswith(kind)}
             if line["step"] == step and scores:
                 return scores
         return {}

@@ -1,0 +1,182 @@
+"""How fast the evaluators are, each beside the reference implementation in the same process, taking turns.
+
+python -m eval.benchmark frechet | moments | inception
+python -m eval.benchmark report RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sd_mini.cli import Parser, whole
+from sd_mini.config import command
+
+DIM = 2048
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    options = _parser().parse_args(argv)
+    options.run_command(options)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m eval.benchmark", description="Speed of the evaluators beside their references.")
+    commands = parser.add_subparsers(required=True, metavar="{frechet,moments,inception,report}")
+    for name, run, what in (
+        ("frechet", _frechet, "distance of two 2048-wide sets: ours, torchmetrics, torch-fidelity"),
+        ("moments", _moments, "mean and covariance of 50,000 rows of 2048, streamed: seconds and peak memory"),
+        ("inception", _inception, "pictures a second through Inception, untrained weights: ours, torch-fidelity"),
+        ("report", _report, "the whole of python -m eval on a run"),
+    ):
+        sub = commands.add_parser(name, help=what)
+        sub.set_defaults(run_command=run)
+        sub.add_argument("--repeats", type=whole(1), default=3, help="of each, in turn (%(default)s)")
+        if name == "report":
+            sub.add_argument("run", metavar="RUN", type=Path)
+        if name == "inception":
+            sub.add_argument("--pictures", type=whole(1), default=128, help="of 64 px (%(default)s)")
+
+    return parser
+
+
+def in_turn(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` times, one after the other so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def show(seconds: Mapping[str, Sequence[float]], per_second: int | None = None) -> str:
+    """Median and range of each, and how many times longer than the first it took."""
+    names, lines = list(seconds), []
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        ratios = [other / own for own, other in zip(seconds[names[0]], times, strict=True)]
+        rate = f", {per_second / middle:.2f} a second" if per_second is not None else ""
+        times_longer = f"; {statistics.median(ratios):.2f} times ours ({min(ratios):.2f}-{max(ratios):.2f})"
+        lines.append(
+            f"{name:15} {middle:7.2f} s ({min(times):.2f}-{max(times):.2f}){rate}"
+            + (times_longer if name != names[0] else "")
+        )
+    return "\n".join(lines)
+
+
+def _frechet(options: argparse.Namespace) -> None:
+    import torch
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    from torchmetrics.image.fid import _compute_fid
+
+    from eval.fid import frechet_distance
+    from eval.moments import statistics as of
+
+    draw = np.random.default_rng(0)
+    sets = [draw.normal(size=(3000, DIM)) @ (draw.normal(size=(DIM, DIM)) / DIM**0.5) for _ in range(2)]
+    (mean_a, cov_a), (mean_b, cov_b) = (of(part.astype(np.float32)) for part in sets)
+    tensors = [torch.from_numpy(part) for part in (mean_a, cov_a, mean_b, cov_b)]
+    stats = [{"mu": mean, "sigma": cov} for mean, cov in ((mean_a, cov_a), (mean_b, cov_b))]
+    found: dict[str, float] = {}
+    calls = {
+        "ours": lambda: found.update(ours=frechet_distance(mean_a, cov_a, mean_b, cov_b)),
+        "torchmetrics": lambda: found.update(torchmetrics=float(_compute_fid(*tensors))),
+        "torch-fidelity": lambda: found.update(
+            {"torch-fidelity": fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]}
+        ),
+    }
+    print(show(in_turn(calls, options.repeats)))
+    for name in ("torchmetrics", "torch-fidelity"):
+        print(f"relative difference to {name}: {abs(found['ours'] / found[name] - 1):.1e}")
+
+
+def _moments(options: argparse.Namespace) -> None:
+    context = multiprocessing.get_context("spawn")
+    for _ in range(options.repeats):
+        pipe, other = context.Pipe()
+        child = context.Process(target=stream, args=(other,))
+        child.start()
+        seconds, before, peak = pipe.recv()
+        child.join()
+        print(f"{seconds:.1f} s, peak {peak:.0f} MB, of which {before:.0f} MB are Python and numpy")
+
+
+def stream(pipe: object, rows: int = 50_000, batch: int = 500) -> None:
+    """Send (seconds, MB before, MB at the peak) of this process, which has to be one of its own."""
+    from eval.moments import Moments
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    moments, features = Moments(DIM), np.random.default_rng(0).normal(size=(batch, DIM)).astype(np.float32)
+    before, start = peak(), time.perf_counter()
+    for _ in range(rows // batch):
+        moments.add(features)
+    moments.mean_and_covariance()
+    pipe.send((time.perf_counter() - start, before, peak()))
+
+
+def _inception(options: argparse.Namespace) -> None:
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    from eval.features import open_features
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object, **__: object) -> None:
+            pass
+
+    pictures = np.random.default_rng(0).integers(0, 256, (options.pictures, 3, 64, 64), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        empty, weights = Path(folder) / "empty.pth", Path(folder) / "weights.pth"
+        torch.save({}, empty)
+        torch.manual_seed(0)
+        theirs = Untrained("inception", ["2048"], feature_extractor_weights_path=str(empty))
+        torch.save(theirs.state_dict(), weights)
+        extract = open_features(f"inception={weights}")
+    found: dict[str, np.ndarray] = {}
+
+    @torch.inference_mode()
+    def reference() -> None:
+        # 64 at a time, torch-fidelity's own default
+        found["theirs"] = torch.cat([theirs(part)[0] for part in torch.from_numpy(pictures).split(64)]).numpy()
+
+    calls = {"ours": lambda: found.update(ours=extract(pictures)), "torch-fidelity": reference}
+    print(show(in_turn(calls, options.repeats), options.pictures))
+    error = np.abs(found["ours"] - found["theirs"]).max() / np.abs(found["theirs"]).max()
+    print(f"largest difference, relative to the largest feature: {error:.1e}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report"
+        cache = ["--cache", str(Path(folder) / "cache")]  # an empty one: what is kept from before would be given away
+        arguments = ["-m", "eval", str(options.run), "--data", "shapes", "--out", str(out), *cache]
+        seconds = []
+        for _ in range(options.repeats):
+            start = time.perf_counter()
+            if subprocess.run([sys.executable, *arguments], check=False, stdout=subprocess.DEVNULL).returncode:
+                raise ValueError(f"python {' '.join(arguments)} failed; see above")
+            seconds.append(time.perf_counter() - start)
+        size = (out / "report.html").stat().st_size
+    print(f"whole evaluation: {', '.join(f'{one:.1f}' for one in seconds)} s; report.html {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
