@@ -55,8 +55,17 @@ class Verdict:
 
 def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     """(3, S, S) uint8 sRGB with S >= 32, and what was asked => the verdict. Raises ValueError for other pictures."""
+    return judge_found(look(picture), scene)
+
+
+def look(picture: np.ndarray) -> list[FoundObject] | None:
+    """(3, S, S) uint8 sRGB with S >= 32 => its objects, none where it cannot be read. Raises ValueError for others."""
     check_picture(picture)
-    found = find_objects(picture)
+    return find_objects(picture)
+
+
+def judge_found(found: list[FoundObject] | None, scene: Scene) -> Verdict:
+    """`judge` of a picture that was looked at before."""
     pairs = _assign(found, scene) if found is not None else {}
     abstain = found is None or any(not other.shape_is_clear for other in pairs.values())
     facts = _facts(scene, [] if abstain else found, {} if abstain else pairs)

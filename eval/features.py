@@ -1,52 +1,181 @@
-"""Pictures => features of a pretrained network, to compare sets of pictures by."""
+"""Pictures => features of a network chosen by name, to compare sets of pictures by.
+
+NAME is one of
+    mini                            a small fixed network that needs no weights: FD-mini
+    inception[=FILE]                torch-fidelity's InceptionV3: FID
+    dinov2[=FILE]                   timm's ViT-L/14: FD-DINOv2 (Stein et al. 2023)
+    open_clip:ARCHITECTURE=FILE     the picture tower; also open_clip:local-dir:FOLDER and open_clip:hf-hub:NAME
+    timm:MODEL[=FILE]               any timm model without its head; also timm:local-dir:FOLDER
+    transformers:FOLDER             or a hub name: any picture model that AutoModel loads
+    module:PACKAGE.MODULE:FUNCTION  your own: called without arguments, gives (n, 3, H, W) uint8 => (n, D)
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-Extractor = Callable[[np.ndarray], Tensor]
+from eval import mini
+from eval.inception import load_inception
+from sd_mini import images
+from sd_mini.load_encoder import load_open_clip
+
+DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+_BATCH = 16  # pictures at a time, whoever asks and however many there are: a batch's size changes a feature's last bits
+Network = Callable[[Tensor], Tensor]
 
 
-def inception(weights: str | Path | None = None) -> Extractor:
-    """Inception's 2048 features as torch-fidelity computes them: (N, 3, H, W) uint8 => (N, 2048) float32.
+@dataclass(frozen=True)
+class Extractor:
+    """A network that makes D features of a picture.
 
-    `weights`: `weights-inception-2015-12-05-6726825d.pth`; without it, downloaded. Raises ValueError, one line, where
-    that fails or the file is another network's.
+    distance: what the Frechet distance by it is called: "FID" for Inception alone. hash: SHA-256 of its weights.
+    preprocessing: what happens to a picture before it, in words. network: (n, 3, H, W) uint8 => (n, D), on `device`.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    path = Path(weights) if weights is not None else _download(URL_INCEPTION_V3)
-    if not path.is_file():
-        raise ValueError(f"inception weights {path}: no such file; fetch {URL_INCEPTION_V3}")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would run code in a file
-        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-    except Exception as error:  # of a file that is cut or holds code, parsers raise whatever they do
-        raise ValueError(f"inception weights {path}: not readable ({' '.join(str(error).split())[:160]})") from None
+    name: str
+    distance: str
+    hash: str
+    preprocessing: str
+    network: Network
+    device: str = "cpu"
 
     @torch.inference_mode()
-    def extract(pictures: np.ndarray) -> Tensor:
-        return torch.cat(
-            [network(torch.from_numpy(part))[0] for part in np.array_split(pictures, -(-len(pictures) // 64))]
-        )
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:
+        """(N, 3, H, W) uint8 => (N, D) float32. Raises ValueError where the network gives NaN, or no vector each."""
+        parts = []
+        for start in tqdm(range(0, len(pictures), _BATCH), desc=f"features ({self.name})", unit="batch", delay=2):
+            part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + _BATCH])).to(self.device)
+            parts.append(self.network(part).float().cpu().numpy())
+        features = np.concatenate(parts)
+        if features.ndim != 2 or len(features) != len(pictures) or not np.isfinite(features).all():
+            raise ValueError(
+                f"features {self.name}: got shape {features.shape} of {len(pictures)} pictures, or NaN in it; expected "
+                "one finite vector for each"
+            )
+        return features
 
-    return extract
 
-
-def _download(url: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix="6726825d")
-    except (OSError, RuntimeError) as error:  # no network, or a file that is not the one it should be
+def open_features(name: str, device: str = "cpu") -> Extractor:
+    """See above. Raises ValueError, one line, for an unknown name, and for weights that are missing or do not fit."""
+    kind, _, rest = name.partition(":")
+    plain, _, weights = name.partition("=")
+    if plain == "mini":
+        found = _made("mini", "FD-mini", f"bilinear, antialiased, to {mini.SIDE} px", mini.Mini())
+    elif plain == "inception":
+        resize = "bilinear to 299 px as TensorFlow 1 does it, no antialias"
+        found = _made("inception", "FID", resize, load_inception(weights or None))
+    elif plain == "dinov2":
+        found = _timm("dinov2", "FD-DINOv2", DINOV2, weights or None)
+    elif kind == "timm" and rest:
+        model, _, file = rest.partition("=")
+        found = _timm(name, f"FD-{Path(model).name}", model, file or None)
+    elif kind == "open_clip" and rest:
+        found = _open_clip(name, rest)
+    elif kind == "transformers" and rest:
+        found = _transformers(name, rest)
+    elif kind == "module" and rest:
+        found = _module(name, rest)
+    else:
         raise ValueError(
-            f"inception: {url} cannot be downloaded ({error}); fetch it where there is a network and give its path"
-        ) from None
-    return path
+            f"features {name!r}: expected mini, inception[=FILE], dinov2[=FILE], open_clip:NAME=FILE, "
+            "timm:NAME[=FILE], transformers:FOLDER or module:PACKAGE.MODULE:FUNCTION"
+        )
+    if isinstance(found.network, nn.Module):
+        found.network.to(device)
+    return replace(found, device=device)
+
+
+def _made(name: str, distance: str, preprocessing: str, network: nn.Module) -> Extractor:
+    network.eval().requires_grad_(False)
+    return Extractor(name, distance, weights_hash(network), preprocessing, network)
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 of a network's weights, by name and value, and of its layers: the same weights may be built otherwise."""
+    digest = hashlib.sha256(str(network).encode())
+    for key, value in network.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Transformed(nn.Module):
+    """A network behind its own library's transform of a PIL picture."""
+
+    def __init__(self, network: nn.Module, transform: Callable[[Any], Tensor], call: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.network, self.transform, self.call = network, transform, call
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        batch = torch.stack([self.transform(picture) for picture in images.to_pil(pictures)])
+        return self.call(self.network, batch.to(pictures.device))
+
+
+def _open_clip(name: str, rest: str) -> Extractor:
+    architecture, _, weights = rest.partition("=")
+    model, transform = load_open_clip(architecture, weights or None)
+    tower = Transformed(model, transform, lambda net, batch: net.encode_image(batch, normalize=True))
+    return _made(name, f"FD-CLIP ({Path(architecture).name})", f"{transform}, then to length 1", tower)
+
+
+def _timm(name: str, distance: str, model: str, weights: str | None) -> Extractor:
+    import timm
+
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"features {name}: no weights file {weights}; give its path")
+    source = {"file": weights} if weights is not None else None
+    try:
+        network = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
+        config = timm.data.resolve_model_data_config(network)
+        transform = timm.data.create_transform(**config, is_training=False)
+    except Exception as error:  # whatever its parsers, torch's and the hub's raise
+        raise ValueError(_cannot_load(name, f"timm model {model!r}", error)) from None
+    return _made(name, distance, str(transform), Transformed(network, transform, lambda net, batch: net(batch)))
+
+
+def _transformers(name: str, folder: str) -> Extractor:
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        network = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise ValueError(_cannot_load(name, repr(folder), error)) from None
+    transform = Transformed(network, lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0], _seen)
+    return _made(name, f"FD-{Path(folder).name}", " ".join(str(processor).split()), transform)
+
+
+def _seen(network: Any, batch: Tensor) -> Tensor:
+    """The pooled vector where a model has one, else its first token."""
+    found = network(pixel_values=batch)
+    pooled = getattr(found, "pooler_output", None)
+    return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
+
+
+def _module(name: str, place: str) -> Extractor:
+    module, _, function = place.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"features {name}: {error}; expected module:PACKAGE.MODULE:FUNCTION") from None
+    network = make()
+    if isinstance(network, nn.Module):
+        return _made(name, f"FD-{function}", f"{place}'s own", network)
+    source = hashlib.sha256(inspect.getsource(inspect.getmodule(make)).encode()).hexdigest()
+    return Extractor(name, f"FD-{function}", source, f"{place}'s own", network)
+
+
+def _cannot_load(name: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"features {name}: {what} cannot be loaded ({reason}); where there is no hub, give a file or a folder"

@@ -2,25 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from eval.moments import statistics
 
-def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, D), N of at least 2, => mean (D,) and covariance (D, D), unbiased, in float64."""
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} pictures have no covariance; expected at least 2")
-    features = features.double()
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+Array = np.ndarray | Tensor
+_SIZES = 15  # points of the line through the distances of smaller sets
+_SMALLEST = 0.1  # of the whole set, the first of these points; at least 2 D pictures, below which it is no line
 
 
-# |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), Heusel et al. 2017, eq. 6, in a form whose roots are real
-def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """Means (D,) and covariances (D, D), of any rank, => the squared distance of the two Gaussians, in float64."""
-    values, vectors = torch.linalg.eigh(cov_a.double())
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    between = torch.linalg.eigvalsh(root @ cov_b.double() @ root).clamp(min=0).sqrt().sum()
-    shift = (mean_a.double() - mean_b.double()).square().sum()
-    return float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * between)
+# |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), Heusel et al. 2017, eq. 6. With C1 = R R^T the eigenvalues of C1 C2 are
+# those of R^T C2 R, which is symmetric, so that all roots are real and nothing complex is computed.
+def frechet_distance(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
+    """Means (D,) and covariances (D, D), of any rank, => the squared distance of the two Gaussians, in float64.
+
+    Symmetric, and 0 for equal ones up to rounding. Raises ValueError for sizes that differ and for NaN.
+    """
+    return distance_to(mean_b, cov_b)(mean_a, cov_a)
+
+
+def distance_to(mean_b: Array, cov_b: Array) -> Callable[[Array, Array], float]:
+    """`frechet_distance` to one Gaussian whose root is taken once, for many that are compared with it."""
+    mean_b, cov_b = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_b, cov_b))
+    _check(mean_b, cov_b, mean_b, cov_b)
+    root = _root(cov_b)
+
+    def distance(mean_a: Array, cov_a: Array) -> float:
+        mean_a, cov_a = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_a, cov_a))
+        _check(mean_a, cov_a, mean_b, cov_b)
+        product = root.T @ cov_a @ root
+        with _one_thread():
+            between = _above_rounding(torch.linalg.eigvalsh(product)).sqrt().sum()
+        return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * between)
+
+    return distance
+
+
+def _root(cov: Tensor) -> Tensor:
+    """R (D, r) with R R^T = cov: Cholesky's factor, or, of a covariance of lower rank, its scaled eigenvectors."""
+    factor, failed = torch.linalg.cholesky_ex(cov)
+    smallest = factor.diagonal().square().min()
+    if not failed and smallest > len(cov) * torch.finfo(cov.dtype).eps * cov.diagonal().max():
+        return factor
+    with _one_thread():
+        values, vectors = torch.linalg.eigh(cov)
+    kept = _above_rounding(values) > 0
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def _above_rounding(values: Tensor) -> Tensor:
+    """Eigenvalues of what can have none below 0; those that are but rounding, whose roots would add up, as 0."""
+    if not len(values):
+        return values
+    limit = len(values) * torch.finfo(values.dtype).eps * values.max()
+    return torch.where(values > limit, values, 0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's tridiagonal steps are too short to share: two threads on a busy machine took 6 times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> None:
+    shapes = [tuple(part.shape) for part in (mean_a, cov_a, mean_b, cov_b)]
+    (dim,) = shapes[0] if len(shapes[0]) == 1 else (None,)
+    if shapes != [(dim,), (dim, dim)] * 2:
+        raise ValueError(
+            f"frechet_distance: got shapes {', '.join(map(str, shapes))}, expected (D,), (D, D), (D,), (D, D): both "
+            "sets have to come from the same network"
+        )
+    if not all(torch.isfinite(part).all() for part in (mean_a, cov_a, mean_b, cov_b)):
+        raise ValueError("frechet_distance: got NaN or infinity in a mean or a covariance; the features are broken")
+
+
+# to second order in the sampling error of both sets: tr C for the means, and half of sum l_i l_j / (l_i + l_j), i and j
+# unlike, plus half of tr C for the covariances, over the eigenvalues l of C
+def null_bias(covariance: Array, count_a: int, count_b: int) -> float:
+    """About what the distance of two sets of so many pictures from one Gaussian (D, D) is, instead of 0.
+
+    At unit covariance and N pictures each, d (d + 5) / (2 N).
+    """
+    with _one_thread():
+        values = _above_rounding(torch.linalg.eigvalsh(torch.as_tensor(covariance, dtype=torch.float64)))
+    values = values[values > 0]
+    pairs = values[:, None] * values / (values[:, None] + values)
+    unlike = pairs.sum() - pairs.diagonal().sum()
+    return float((1.5 * values.sum() + unlike / 2) * (1 / count_a + 1 / count_b))
+
+
+# Chong & Forsyth 2020: the distance is linear in 1/N, and its value at 1/N = 0 has no bias by the number of pictures
+def frechet_infinity(
+    features: Array, mean_b: Array, cov_b: Array, seed: int = 0, sizes: int = _SIZES
+) -> tuple[float, float]:
+    """(N, D) and a reference => the distance that infinitely many pictures would have, and its standard error.
+
+    The line is fitted through `sizes` random subsets, the smallest a tenth of N or 2 D. Raises ValueError for N < 20.
+    """
+    features = np.asarray(features)
+    if len(features) < 20:
+        raise ValueError(f"frechet_infinity: {len(features)} pictures are too few for a line; expected at least 20")
+    distance, draw = distance_to(mean_b, cov_b), np.random.default_rng(seed)
+    smallest = min(max(_SMALLEST * len(features), 2 * features.shape[1]), len(features) / 2)
+    counts = np.linspace(smallest, len(features), sizes).round().astype(int)
+    distances = []
+    for count in counts:
+        chosen = features[draw.permutation(len(features))[:count]]
+        distances.append(distance(*statistics(chosen)))
+    design = np.stack([1 / counts, np.ones(sizes)], axis=1)
+    solution, *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
+    residual = np.sum((np.array(distances) - design @ solution) ** 2) / (sizes - 2)
+    return float(solution[1]), float(np.sqrt(residual * np.linalg.inv(design.T @ design)[1, 1]))

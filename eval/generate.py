@@ -1,45 +1,95 @@
-"""Prompts => pictures through the pipeline, each picture from a seed of its own."""
+"""Prompts => pictures, each from a seed of its own: by several processes, and going on where a killed one stopped."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
-import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from sd_mini import images
-from sd_mini.guidance import Guidance
-from sd_mini.pipeline import Pipeline
+from eval.sources import Maker, Sampling
+from sd_mini.stages import combined_hash, sync
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How pictures are made: scheduler steps, guidance, and pictures a batch."""
+class Job:
+    """Pictures to be made of these prompts; picture i starts from the noise of seed i."""
 
-    steps: int
-    guidance: Guidance
-    batch: int
+    name: str
+    prompts: list[str]
+    sampling: Sampling
 
 
-def generate(pipeline: Pipeline, prompts: Sequence[str], sampling: Sampling, bar: tqdm) -> np.ndarray:
-    """N prompts => (N, 3, R, R) uint8 at the training resolution R; picture i starts from the noise of seed i.
+def generate(maker: Maker, prompts: Sequence[str], sampling: Sampling, bar: tqdm) -> np.ndarray:
+    """N prompts => (N, 3, R, R) uint8 at the pipeline's resolution R; picture i starts from the noise of seed i.
 
     Raises ValueError for the first prompt that the pipeline does not take, before any picture is made.
     """
-    pipeline.text_stage.tokenize(prompts)
-    pictures = []
-    for start in range(0, len(prompts), sampling.batch):
-        part = prompts[start : start + sampling.batch]
-        made = pipeline(
-            list(part),
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance.scale,
-            guidance_rescale=sampling.guidance.rescale,
-            guidance_interval=(sampling.guidance.low, sampling.guidance.high),
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-        )
-        pictures += [images.decode(picture) for picture in made.images]
-        bar.update(len(part))
-    return np.stack(pictures)
+    maker.check(prompts)
+    return np.concatenate([_batch(maker, prompts, sampling, start, bar) for start in _starts(prompts, sampling)])
+
+
+def _starts(prompts: Sequence[str], sampling: Sampling) -> range:
+    return range(0, len(prompts), sampling.batch)
+
+
+def _batch(maker: Maker, prompts: Sequence[str], sampling: Sampling, start: int, bar: tqdm) -> np.ndarray:
+    part = prompts[start : start + sampling.batch]
+    made = maker.make(part, range(start, start + len(part)), sampling)
+    bar.update(len(part))
+    return made
+
+
+class Kept:
+    """Batches of pictures in a folder beside the report, under the hash of all that they depend on.
+
+    A batch is the same pictures whoever makes it, so the processes take them in turn, and what a killed evaluation has
+    made is not made again.
+    """
+
+    def __init__(self, beside: Path, maker: Maker, jobs: Sequence[Job]):
+        self.maker, self.jobs = maker, jobs
+        self.root = beside.with_name(f".{beside.name}.pictures")
+        asked = [(job.name, job.prompts, asdict(job.sampling)) for job in jobs]
+        self.folder = self.root / combined_hash({"maker": maker.hash, "asked": asked})[:16]
+
+    def make(self, rank: int = 0, processes: int = 1) -> None:
+        """This process' share of the batches that are not there. Raises ValueError for a prompt that is not taken."""
+        for job in self.jobs:
+            self.maker.check(job.prompts)
+        every = [(job, start) for job in self.jobs for start in _starts(job.prompts, job.sampling)]
+        share = [(job, start) for job, start in every[rank::processes] if not self._path(job, start).is_file()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        total = sum(len(job.prompts[start : start + job.sampling.batch]) for job, start in share)
+        with tqdm(total=total, desc="pictures", delay=1) as bar:
+            for job, start in share:
+                path = self._path(job, start)
+                partial = path.with_suffix(f".{os.getpid()}.partial")
+                save_file({"pictures": _batch(self.maker, job.prompts, job.sampling, start, bar)}, partial)
+                sync(partial)
+                os.replace(partial, path)
+
+    def _path(self, job: Job, start: int) -> Path:
+        return self.folder / f"{job.name}-{start:06d}.safetensors"
+
+    def read(self, name: str) -> np.ndarray:
+        """(N, 3, R, R) uint8 of the job of that name. Raises ValueError, the file named, where one is damaged."""
+        job = next(job for job in self.jobs if job.name == name)
+        parts = []
+        for start in _starts(job.prompts, job.sampling):
+            path = self._path(job, start)
+            try:
+                parts.append(load_file(path)["pictures"])
+            except (OSError, SafetensorError, KeyError) as error:
+                raise ValueError(f"{path}: not readable ({error}); delete it, and it is made again") from None
+        return np.concatenate(parts)
+
+    def delete(self) -> None:
+        """Once the report is written, all pictures of this and of earlier ones that never came to their end."""
+        shutil.rmtree(self.root, ignore_errors=True)

@@ -1,113 +1,166 @@
-"""A pipeline and what to ask of it => scores, and the pictures the page shows."""
+"""Pictures and what was asked => every score of the report, and the pictures the page shows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from eval.composition import Verdict, judge, summarise
-from eval.composition_objects import MIN_SIDE
-from eval.generate import Sampling, generate
-from eval.reconstruction import FIRST_SCENE_SEED, PROMPTS, reconstruct, reconstruction_scores
-from eval.text import TextProbe, blame
-from sd_mini import shapes
+from eval.asked import Asked, Question
+from eval.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out, share_out_each
+from eval.clip_score import Clip, clip_part, cosines
+from eval.composition import Verdict, judge_found, look, summarise
+from eval.distances import compare
+from eval.features import Extractor
+from eval.gallery import Gallery, pick_galleries, pick_pairs
+from eval.memorisation import Nearest, audit, nearest, small_pixels
+from eval.reconstruction import reconstruction_scores
+from eval.reference import Seen, reference
+from eval.sources import Maker
+from eval.text import TextProbe
 from sd_mini.data import CaptionedPictures, DataConfig, load
-from sd_mini.pipeline import Pipeline
-
-SHOWN, FAILURES_SHOWN = 24, 12  # pictures on the page
-PICTURES_OF_OTHER_DATA = 48
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One picture of the page, (3, H, W) uint8, what was asked for, and what the judge said of it."""
+class Tools:
+    """What to measure with, as far as it is at hand."""
 
-    picture: np.ndarray
-    prompt: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures of the page, and the rule by which they were picked."""
-
-    title: str
-    rule: str
-    tiles: list[Tile]
+    networks: list[Extractor]
+    cache: Path
+    batch: int = 64
+    clip: Clip | None = None
+    probe: TextProbe | None = None
+    training: CaptionedPictures | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    """where the asked rows come from: the text stage looks at them at a size of its own"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`scores` are report.json's measured parts, `prompts` the number asked a split, galleries[0] the saved grid."""
+    """`scores` are report.json's measured parts; galleries[0] is the saved grid; `remarks` are said to the user."""
 
     scores: dict[str, Any]
-    prompts: dict[str, int]
     galleries: list[Gallery]
+    remarks: list[str]
 
 
-def measure_shapes(
-    pipeline: Pipeline, prompts: int | None, seed: int, sampling: Sampling, probe: TextProbe | None = None
-) -> Measured:
-    """The three splits training has not seen, judged; beside each the ceiling, true drawings through the autoencoder,
-    and, with `probe`, what the text stage alone knows of the same scenes.
+def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None, tools: Tools) -> Measured:
+    """`made`: (N, 3, R, R) uint8 by split; of the first one everything is measured, of the others the judge's verdict.
 
-    `prompts` asks for so many a split instead of PROMPTS. Raises ValueError if the pictures are too small to be read.
+    Raises ValueError where a score cannot be taken; what is left out by rule is among the remarks.
     """
-    resolution = pipeline.config.resolution
-    if resolution < MIN_SIDE:
-        raise ValueError(f"the pipeline makes {resolution} px pictures; the judge reads {MIN_SIDE} px or more")
-    counts = {split: n if prompts is None else prompts for split, n in PROMPTS.items()}
-    scores: dict[str, Any] = {"composition": {}, "ceiling": {}}
-    galleries = []
-    with tqdm(total=sum(counts.values()), desc="pictures", delay=1) as bar:
-        for split, count in counts.items():
-            scenes = shapes.sample_scenes(count, split, FIRST_SCENE_SEED + seed)
-            captions = [_caption(scene, i) for i, scene in enumerate(scenes)]
-            made = generate(pipeline, captions, sampling, bar)
-            drawn = shapes.draw_batch(scenes, resolution)
-            reconstructed = reconstruct(pipeline.autoencoder, drawn, sampling.batch)
-            verdicts = _judge_all(made, scenes)
-            scores["composition"][split] = summarise(verdicts)
-            scores["ceiling"][split] = summarise(_judge_all(reconstructed, scenes))
-            if probe is not None:
-                config = DataConfig(split=split, count=count, seed=FIRST_SCENE_SEED + seed, resolution=probe.resolution)
-                _add_text(scores, split, probe, load(config))
-                binding = scores.get("text", {}).get(split, {}).get("binding")
-                if binding is not None:
-                    both = (scores[part][split]["all"]["exact"] for part in ("composition", "ceiling"))
-                    scores.setdefault("blame", {})[split] = blame(*both, binding)
-            if split == "test":
-                scores["reconstruction"] = reconstruction_scores(drawn, reconstructed)
-                galleries = pick_galleries(made, captions, verdicts)
-    return Measured(scores, counts, galleries)
+    scores: dict[str, Any] = {}
+    first, pictures = question.splits[0], made[question.splits[0].split]
+    verdicts: list[Verdict] = []
+    for asked in question.splits:
+        data = _text_scores(scores, asked, question, tools)
+        sets = _sets(asked, made[asked.split], maker, tools, data)
+        judged = _judge_split(scores, asked, sets) if asked.scenes is not None else []
+        if asked is first:
+            verdicts = judged
+            if AUTOENCODER in sets:
+                scores["reconstruction"] = reconstruction_scores(asked.pictures, sets[AUTOENCODER])
+            remarks = _distances(scores, question, sets, tools)
+    if tools.clip is not None:
+        encoders = maker.text_encoders if maker is not None else []
+        scores["clip"] = clip_part(tools.clip, pictures, first.captions, question.reference, encoders)
+    galleries = pick_galleries(pictures, first.captions, *_ranking(verdicts, pictures, question, tools))
+    if tools.training is not None:
+        scores["memorisation"], closest = _memorisation(pictures, question, tools)
+        galleries.append(pick_pairs(pictures, first.captions, tools.training, closest))
+    else:
+        remarks.append("memorisation left out: the training pictures are not known")
+    return Measured(scores, galleries, remarks)
 
 
-def _add_text(scores: dict[str, Any], split: str, probe: TextProbe, data: CaptionedPictures) -> None:
-    entry = probe.scores(data) if probe.sees_pixels else probe.recorded(data.name)
-    if entry is not None:
-        scores.setdefault("text", {})[split] = entry
+def _put(scores: dict[str, Any], part: str, split: str, value: Any) -> None:
+    if value is not None:
+        scores.setdefault(part, {})[split] = value
 
 
-def _caption(scene: shapes.Scene, index: int) -> str:
-    return shapes.caption(scene, index % len(shapes.PHRASINGS[scene.kind]))
+def _text_scores(scores: dict[str, Any], asked: Asked, question: Question, tools: Tools) -> CaptionedPictures | None:
+    """The text stage alone on the asked split; its rows as that stage takes them, where it looks at pixels."""
+    probe = tools.probe
+    if probe is None or asked.pictures is None:
+        return None
+    if not probe.sees_pixels:
+        _put(scores, "text", asked.split, probe.recorded(question.name))
+        return None
+    wanted = {"split": asked.split, "resolution": probe.resolution}
+    if asked.scenes is not None:
+        wanted["count"] = len(asked.captions)
+    data = load(tools.data.model_copy(update=wanted))
+    if not all(data.captions):
+        return None
+    _put(scores, "text", asked.split, probe.scores(data))
+    own = slice(0, len(asked.captions))
+    return CaptionedPictures(data.pictures[own], data.captions[own], data.name, data.scenes)
 
 
-def _judge_all(pictures: np.ndarray, scenes: list[shapes.Scene]) -> list[Verdict]:
-    return [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+def _sets(asked: Asked, made: np.ndarray, maker: Maker | None, tools: Tools, data: CaptionedPictures | None) -> Sets:
+    if asked.pictures is None or maker is None:
+        return {MADE: made}
+    return picture_sets(asked, made, maker.autoencoder, tools.probe, data, tools.batch)
 
 
-def pick_galleries(made: np.ndarray, captions: list[str], verdicts: list[Verdict]) -> list[Gallery]:
-    """Pictures (N, 3, R, R) uint8 of the test split => its first SHOWN and, if any failed, its first failures."""
-    tiles = [Tile(*row[:2], _note(row[2])) for row in zip(made, captions, verdicts, strict=True)]
-    failed = [tile for tile, verdict in zip(tiles, verdicts, strict=True) if not verdict.exact]
-    first = Gallery(
-        "Pictures of the test split", f"The first {SHOWN} prompts in order, whatever came of them.", tiles[:SHOWN]
-    )
-    rule = f"The first {FAILURES_SHOWN} of the {len(failed)} test pictures, of {len(tiles)}, in which a fact is wrong."
-    return [first, Gallery("Failures", rule, failed[:FAILURES_SHOWN])] if failed else [first]
+def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdict]:
+    """Composition, ceiling, chance (each picture judged by the next prompt) and, where there is a true set, the blame.
+
+    The verdicts on the made pictures."""
+    found = {name: [look(picture) for picture in pictures] for name, pictures in sets.items()}
+    verdicts = {name: _verdicts(objects, asked.scenes) for name, objects in found.items()}
+    shuffled = summarise(_verdicts(found[MADE], asked.scenes[1:] + asked.scenes[:1]))
+    _put(scores, "composition", asked.split, summarise(verdicts[MADE]))
+    _put(scores, "chance", asked.split, shuffled)
+    if AUTOENCODER in sets:
+        _put(scores, "ceiling", asked.split, summarise(verdicts[AUTOENCODER]))
+    if REAL in sets:
+        wrong = {name: np.array([not v.exact for v in judged], dtype=np.float64) for name, judged in verdicts.items()}
+        entry = {"shares": share_out_each(wrong, asked.captions), "shuffled": 1 - shuffled["all"]["exact"]}
+        scores.setdefault("blame", {}).setdefault(asked.split, {})["not exact"] = entry
+    return verdicts[MADE]
+
+
+def _verdicts(found: list, scenes: Sequence) -> list[Verdict]:
+    return [judge_found(objects, scene) for objects, scene in zip(found, scenes, strict=True)]
+
+
+def _distances(scores: dict[str, Any], question: Question, sets: Sets, tools: Tools) -> list[str]:
+    """Every network's distances, and the blame in them; what is to be said about them."""
+    remarks, first = [], question.splits[0]
+    scores["distances"] = {}
+    for extractor in tools.networks:
+        name = extractor.distance
+        scores["distances"][name], said = compare(
+            extractor, sets[MADE], question.reference, first.captions, tools.cache
+        )
+        remarks += said
+        if REAL in sets and question.is_apart:
+            known = reference(extractor, question.reference, tools.cache)
+            apart = {n: Seen.of(extractor(pictures)).distance(known) for n, pictures in sets.items() if n != MADE}
+            shares = share_out({**apart, MADE: scores["distances"][name]["fd"]})
+            entry = {"shares": {part: {"share": share} for part, share in shares.items()}}
+            scores.setdefault("blame", {}).setdefault(first.split, {})[name] = entry
+    return remarks
+
+
+def _ranking(
+    verdicts: list[Verdict], pictures: np.ndarray, question: Question, tools: Tools
+) -> tuple[np.ndarray, str, list[str]]:
+    """By what pictures are called best and worst: each one's value, its name, and what is noted under it."""
+    if verdicts:
+        values = np.array([verdict.soft for verdict in verdicts])
+        return values, "the share of the prompt's facts that hold", [_note(verdict) for verdict in verdicts]
+    if tools.clip is not None:
+        values = cosines(tools.clip.pictures(pictures), tools.clip.texts(question.splits[0].captions))
+        return values, "CLIP score", [f"cosine {value:.3f}" for value in values]
+    known = reference(tools.networks[0], question.reference, tools.cache)
+    away = nearest(tools.networks[0](pictures), known.features).distances
+    name = tools.networks[0].name
+    return -away, f"nearness to a reference picture in the features of {name}", [f"{value:.3g} away" for value in away]
 
 
 def _note(verdict: Verdict) -> str:
@@ -117,28 +170,15 @@ def _note(verdict: Verdict) -> str:
     return "cannot be read" if verdict.abstain else f"{verdict.soft:.0%} of the facts hold"
 
 
-def measure_captions(
-    pipeline: Pipeline, data: DataConfig, prompts: int | None, sampling: Sampling, probe: TextProbe | None = None
-) -> Measured:
-    """Captions of any other data, of which only the autoencoder and, with `probe`, the text stage can be scored:
-    nothing here judges their pictures.
-
-    Raises ValueError for what `data` cannot be read as, pictures without captions, and fewer rows than `prompts`.
-    """
-    rows = load(data)
-    captions = [several[0] for several in rows.captions if several]
-    if not captions:
-        raise ValueError(f"--data {data.source}: its pictures have no captions; expected a column 'text'")
-    if prompts is not None and prompts > len(captions):
-        raise ValueError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
-    chosen = captions[: PICTURES_OF_OTHER_DATA if prompts is None else prompts]
-    with tqdm(total=len(chosen), desc="pictures", delay=1) as bar:
-        made = generate(pipeline, chosen, sampling, bar)
-    psnr = reconstruction_scores(rows.pictures, reconstruct(pipeline.autoencoder, rows.pictures, sampling.batch))
-    scores: dict[str, Any] = {"reconstruction": psnr}
-    if probe is not None and all(rows.captions):
-        _add_text(scores, data.split, probe, load(data.model_copy(update={"resolution": probe.resolution})))
-    shown = [Tile(*row) for row in zip(made, chosen, strict=True)][:PICTURES_OF_OTHER_DATA]
-    rule = f"The first {len(shown)} captions in order, whatever came of them."
-    gallery = Gallery(f"Pictures of the {data.split} split", rule, shown)
-    return Measured(scores, {data.split: len(chosen)}, [gallery])
+def _memorisation(pictures: np.ndarray, question: Question, tools: Tools) -> tuple[dict[str, Any], Nearest]:
+    """By pixels and by each network's features, beside the reference pictures, on which nothing was trained."""
+    training = tools.training
+    found, held_out = (
+        nearest(small_pixels(p), small_pixels(training.pictures)) for p in (pictures, question.reference)
+    )
+    entry = {"pixels": audit(found, held_out)}
+    extractor = tools.networks[0]
+    known = reference(extractor, training.pictures, tools.cache).features
+    seen = reference(extractor, question.reference, tools.cache).features
+    entry[extractor.name] = audit(nearest(extractor(pictures), known), nearest(seen, known))
+    return {"training": training.name, "n_training": len(training), **entry}, found

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval import fid
 from eval.composition import judge, summarise
 from eval.composition_objects import MIN_SIDE
-from eval.features import inception
+from eval.features import open_features
+from eval.reference import Seen
 from sd_mini import images, shapes
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.cli import Parser, check_target, whole
@@ -115,9 +115,8 @@ def measure(autoencoder: Autoencoder, pictures: np.ndarray, options: argparse.Na
     if options.lpips is not None:
         scores["lpips"] = _lpips(pictures, made, options.lpips)
     if options.inception is not None:
-        extract = inception(None if options.inception == "download" else options.inception)
-        both = (fid.statistics(extract(part)) for part in (pictures, made))
-        scores["rfid"] = fid.frechet_distance(*next(both), *next(both))
+        extract = open_features("inception" if options.inception == "download" else f"inception={options.inception}")
+        scores["rfid"] = Seen.of(extract(pictures)).distance(Seen.of(extract(made)))
     scores["latents"] = latent_statistics(autoencoder, pictures, options.batch)
     scores["spectrum"] = {"pictures": spectrum(pictures / 127.5 - 1), "reconstructions": spectrum(made / 127.5 - 1)}
     if options.data == "shapes" and options.resolution >= MIN_SIDE:

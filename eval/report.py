@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eval.composition import CATEGORIES
-from eval.measure import Gallery
+from eval.figures import part_name
+from eval.gallery import Gallery
 from eval.page import render
 from sd_mini import images
 from sd_mini.stages import CONTRACT, KINDS, atomic_folder, read_contract
@@ -17,13 +22,18 @@ _GRID_COLUMNS = 6
 _GRID_SCALE = 2
 
 
+def run_of(pipeline: Path) -> Path:
+    """The run that a folder belongs to: itself, or what it lies in."""
+    is_run = any((pipeline / kind / "final").is_dir() for kind in KINDS)
+    return pipeline if is_run else pipeline.resolve().parent
+
+
 def stages_beside(pipeline: Path, stages: dict[str, str]) -> dict[str, Path]:
     """The exported stages that a pipeline was joined from, by name, of those that still lie in its run.
 
     `pipeline` is the folder that was measured: a run, or a run's `pipeline/`; `stages` its hashes by name.
     """
-    is_run = any((pipeline / kind / "final").is_dir() for kind in KINDS)
-    run = pipeline if is_run else pipeline.resolve().parent
+    run = run_of(pipeline)
     folders = {kind: run / kind / "final" for kind in KINDS if (run / kind / "final" / CONTRACT).is_file()}
     return {k: f for k, f in folders.items() if k in stages and read_contract(f, k).get("hash") == stages[k]}
 
@@ -36,19 +46,58 @@ def seconds(stages: dict[str, Path], evaluation: float) -> dict[str, float]:
     return {**spent, "total": round(sum(spent.values()), 1)}
 
 
-def write(folder: Path, report: dict[str, Any], galleries: list[Gallery]) -> None:
+def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By stage, its loss and its first held-out score, (step, value) each, of those whose metrics.jsonl is there."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for stage in KINDS:
+        path = run / stage / "metrics.jsonl"
+        if stage not in stages or not path.is_file():
+            continue
+        series: dict[str, list[tuple[int, float]]] = {}
+        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            held_out = next((name for name in line if name.startswith("valid/")), None)
+            for name in ("loss", held_out):
+                if name in line:
+                    series.setdefault(name, []).append((line["step"], line[name]))
+        if series:
+            found[stage] = series
+    return found
+
+
+def training_facts(stages: Mapping[str, Path]) -> dict[str, str]:
+    """By stage, which weights were exported: the step, and the average's width where there is one."""
+    facts = {}
+    for kind, folder in stages.items():
+        contract = read_contract(folder, kind)
+        width = contract.get("ema_width")
+        average = "the trained weights" if width is None else f"their average of width {width:g}"
+        facts[kind] = f"{average} at step {contract['steps']}" if "steps" in contract else average
+    return facts
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def write(folder: Path, report: dict[str, Any], galleries: Sequence[Gallery], curves: Mapping[str, Any]) -> None:
     """The report folder, in one go: a folder that is there is only replaced by a complete one."""
     with atomic_folder(folder) as partial:
         (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (partial / PAGE).write_text(render(report, galleries), encoding="utf-8")
+        (partial / PAGE).write_text(render(report, galleries, curves), encoding="utf-8")
         tiles = galleries[0].tiles
         labels = [tile.prompt for tile in tiles]
         images.grid([t.picture for t in tiles], _GRID_COLUMNS, labels, _GRID_SCALE).save(partial / GRID)
 
 
 def table(report: dict[str, Any]) -> str:
-    """report.json => the lines for a terminal: exact % [95 % interval] n and the ceiling's exact % by split, then
-    reconstruction and seconds. A category that a split does not have is a dash."""
+    """report.json => the lines for a terminal: exact % [95 % interval] n and the ceiling's exact % by split, then the
+    distances, reconstruction and seconds. A category that a split does not have is a dash."""
     splits = report.get("composition", {})
     lines = []
     if splits:
@@ -56,13 +105,23 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{'':13}" + "".join(f"{split:>32}" for split in splits))
     for category in CATEGORIES if splits else ():
         cells = [
-            _cell(scores.get(category), report["ceiling"][split].get(category)) for split, scores in splits.items()
+            _cell(scores.get(category), report.get("ceiling", {}).get(split, {}).get(category))
+            for split, scores in splits.items()
         ]
         lines.append(f"{category.replace('_', ' '):13}" + "".join(f"{cell:>32}" for cell in cells))
     if report.get("text"):
         lines.append("text stage: " + "; ".join(_text_line(*entry) for entry in report["text"].items()))
-    reconstruction = report["reconstruction"]
-    lines.append(f"reconstruction: {reconstruction['psnr']:.2f} dB PSNR over {reconstruction['n']} pictures")
+    for name, found in report["distances"].items():
+        infinity = f", {found['fd_infinity']:.4g} of infinitely many" if "fd_infinity" in found else ""
+        lines.append(f"{name} {found['fd']:.4g} of {found['n']}{infinity}, KID {found['kid']:.4g}")
+    if "clip" in report:
+        score = report["clip"]
+        lines.append(f"CLIP score {score['x100']['mean']:.2f}, CMMD {score['cmmd']:.4g} by {score['model']}")
+    for split, measures in report.get("blame", {}).items():
+        lines += [f"blame, {split}, {name}: {_blame_line(name, entry)}" for name, entry in measures.items()]
+    if "reconstruction" in report:
+        found = report["reconstruction"]
+        lines.append(f"reconstruction: {found['psnr']:.2f} dB PSNR over {found['n']} pictures")
     spent = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report["seconds"].items())
     lines.append(f"seconds: {spent}")
     return "\n".join(lines)
@@ -76,8 +135,15 @@ def _text_line(split: str, scores: dict[str, float]) -> str:
     )
 
 
+def _blame_line(measure: str, entry: dict[str, Any]) -> str:
+    factor = 100 if measure == "not exact" else 1
+    return ", ".join(f"{part_name(part)} {factor * one['share']:.3g}" for part, one in entry["shares"].items())
+
+
 def _cell(score: dict[str, float] | None, ceiling: dict[str, float] | None) -> str:
-    if score is None or ceiling is None:
+    if score is None:
         return "-"
     interval = f"[{100 * score['low']:.1f}-{100 * score['high']:.1f}]"
-    return f"{100 * score['exact']:.1f} {interval} {score['n']:.0f} {100 * ceiling['exact']:6.1f}"
+    return f"{100 * score['exact']:.1f} {interval} {score['n']:.0f} " + (
+        f"{100 * ceiling['exact']:6.1f}" if ceiling is not None else "     -"
+    )

@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from eval.composition import wilson
 from sd_mini.data import CaptionedPictures
-from sd_mini.retrieval import text_scores
+from sd_mini.retrieval import (
+    MEASURED,
+    look,
+    measured_caption,
+    own_similarity,
+    say,
+    similarity,
+    text_scores,
+    twins,
+)
 from sd_mini.stages import Stage, load_stage
 from sd_mini.text_encoder import TextStage
 
@@ -41,6 +51,33 @@ class TextProbe:
         found = text_scores(self.stage, self.matcher, data, data.pixels(range(count)), slice(0, count))
         return _summary({name: float(np.sum(values)) for name, values in found.items()}, count)
 
+    @torch.no_grad()
+    def doubtful(self, data: CaptionedPictures) -> np.ndarray:
+        """(N,) bool: the captions that the stage does not tell from their twins.
+
+        Half of the guesses of whoever does not know are right, so these are the misses and as many hits, the closest.
+        """
+        which = [measured_caption(data, i) for i in range(len(data))]
+        captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
+        twisted = [twins(data, i, MEASURED)[which[i]] for i in range(len(data))]
+        seen = look(self.matcher, data.pixels(range(len(data))))
+        right, wrong = (say(self.stage, self.matcher, texts)[0] for texts in (captions, twisted))
+        margin = (own_similarity(seen, right) - own_similarity(seen, wrong)).cpu().numpy()
+        found = np.zeros(len(data), dtype=bool)
+        found[np.argsort(margin, kind="stable")[: 2 * int((margin <= 0).sum())]] = True
+        return found
+
+    @torch.no_grad()
+    def retrieved(self, data: CaptionedPictures) -> np.ndarray:
+        """(N,) the number of the picture that is found first for each caption; one of the same caption is its own."""
+        captions = [own[0] for own in data.captions]
+        scores = similarity(
+            look(self.matcher, data.pixels(range(len(data)))), say(self.stage, self.matcher, captions)[0]
+        )
+        best = scores.argmax(0).cpu().numpy()
+        same = np.array([captions[n] == caption for n, caption in zip(best, captions, strict=True)])
+        return np.where(same, np.arange(len(data)), best)
+
     def recorded(self, name: str) -> dict[str, Any] | None:
         """What was measured of the data set `name` ("emoji:test") at the end of training, if it was: for a matcher that
         needs another network's features."""
@@ -57,16 +94,3 @@ def _summary(hits: Mapping[str, float], count: int) -> dict[str, Any]:
     for name in ("binding", "binding_projection"):
         entry[f"{name}_low"], entry[f"{name}_high"] = wilson(round(hits[name]), count)
     return {**entry, "n": count}
-
-
-def blame(exact: float, ceiling: float, binding: float) -> dict[str, float]:
-    """Shares of all prompts => what each stage is to blame for; the three parts and `exact` add up to 1.
-
-    The autoencoder: what even true drawings lose in it. The text encoder, at most: the captions that it does not tell
-    from their twins, of those that are left. Whoever does not know guesses right half the time, so these are twice the
-    misses; and the noise predictor may make more of the tokens than the measure did. The noise predictor: the rest.
-    """
-    lost = 1 - exact
-    autoencoder = min(1 - ceiling, lost)
-    text = min(ceiling * min(2 * (1 - binding), 1), lost - autoencoder)
-    return {"autoencoder": autoencoder, "text_encoder": text, "noise_predictor": lost - autoencoder - text}

@@ -16,20 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from eval.composition import wilson
-from eval.generate import Sampling, generate
+from eval.generate import generate
+from eval.memorisation import nearest, small_pixels
+from eval.sources import Ours, Sampling
 from sd_mini import images
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import CaptionedPictures, DataConfig, load
-from sd_mini.guidance import Guidance
 from sd_mini.stages import atomic_folder
 
-SIDE = 16  # px at which pictures are compared
 SCORES = "words.json"
 
 
@@ -48,17 +46,15 @@ def _main(argv: Sequence[str]) -> None:
     check_words(data, pairs, classes)
     prompts = [word for word in pairs for _ in range(options.seeds)]
     report: dict[str, dict] = {"chance": {word: float(rows.mean()) for word, rows in classes.items()}, "runs": {}}
-    rows = []
+    rows, known = [], small_pixels(data.pictures)
     for folder, pipeline in zip(options.runs, runs, strict=True):
-        pipeline.set_progress_bar_config(disable=True)
-        sampling = Sampling(
-            pipeline.config.default_steps,
-            Guidance(pipeline.config.default_guidance, 0.0, *pipeline.config.default_interval),
-            options.batch,
-        )
+        maker = Ours(pipeline)
         with tqdm(total=len(prompts), desc=str(folder)) as bar:
-            made = generate(pipeline, prompts, sampling, bar)
-        right = [bool(classes[p][n]) for p, n in zip(prompts, nearest(made, data.pictures).tolist(), strict=True)]
+            made = generate(maker, prompts, Sampling(maker.steps, maker.guidance, options.batch), bar)
+        right = [
+            bool(classes[p][n])
+            for p, n in zip(prompts, nearest(small_pixels(made), known).numbers.tolist(), strict=True)
+        ]
         report["runs"][str(folder)] = scores(prompts, right)
         rows += [made[i] for i in range(0, len(prompts), options.seeds)]
     with atomic_folder(options.out) as partial:
@@ -107,17 +103,6 @@ def check_words(data: CaptionedPictures, pairs: dict[str, str], classes: dict[st
             raise ValueError(
                 f"--words {word}={known}: no caption of {data.name} holds {known!r}; give one that it does"
             )
-
-
-def nearest(made: np.ndarray, known: np.ndarray) -> Tensor:
-    """(M, 3, R, R) and (N, 3, R, R) uint8 => (M,) the number of the nearest of the N."""
-    small = [_small(pictures) for pictures in (made, known)]
-    return torch.cdist(*small).argmin(1)
-
-
-def _small(pictures: np.ndarray) -> Tensor:
-    parts = torch.from_numpy(pictures).split(512)
-    return torch.cat([torch.nn.functional.adaptive_avg_pool2d(part.double(), SIDE).flatten(1) for part in parts])
 
 
 def scores(prompts: Sequence[str], right: Sequence[bool]) -> dict:

@@ -72,6 +72,7 @@ class Denoising:
         return self.guidance.join(conditional, unconditional)
 
     def _predict(self, network: ModelMixin, number: int, latents: Tensor, condition: Condition) -> Tensor:
-        time = self.timesteps[number].to(latents.dtype).expand(len(latents))
+        # in float32 whatever the network's dtype: bfloat16 does not tell 999 from 1000
+        time = self.timesteps[number].float().expand(len(latents))
         predicted = noise_predictor.predict(network, latents, time, *condition)
-        return self.process.answer(predicted, latents, time / diffusion.STEPS, floor=1e-4)
+        return self.process.answer(predicted, latents, time / diffusion.STEPS, floor=1e-4).to(latents.dtype)

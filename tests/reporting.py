@@ -14,4 +14,4 @@ def run(pipeline: Path, out: Path, *options: str) -> int:
 
 def make(pipeline: Path, out: Path) -> None:
     options = ["--data", "shapes", "--prompts", str(PROMPTS_ASKED), "--seed", str(SEED), "--batch", "8"]
-    assert run(pipeline, out, *options, "--steps", str(STEPS), "--guidance", "1.5") == 0
+    assert run(pipeline, out, *options, "--steps", str(STEPS), "--guidance", "1.5", "--sweep", "1", "4") == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate import PartialState
 
 from sd_mini.autoencoder import Autoencoder
@@ -13,8 +14,10 @@ from sd_mini.data import CaptionedPictures, DataConfig, load
 from sd_mini.load_encoder import clip_tokenizer, small_clip
 from sd_mini.stages import Stage
 from sd_mini.text_encoder import TextAdapter
+from tests.launching import SMOKE, prepared
+from training.batches import Batch
 from training.encoded import Encoded
-from training.noise_predictor import PredictorConfig
+from training.noise_predictor import PredictorConfig, PredictorTask
 
 
 def small_stages(pictures: CaptionedPictures) -> tuple[Stage, Stage]:
@@ -86,3 +89,26 @@ def test_the_latents_scale_is_verified(tmp_path, capsys):
 def test_another_number_format_is_refused():
     with pytest.raises(ValueError, match=r"cache_dtype: got 'bfloat16'.*'float16' or 'float32'"):
         read(PredictorConfig, None, ["--cache_dtype", "bfloat16"])
+
+
+def test_what_is_resident_is_the_same(smoke_run, tmp_path):
+    """On the CPU as the device: the same rows, captions, noise and null condition as from the caches on disk."""
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    config = str(SMOKE / "noise_predictor.yaml")
+    options = ["--captions_per_picture", "3", "--objective.caption_dropout", "0.5"]
+    plain, resident = (
+        PredictorTask(read(PredictorConfig, config, [*options, "--resident", given]), run)
+        for given in ("false", "true")
+    )
+    assert resident.train.resident is not None and resident.train.resident[0].dtype == torch.float16
+    batch = Batch(0, 3, np.array([5, 9, 0, 63, 7, 8]), slice(1, 6))
+    expected, found = plain.inputs(batch), resident.inputs(batch)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    dropped = batch.uniform("dropout") < 0.5
+    assert dropped.any() and not dropped.all()
+    is_null = (expected["prompt_embeds"] == plain.null_tokens).flatten(1).all(1)
+    assert torch.equal(is_null, dropped)
+    with pytest.raises(ValueError, match=r"train\.workers 2: other processes cannot gather"):
+        read(PredictorConfig, config, ["--resident", "true", "--train.workers", "2"])

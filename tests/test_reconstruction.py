@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch_fidelity import feature_extractor_inceptionv3
 from torchvision.models import alexnet
 
-from eval import fid, reconstruction
+from eval import reconstruction
 from eval.reconstruction import reconstruct, reconstruction_scores, spectrum
 from sd_mini import shapes
 from sd_mini.stages import load_stage
@@ -74,19 +74,6 @@ def test_a_spectrum_tells_the_frequency_and_keeps_the_power():
     assert np.argmax(found) == 3 and found[0] == pytest.approx(0, abs=1e-12)
     noise = np.random.default_rng(0).normal(size=(200, 2, 16, 16))
     np.testing.assert_allclose(spectrum(noise), 1, atol=0.2)
-
-
-def test_frechet_distance_of_gaussians_in_closed_form():
-    """Diagonal ones: |m1 - m2|^2 + sum (s1 - s2)^2; the same in any rotation."""
-    generator = torch.Generator().manual_seed(0)
-    mean_a, mean_b = torch.randn(2, 16, generator=generator, dtype=torch.float64)
-    std_a, std_b = torch.rand(2, 16, generator=generator, dtype=torch.float64) + 0.1
-    expected = float((mean_a - mean_b).square().sum() + (std_a - std_b).square().sum())
-    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))[0]
-    covs = [turn @ torch.diag(std**2) @ turn.T for std in (std_a, std_b)]
-    assert fid.frechet_distance(turn @ mean_a, covs[0], turn @ mean_b, covs[1]) == pytest.approx(expected, rel=1e-9)
-    features = torch.randn(8, 16, generator=generator)  # fewer than dimensions
-    assert fid.frechet_distance(*fid.statistics(features) * 2) == pytest.approx(0, abs=1e-6)
 
 
 def run(stage, out, *more):

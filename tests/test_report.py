@@ -15,11 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.composition import CategoryVerdict, Verdict, judge, summarise
-from eval.measure import PROMPTS, pick_galleries
-from eval.reconstruction import reconstruct
+from eval.blame import share_out
+from eval.composition import judge, summarise
+from eval.features import open_features
+from eval.gallery import pick_galleries
+from eval.reconstruction import PROMPTS, reconstruct
+from eval.reference import Seen
 from eval.report import seconds, stages_beside, table
 from sd_mini import Pipeline, images, shapes
+from sd_mini.data import DataConfig, load
 from tests.reporting import PROMPTS_ASKED, SEED, SPLITS, STEPS, run
 
 SCORE_FIELDS = {"exact", "soft", "abstain", "n", "low", "high"}
@@ -68,8 +72,11 @@ def verdicts_of(pictures, scenes):
 
 
 def test_report_has_every_field_and_no_other(report, tiny_run):
-    assert set(report) == {"composition", "ceiling", "text", "blame", "reconstruction", "seconds", "protocol"}
-    for part in ("composition", "ceiling"):
+    assert set(report) == {
+        "composition", "ceiling", "chance", "text", "blame", "distances", "sweep", "reconstruction", "remarks",
+        "seconds", "protocol",
+    }  # fmt: skip
+    for part in ("composition", "ceiling", "chance"):
         assert tuple(report[part]) == SPLITS
         for split, categories in report[part].items():
             two_objects_only = split == "heldout_relations"
@@ -82,10 +89,18 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
         k: json.loads((tiny_run / k / "final" / "stage.json").read_text())["hash"] for k in report["protocol"]["stages"]
     }
     protocol = dict(report["protocol"])
-    assert set(protocol.pop("versions")) == {"torch", "diffusers", "transformers"}
-    assert protocol.pop("device") in ("cpu", "cuda:0") and len(hashes) == 3
+    assert set(protocol.pop("versions")) == {"torch", "diffusers", "transformers", "open_clip_torch", "timm"}
+    assert protocol.pop("device") and len(hashes) == 3
+    assert protocol.pop("extractors") == {"FD-mini": open_features("mini").hash}
+    assert re.fullmatch("[0-9a-f]{64}", protocol.pop("pipeline_hash"))
+    reference = load(DataConfig(split="test", count=1000, seed=500_001_000 + SEED, resolution=32))
+    assert protocol.pop("reference_hash") == reference.fingerprint
     assert protocol == {
         "data": "shapes",
+        "reference": "shapes:test",
+        "reference_count": 1000,
+        "reference_resize": "drawn at that size",
+        "weights": dict.fromkeys(hashes, "the trained weights at step 1"),
         "prompts": dict.fromkeys(SPLITS, PROMPTS_ASKED),
         "generator_seed": "the picture's index within its split",
         "scene_seed": 1000 + SEED,
@@ -106,6 +121,55 @@ def test_enough_prompts_are_asked_by_default():
     assert all(n >= 300 for n in PROMPTS.values())
     kinds = [scene.kind for scene in shapes.sample_scenes(PROMPTS["test"], "test", 1000)]
     assert min(kinds.count("one_object"), kinds.count("two_objects")) >= 150
+
+
+def test_chance_is_the_verdict_by_the_next_prompt(report, asked, made):
+    scenes = asked["test"][0]
+    assert report["chance"]["test"] == summarise(verdicts_of(made, [*scenes[1:], scenes[0]]))
+
+
+def test_the_distance_is_to_other_true_drawings(report, asked, made, pipeline):
+    extract = open_features("mini")
+    reference = shapes.draw_batch(shapes.sample_scenes(1000, "test", 500_001_000 + SEED), 32)
+    known, drawn = Seen.of(extract(reference)), shapes.draw_batch(asked["test"][0], 32)
+    found = report["distances"]["FD-mini"]
+    assert found["fd"] == pytest.approx(Seen.of(extract(made)).distance(known), rel=1e-6)
+    assert found["n"] == PROMPTS_ASKED and found["n_reference"] == 1000 and found["low"] < found["fd"] < found["high"]
+    assert "fd_infinity" not in found and "13 pictures, at least 20 needed" in " ".join(report["remarks"])
+    shares = {part: one["share"] for part, one in report["blame"]["test"]["FD-mini"]["shares"].items()}
+    assert sum(shares.values()) == pytest.approx(found["fd"], rel=1e-6)
+    assert shares["floor"] == pytest.approx(Seen.of(extract(drawn)).distance(known), rel=1e-6)
+    through = Seen.of(extract(reconstruct(pipeline.autoencoder, drawn, 8))).distance(known)
+    assert shares["floor"] + shares["autoencoder"] == pytest.approx(through, rel=1e-6)
+
+
+def test_the_blame_adds_up_to_what_is_wrong(report):
+    for split in SPLITS:
+        exact, ceiling = (report[part][split]["all"]["exact"] for part in ("composition", "ceiling"))
+        entry = report["blame"][split]["not exact"]
+        shares = {part: one["share"] for part, one in entry["shares"].items()}
+        assert set(shares) == {"floor", "autoencoder", "text_encoder", "noise_predictor"}
+        assert sum(shares.values()) == pytest.approx(1 - exact)
+        assert shares["floor"] + shares["autoencoder"] == pytest.approx(1 - ceiling)
+        assert all(one["low"] <= one["share"] <= one["high"] for one in entry["shares"].values())
+        assert entry["shuffled"] == pytest.approx(1 - report["chance"][split]["all"]["exact"])
+    without_text = share_out({"real": 0.0, "autoencoder": 0.1, "made": 0.4})
+    assert without_text == pytest.approx({"floor": 0, "autoencoder": 0.1, "rest": 0.3})
+
+
+def test_the_sweep_s_chosen_scale_is_the_evaluation_s_own(report):
+    sweep = report["sweep"]
+    assert [point["guidance"] for point in sweep["points"]] == [1.0, 1.5, 4.0] and sweep["chosen"] == 1.5
+    chosen = sweep["points"][1]
+    assert chosen["n"] == PROMPTS_ASKED and chosen["fd"] == pytest.approx(report["distances"]["FD-mini"]["fd"])
+    assert chosen["fit"] == report["composition"]["test"]["all"]["exact"]
+
+
+def test_the_model_card_lies_by_the_pipeline(report, tiny_run):
+    card = (tiny_run / "pipeline" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n")
+    assert f"| FD-mini | {report['distances']['FD-mini']['fd']:.4g} |" in card
+    assert "- steps: 2" in card and report["protocol"]["pipeline_hash"] in card
 
 
 def test_composition_is_the_verdict_on_the_pipelines_pictures(report, asked, made):
@@ -173,24 +237,28 @@ class Page(HTMLParser):
         self.text += data
 
     def pictures(self):
-        encoded = [address.removeprefix("data:image/png;base64,") for address in self.addresses]
+        start = "data:image/png;base64,"
+        encoded = [address.removeprefix(start) for address in self.addresses if address.startswith(start)]
         return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part, validate=True)))) for part in encoded]
 
 
 def test_the_page_stands_alone_and_shows_the_first_prompts(folder, asked, made):
     page = Page(folder / "report.html")
-    assert not page.tags & {"script", "link", "iframe", "object"}
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not page.tags & {"script", "iframe", "object"}
+    addresses = [address for address in page.addresses if not address.startswith("#") and address != "data:,"]
+    assert all(address.startswith("data:image/png;base64,") for address in addresses)
     without_pictures = re.sub(r"base64,[\w+/=]+", "", (folder / "report.html").read_text())
-    assert "http" not in without_pictures and "@import" not in without_pictures and "url(" not in without_pictures
+    assert "http" not in without_pictures and "@import" not in without_pictures
+    assert set(re.findall(r"url\((.)", without_pictures)) <= {"#"}  # of the figures' own parts
     assert page.alternatives[:PROMPTS_ASKED] == asked["test"][1]
     for shown, picture in zip(page.pictures(), made, strict=False):
         assert np.array_equal(shown.transpose(2, 0, 1), picture)
     for words in (
         "Ceiling",
         "heldout_relations",
-        "Failures",
-        "in order, whatever came of them",
+        "Which stage is to blame",
+        "How far to guide",
+        "13 prompts of 13, whatever came of them",
         "scheduler",
         "dB PSNR",
     ):
@@ -203,17 +271,18 @@ def test_the_grid_is_saved(folder, asked, made):
     assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "report.html", "report.json"]
 
 
-def test_galleries_take_the_first_prompts_and_the_first_failures():
-    right, wrong = (Verdict(e, s, False, {"all": CategoryVerdict(e, s)}) for e, s in ((True, 1.0), (False, 0.5)))
-    unread = Verdict(False, 0.0, True, {"all": CategoryVerdict(False, 0.0)})
-    verdicts = [right, wrong, unread, *[right] * 30, *[wrong] * 30]
-    pictures = np.zeros((len(verdicts), 3, 32, 32), dtype=np.uint8)
-    first, failures = pick_galleries(pictures, [f"prompt {i}" for i in range(len(verdicts))], verdicts)
-    assert [tile.prompt for tile in first.tiles] == [f"prompt {i}" for i in range(24)]
-    assert [tile.note for tile in first.tiles[:3]] == ["exact", "50% of the facts hold", "cannot be read"]
-    assert [tile.prompt for tile in failures.tiles] == [f"prompt {i}" for i in (1, 2, *range(33, 43))]
-    assert "12 of the 32 test pictures, of 63" in failures.rule
-    assert len(pick_galleries(pictures[:1], ["prompt"], [right])) == 1  # nothing failed, so there is no such grid
+def test_galleries_are_picked_by_rules():
+    values = np.array([1.0] * 30 + [0.5] * 30 + [0.0] * 3)
+    pictures = np.zeros((len(values), 3, 32, 32), dtype=np.uint8)
+    prompts = [f"prompt {i}" for i in range(len(values))]
+    galleries = pick_galleries(pictures, prompts, values, "share", ["note"] * len(values))
+    assert [gallery.title for gallery in galleries] == ["In order", "At random", "Best", "Worst"]
+    shown = [[tile.prompt for tile in gallery.tiles] for gallery in galleries]
+    assert shown[0] == prompts[:24] and shown[2] == prompts[:12] and shown[3] == prompts[:50:-1]
+    drawn = np.random.default_rng(0).permutation(63)[:12]
+    assert shown[1] == [prompts[i] for i in sorted(drawn)]
+    assert "12 lowest of 63 by share" in galleries[3].rule
+    assert len(pick_galleries(pictures[:24], prompts[:24], values[:24], "share", ["note"] * 24)) == 1
 
 
 def test_the_table_has_every_number(report):
@@ -227,15 +296,21 @@ def test_the_table_has_every_number(report):
     interval = f"[{100 * score['low']:.1f}-{100 * score['high']:.1f}]"
     expected = [f"{100 * score['exact']:.1f}", interval, str(PROMPTS_ASKED), f"{100 * ceiling['exact']:.1f}"]
     assert lines[10].split()[1:5] == expected
-    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[12] and lines[11].startswith(
-        "text stage: test: binding"
-    )
-    assert "noise predictor 3.0" in lines[13] and f"total {report['seconds']['total']:.1f}" in lines[13]
+    assert lines[11].startswith("text stage: test: binding")
+    assert lines[12] == f"FD-mini {report['distances']['FD-mini']['fd']:.4g} of 13, KID " + lines[12].split()[-1]
+    assert [line.split(": ")[0] for line in lines[13:17]] == [
+        "blame, test, not exact",
+        "blame, test, FD-mini",
+        "blame, heldout_pairs, not exact",
+        "blame, heldout_relations, not exact",
+    ]
+    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[17]
+    assert "noise predictor 3.0" in lines[18] and f"total {report['seconds']['total']:.1f}" in lines[18]
 
 
 def test_the_same_seed_gives_the_same_report(folder, report, tiny_run, tmp_path, capsys):
     options = ["--data", "shapes", "--prompts", str(PROMPTS_ASKED), "--seed", str(SEED), "--batch", "8"]
-    options += ["--steps", str(STEPS), "--guidance", "1.5"]
+    options += ["--steps", str(STEPS), "--guidance", "1.5", "--sweep", "1", "4"]
     out = tmp_path / "report"
     shutil.copytree(folder, out)  # an older report is replaced
     (out / "report.json").write_text("old")
@@ -266,14 +341,15 @@ def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_r
     out = tmp_path / "report"
     assert run(tiny_run / "pipeline", out, "--data", str(captioned), "--prompts", "3") == 0
     report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"text", "reconstruction", "seconds", "protocol"} and report["text"]["test"]["n"] == 4
-    assert report["reconstruction"]["n"] == len(CAPTIONS)
+    assert set(report) == {"text", "distances", "reconstruction", "remarks", "seconds", "protocol"}
+    assert report["text"]["test"]["n"] == 4 and report["reconstruction"]["n"] == 3
+    assert report["distances"]["FD-mini"]["n_reference"] == 4  # nothing is left that was not asked for
     assert report["protocol"]["prompts"] == {"test": 3} and "scene_seed" not in report["protocol"]
     page = Page(out / "report.html")
     assert page.alternatives == CAPTIONS[:3] and "b" not in page.tags  # a caption's markup is text
     assert "no composition scores" in page.text
     assert (out / "grid.png").is_file()
-    assert len(capsys.readouterr().out.splitlines()) == 4  # text, PSNR, seconds, the page's path
+    assert len(capsys.readouterr().out.splitlines()) == 5  # text, distance, PSNR, seconds, the page's path
 
 
 @pytest.mark.parametrize(
@@ -282,6 +358,10 @@ def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_r
         (["--data", "shapes", "--prompts", "0"], ["--prompts", "'0'"]),
         (["--data", "shapes", "--split", "train"], ["--split train", "all its splits"]),
         (["--data", "shapes", "--guidance", "-1"], ["guidance", "-1"]),
+        (["--data", "data", "--prompts", "2", "--sweep", "1", "3"], ["--sweep", "--clip"]),
+        (["--data", "shapes", "--features", "vgg"], ["features 'vgg'", "mini"]),
+        (["--data", "shapes", "--clip", "local-dir:nowhere"], ["open_clip", "nowhere"]),
+        (["--data", "shapes", "--resolution", "64"], ["--resolution 64", "32 px"]),
         (["--data", "shapes", "--batch", "none"], ["--batch", "'none'"]),
         (["--data", "missing.parquet"], ["missing.parquet", "no such file"]),
         (["--data", "data", "--split", "valid"], ["'valid'", "test"]),

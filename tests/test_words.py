@@ -2,11 +2,10 @@ import io
 import json
 
 import datasets
-import numpy as np
 import pytest
 from PIL import Image
 
-from eval.words import main, nearest, scores
+from eval.words import main, scores
 
 
 @pytest.fixture
@@ -22,17 +21,6 @@ def known(tmp_path, monkeypatch):
     texts = {"text": ["Cat face", "dog", "cathedral"], "aliases": [["a pet"], ["another pet"], []]}
     datasets.Dataset.from_dict({"image": rows, **texts}).to_parquet(tmp_path / "data" / "train.parquet")
     return tmp_path / "data"
-
-
-def test_the_nearest_picture_is_found_by_brute_force():
-    rng = np.random.default_rng(0)
-    made, pictures = (rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8) for n in (5, 9))
-
-    def small(picture):
-        return picture.reshape(3, 16, 2, 16, 2).mean((2, 4))
-
-    expected = [int(np.argmin([((small(a) - small(b)) ** 2).sum() for b in pictures])) for a in made]
-    assert nearest(made, pictures).tolist() == expected
 
 
 def test_scores_are_shares():

@@ -20,8 +20,8 @@ from torch import Tensor
 class Batch:
     """The rows of step `step`'s global batch that one process works on at one time.
 
-    `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here. All draws are on the CPU,
-    where a generator gives the same numbers on every machine.
+    `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here. Draws are on the CPU,
+    where a generator gives the same numbers on every machine, unless another device is asked for, which has its own.
     """
 
     seed: int
@@ -33,9 +33,10 @@ class Batch:
     def own_ids(self) -> np.ndarray:
         return self.ids[self.rows]
 
-    def normal(self, name: str, *shape: int) -> Tensor:
+    def normal(self, name: str, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """N(0, 1) for each of the own rows, (b, *shape); another `name` is another, independent draw."""
-        return torch.randn(len(self.ids), *shape, generator=self._generator(name))[self.rows]
+        draws = generator(self.seed, self.step, name, device)
+        return torch.randn(len(self.ids), *shape, generator=draws, device=device)[self.rows]
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """U[0, 1) for each of the own rows, (b, *shape)."""
@@ -43,16 +44,13 @@ class Batch:
 
     def uniform_all(self, name: str, *shape: int) -> Tensor:
         """U[0, 1) for each row of the global batch, (B, *shape)."""
-        return torch.rand(len(self.ids), *shape, generator=self._generator(name))
-
-    def _generator(self, name: str) -> torch.Generator:
-        return generator(self.seed, self.step, name)
+        return torch.rand(len(self.ids), *shape, generator=generator(self.seed, self.step, name))
 
 
-def generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its arguments."""
+def generator(seed: int, step: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator, on the CPU unless told otherwise, that depends on nothing but its arguments."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def batch_ids(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:

@@ -28,7 +28,11 @@ class Encoded:
         texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
         unique = unique_captions(texts)
         number = {text: i for i, text in enumerate(unique)}
-        self.captions = [[number[t] for t in several] for several in texts]
+        self.counts = np.array([len(several) for several in texts])
+        # (n, most captions of a picture): numbers of texts, the rest unused
+        self.captions = np.zeros((len(texts), self.counts.max()), dtype=np.int64)
+        for row, several in enumerate(texts):
+            self.captions[row, : len(several)] = [number[text] for text in several]
         device = PartialState().device
         autoencoder, stage = vae.parts["autoencoder"].to(device), text_stage(text, device)
         report_cuts(stage.encoders, texts, pictures.name, strict=False)
@@ -62,18 +66,28 @@ class Encoded:
             chunk=CHUNK,
         )
         self.tokens, self.mask = words["tokens"], words["mask"]
+        self.resident: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def take(self, ids: np.ndarray, draw: Sequence[float]) -> dict[str, Tensor]:
         """Sample numbers, and U[0, 1) that picks a caption of each => latents, prompt_embeds, prompt_mask."""
-        texts = np.array([self.captions[i][int(u * len(self.captions[i]))] for i, u in zip(ids, draw, strict=True)])
+        texts = self.captions[ids, (np.asarray(draw) * self.counts[ids]).astype(np.int64)]
+        if self.resident is not None:
+            latents, tokens, mask = self.resident
+            own, said = (torch.from_numpy(rows).to(latents.device, non_blocking=True) for rows in (ids, texts))
+            return {"latents": latents[own].float(), "prompt_embeds": tokens[said].float(), "prompt_mask": mask[said]}
         return {
             "latents": torch.from_numpy(self.latents[ids]).float(),
             "prompt_embeds": torch.from_numpy(self.tokens[texts]).float(),
             "prompt_mask": torch.from_numpy(self.mask[texts]),
         }
+
+    def move(self, device: torch.device) -> None:
+        """Keep all rows in that device's memory, in the cache's dtype; `take` gathers them there from then on."""
+        arrays = (self.latents, self.tokens, self.mask)
+        self.resident = tuple(torch.from_numpy(rows[np.arange(len(rows))]).to(device) for rows in arrays)
 
 
 def _some(captions: list[str], at_most: int, number: int) -> list[str]:

@@ -297,7 +297,8 @@ class Loop:
     def _on_device(self, tensors: Pass) -> Pass:
         device = self.accelerator.device
         if device.type == "cuda":  # a copy from memory that is not pinned would make the host wait
-            return {name: value.pin_memory().to(device, non_blocking=True) for name, value in tensors.items()}
+            resting = {name: value if value.is_cuda else value.pin_memory() for name, value in tensors.items()}
+            return {name: value.to(device, non_blocking=True) for name, value in resting.items()}
         return {name: value.to(device) for name, value in tensors.items()}
 
     def _tick(self) -> None:

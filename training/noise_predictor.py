@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -58,6 +59,8 @@ class PredictorConfig(Config):
     """at most so many of a picture's captions are encoded and drawn from"""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """how latents and prompt embeddings lie on disk; float32 takes twice the room, and holds what float16 cannot"""
+    resident: bool = False
+    """keep all latents and prompt embeddings in the memory of the device, and draw the noise there; for a GPU"""
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -71,6 +74,10 @@ class PredictorConfig(Config):
     def _sampler_fits(self) -> PredictorConfig:
         if self.sampling.sampler is not None:
             samplers.build(self.sampling.sampler, self.objective.process)
+        if self.resident and self.train.workers:
+            raise ValueError(
+                f"train.workers {self.train.workers}: other processes cannot gather what is resident on the device; 0"
+            )
         return self
 
 
@@ -94,6 +101,9 @@ class PredictorTask:
             for p in (pictures, valid)
         )
         self.count, self.valid_count = len(self.train), len(self.valid)
+        self.device = PartialState().device if config.resident else torch.device("cpu")
+        if config.resident:
+            self.train.move(self.device)
         self.identity = {
             "text_encoder": self.text.hash,
             "autoencoder": stages.encoder_of(self.vae.contract),
@@ -109,16 +119,18 @@ class PredictorTask:
         cache.say(description(objective, self.latent_shape, (length, dim), config.train))
         with torch.no_grad():
             null = text_stage(self.text, "cpu").null(1)
-        self.null_tokens, self.null_mask = null.tokens, null.mask
+        self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Latents and one caption each, some replaced by the null condition, with noise and timesteps of this step."""
         own = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
         dropped = batch.uniform("dropout") < self.config.objective.caption_dropout
-        own["prompt_embeds"][dropped], own["prompt_mask"][dropped] = self.null_tokens, self.null_mask
+        dropped = dropped.to(self.device, non_blocking=True)[:, None]
+        own["prompt_embeds"] = torch.where(dropped[..., None], self.null_tokens, own["prompt_embeds"])
+        own["prompt_mask"] = torch.where(dropped, self.null_mask, own["prompt_mask"])
         timesteps = self.config.objective.draw(batch.normal("timesteps"), batch.uniform("timesteps"))
         draws = self.config.objective.noise_draws
-        noise = batch.normal("noise", *([draws] if draws > 1 else []), *self.latent_shape)
+        noise = batch.normal("noise", *([draws] if draws > 1 else []), *self.latent_shape, device=self.device)
         if draws > 1:
             noise = diffusion.nearest_noise(own["latents"], noise)
         if (repa := self.config.objective.repa).weight:

@@ -1,0 +1,109 @@
+"""What is asked of a pipeline, and what its pictures are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from eval.reconstruction import FIRST_SCENE_SEED, PROMPTS
+from sd_mini import shapes
+from sd_mini.config import check
+from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.stages import CONTRACT, read_contract
+
+SHAPES = "shapes"
+REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
+_FURTHER_SCENES = 500_000_000  # added to the scenes' seed, for those of the reference
+MOST = 500  # captions of other data that are asked for when nothing else is said
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes."""
+
+    split: str
+    captions: list[str]
+    pictures: np.ndarray | None = None
+    scenes: list[shapes.Scene] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """All that is asked. The first split's pictures are compared with `reference`, (M, 3, R, R) uint8.
+
+    is_apart: whether the reference holds none of the asked rows, so that those say how far real sets lie apart.
+    name, fingerprint: of the data that the reference comes from.
+    """
+
+    splits: list[Asked]
+    reference: np.ndarray
+    is_apart: bool
+    name: str
+    fingerprint: str
+
+
+def ask_shapes(prompts: int | None, seed: int, resolution: int) -> Question:
+    """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn."""
+    splits = []
+    for split, usual in PROMPTS.items():
+        scenes = shapes.sample_scenes(usual if prompts is None else prompts, split, FIRST_SCENE_SEED + seed)
+        captions = [shapes.caption(scene, i % len(shapes.PHRASINGS[scene.kind])) for i, scene in enumerate(scenes)]
+        splits.append(Asked(split, captions, shapes.draw_batch(scenes, resolution), scenes))
+    further = DataConfig(
+        split=splits[0].split, count=REFERENCE, seed=FIRST_SCENE_SEED + seed + _FURTHER_SCENES, resolution=resolution
+    )
+    reference = load(further)
+    return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
+
+
+def ask_captions(data: DataConfig, prompts: int | None) -> Question:
+    """The first captions of other data: half of its rows or `prompts`; the rest is the reference.
+
+    Where fewer than two rows are left, all rows are. Raises ValueError for what `data` cannot be read as, pictures
+    without captions, and fewer rows than `prompts`.
+    """
+    rows = load(data)
+    captions = [several[0] for several in rows.captions if several]
+    if not captions:
+        raise ValueError(f"--data {data.source}: its pictures have no captions; expected a column 'text'")
+    if prompts is not None and prompts > len(captions):
+        raise ValueError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
+    count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
+    is_apart = len(captions) - count >= 2
+    reference = rows.pictures[count:] if is_apart else rows.pictures
+    asked = Asked(data.split, captions[:count], rows.pictures[:count])
+    return Question([asked], reference, is_apart, rows.name, rows.fingerprint)
+
+
+def ask_lying(data: DataConfig, prompts: list[str], seed: int) -> Question:
+    """Pictures that lie there, compared with all of `data`. Where they are asked what the shapes' test split asks, the
+    judge knows their scenes."""
+    if data.source == SHAPES:
+        whole = ask_shapes(len(prompts), seed, data.resolution)
+        test = whole.splits[0]
+        asked = test if test.captions == prompts else Asked(test.split, prompts)
+        return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
+    rows = load(data)
+    return Question([Asked(data.split, prompts)], rows.pictures, True, rows.name, rows.fingerprint)
+
+
+def training_data(run: Path | None) -> CaptionedPictures | None:
+    """What stage 3 of a run was trained on, read by the config that lies in it; none where that is not there.
+
+    Raises ValueError where it cannot be read, or is no longer what was trained on.
+    """
+    folder = run / "noise_predictor" if run is not None else None
+    if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
+        return None
+    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    data = load(check(DataConfig, values["data"], source=str(folder / "config.yaml")))
+    trained_on = read_contract(folder / "final", "noise_predictor")["data"]["fingerprint"]
+    if data.fingerprint != trained_on:
+        raise ValueError(
+            f"{data.name}: is not what {folder} was trained on ({data.fingerprint[:12]}, {trained_on[:12]}); give it "
+            "back its data, or --training none"
+        )
+    return data

@@ -1,0 +1,70 @@
+"""A model card, as diffusers and the hub expect it: README.md in the pipeline's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.headline import headline
+from eval.sources import CARD, Maker, Ours
+from sd_mini.stages import atomic_text
+
+_MARK = "<!-- written by python -m eval -->"
+
+
+def write(maker: Maker, report: Mapping[str, Any], out: Path) -> Path | None:
+    """README.md beside the weights of a saved pipeline of ours. A card that someone else wrote is left alone, and so is
+    another's pipeline: the report's folder has it then."""
+    target = maker.folder / CARD if isinstance(maker, Ours) and maker.folder is not None else out / CARD
+    if target.is_file() and _MARK not in target.read_text(encoding="utf-8"):
+        target = out / CARD
+    atomic_text(target, text(report))
+    return target
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """report.json => the card: front matter, how to use it, what was measured and how."""
+    protocol, rows = report["protocol"], headline(report)
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags: [text-to-image, sd_mini]",
+        "---",
+        _MARK,
+        "",
+        f"# Text to image, measured on {protocol['data']}",
+        "",
+        f"{protocol['resolution']} x {protocol['resolution']} px, {protocol['scheduler']}, {protocol['steps']} steps, "
+        f"guidance {protocol['guidance']:g}.",
+        "",
+        "```python",
+        "from sd_mini import Pipeline",
+        "",
+        'picture = Pipeline.from_pretrained("FOLDER")("a prompt").images[0]',
+        "```",
+        "",
+        "| measure | value | 95 % | n |",
+        "|---|---|---|---|",
+        *(f"| {row.name} | {row.value} | {row.interval} | {row.n} |" for row in rows),
+        "",
+        *_training(report),
+        "## Protocol",
+        "",
+        *(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in protocol.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training(report: Mapping[str, Any]) -> list[str]:
+    stages = {k: v for k, v in report["seconds"].items() if k not in ("evaluation", "total")}
+    if not stages:
+        return []
+    spent = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in stages.items())
+    return ["## Training", "", f"Three stages, trained apart: {spent}.", ""]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)

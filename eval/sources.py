@@ -1,0 +1,244 @@
+"""Where pictures come from: a pipeline of ours, any diffusers text-to-image folder, or a folder of pictures."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from sd_mini import images
+from sd_mini.autoencoder import KINDS, Autoencoder
+from sd_mini.cli import PIPELINE_MARK, open_pipeline
+from sd_mini.guidance import Guidance
+from sd_mini.load_autoencoder import wrapped
+from sd_mini.pipeline import Pipeline
+from sd_mini.stages import combined_hash, file_hashes
+
+CARD = "README.md"  # which an evaluation writes into a pipeline's folder, and which makes no picture
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made: scheduler steps, guidance, and pictures a batch."""
+
+    steps: int
+    guidance: Guidance
+    batch: int
+
+
+class Maker(Protocol):
+    """What makes pictures of prompts."""
+
+    folder: Path | None
+    """the saved pipeline, if it was read from one"""
+    resolution: int
+    hash: str
+    """SHA-256 of everything that a picture depends on beside the prompt, the seed and the sampling"""
+    steps: int
+    guidance: Guidance
+    """what the pipeline does when nothing else is asked for"""
+    autoencoder: Autoencoder | None
+    text_encoders: list[nn.Module]
+    facts: dict[str, Any]
+    """for the protocol"""
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises ValueError for the first prompt that no picture can be made of."""
+        ...
+
+    def make(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
+        """n prompts => (n, 3, R, R) uint8, each from its own seed's noise. Raises ValueError for NaN."""
+        ...
+
+
+class Ours:
+    """A `Pipeline`. `folder` is where it was saved, if it was."""
+
+    def __init__(self, pipeline: Pipeline, folder: Path | None = None):
+        pipeline.set_progress_bar_config(disable=True)
+        config = pipeline.config
+        self.pipeline, self.folder, self.resolution = pipeline, folder, config.resolution
+        self.steps, self.guidance = (
+            config.default_steps,
+            Guidance(config.default_guidance, 0.0, *config.default_interval),
+        )
+        self.autoencoder = pipeline.autoencoder
+        self.text_encoders = text_encoders(pipeline)
+        scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+        named = file_hashes(folder, CARD) if folder is not None else dict(config.stages)
+        self.hash = combined_hash({"parts": named, "scheduler": str(sorted(scheduler.items()))})
+        self.facts = {
+            "scheduler": type(pipeline.scheduler).__name__,
+            "resolution": config.resolution,
+            "stages": dict(config.stages),
+        }
+
+    def check(self, prompts: Sequence[str]) -> None:
+        self.pipeline.text_stage.tokenize(list(prompts))
+
+    def make(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
+        guidance = sampling.guidance
+        made = self.pipeline(
+            list(prompts),
+            num_inference_steps=sampling.steps,
+            guidance_scale=guidance.scale,
+            guidance_rescale=guidance.rescale,
+            guidance_interval=(guidance.low, guidance.high),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
+        return np.stack([images.decode(picture) for picture in made.images])
+
+
+class Stock:
+    """Any other diffusers pipeline that takes a prompt. Of guidance it knows the scale.
+
+    Raises ValueError, one line, for a pipeline that takes none, and where its size has to be given.
+    """
+
+    def __init__(self, folder: Path, resolution: int | None, device: str):
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True).to(device)
+        except Exception as error:  # whatever the libraries' parsers raise
+            raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.folder = pipeline, folder
+        known = inspect.signature(type(pipeline).__call__).parameters
+        missing = {"prompt", "generator", "output_type", "num_inference_steps"} - set(known)
+        if missing:
+            raise ValueError(
+                f"{folder}: {type(pipeline).__name__} takes no {', '.join(sorted(missing))}; give a "
+                "text-to-image pipeline"
+            )
+        self.takes = set(known)
+        self.resolution = resolution or _own_side(pipeline, folder)
+        self.steps = known["num_inference_steps"].default
+        scale = known["guidance_scale"].default if "guidance_scale" in known else 1.0
+        self.guidance = Guidance(float(scale))
+        vae = getattr(pipeline, "vae", None)
+        is_plain = type(vae) in KINDS.values() and vae.config.in_channels == 3
+        self.autoencoder = wrapped(vae).to(device).eval() if is_plain else None
+        self.text_encoders = text_encoders(pipeline)
+        self.hash = combined_hash({"files": file_hashes(folder, CARD), "side": self.resolution})
+        self.facts = {
+            "pipeline": type(pipeline).__name__,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "resolution": self.resolution,
+            "stages": {"pipeline": self.hash},
+        }
+
+    def check(self, prompts: Sequence[str]) -> None:
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise ValueError(f"{self.folder}: got an empty prompt, expected a text for each picture")
+
+    def make(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
+        asked = {"guidance_scale": sampling.guidance.scale, "height": self.resolution, "width": self.resolution}
+        made = self.pipeline(
+            prompt=list(prompts),
+            num_inference_steps=sampling.steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+            **{name: value for name, value in asked.items() if name in self.takes},
+        ).images
+        return images.to_uint8(torch.as_tensor(made).float() * 2 - 1).cpu().numpy()  # in [0, 1]; refuses NaN
+
+
+def _own_side(pipeline: Any, folder: Path) -> int:
+    for network in ("unet", "transformer"):
+        cells = getattr(getattr(getattr(pipeline, network, None), "config", None), "sample_size", None)
+        if isinstance(cells, int):
+            return cells * getattr(pipeline, "vae_scale_factor", 1)
+    raise ValueError(f"{folder}: does not say how large its pictures are; give --resolution")
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    parts = pipeline.components.items()
+    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+
+
+@dataclass(frozen=True, eq=False)
+class Lying:
+    """Pictures that were made elsewhere, (N, 3, R, R) uint8, and their prompts."""
+
+    folder: Path
+    pictures: np.ndarray
+    prompts: list[str]
+
+    @property
+    def resolution(self) -> int:
+        return self.pictures.shape[-1]
+
+
+_PROMPTS, _METADATA = "prompts.txt", "metadata.jsonl"
+_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def lying(folder: Path) -> Lying:
+    """A folder of pictures with prompts.txt, a line a picture in the order of their names as numbers count, or with
+    metadata.jsonl ({"file_name": ..., "text": ...}).
+
+    Raises ValueError, one line: no picture, one that cannot be read, sizes that differ or are not square, and prompts
+    and pictures that do not match in number.
+    """
+    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS), key=_natural)
+    if not files:
+        raise ValueError(f"{folder}: no pictures here; expected pictures and {_PROMPTS} or {_METADATA}, or a pipeline")
+    files, prompts = _prompts(folder, files)
+    if len(files) != len(prompts):
+        raise ValueError(f"{folder}: {len(files)} pictures and {len(prompts)} prompts, expected one prompt a picture")
+    pictures = [images.decode(file) for file in files]
+    for file, picture in zip(files, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            sizes = [" x ".join(map(str, p.shape[:0:-1])) for p in (picture, pictures[0])]
+            raise ValueError(f"{file}: {sizes[0]} px, but {files[0].name} {sizes[1]} px; make all of one size")
+    if pictures[0].shape[1] != pictures[0].shape[2]:
+        raise ValueError(f"{files[0]}: not square; cut the pictures to squares, as the reference pictures are")
+    return Lying(folder, np.stack(pictures), prompts)
+
+
+def _natural(path: Path) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def _prompts(folder: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
+    if (folder / _PROMPTS).is_file():
+        return files, (folder / _PROMPTS).read_text(encoding="utf-8").splitlines()
+    if not (folder / _METADATA).is_file():
+        raise ValueError(f"{folder}: {len(files)} pictures, but neither {_PROMPTS} nor {_METADATA} says what was asked")
+    rows = []
+    for number, line in enumerate((folder / _METADATA).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append((folder / row["file_name"], str(row["text"])))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder / _METADATA}: line {number} is not {{file_name, text}}") from None
+    named = {file for file, _ in rows}
+    if named != set(files):
+        raise ValueError(f"{folder}: {len(files)} pictures and {len(rows)} prompts, expected one prompt a picture")
+    return [file for file, _ in rows], [text for _, text in rows]
+
+
+def open_source(folder: Path, resolution: int | None, device: str) -> Maker | Lying:
+    """A run, a pipeline folder of ours or of diffusers, or a folder of pictures => what stands in it.
+
+    Raises ValueError, one line, where it is none of these or is damaged.
+    """
+    index = folder / PIPELINE_MARK
+    if index.is_file() and json.loads(index.read_text(encoding="utf-8")).get("_class_name") != Pipeline.__name__:
+        return Stock(folder, resolution, device)
+    is_bare = folder.is_dir() and not index.is_file() and any(p.suffix.lower() in _ENDINGS for p in folder.iterdir())
+    if is_bare:
+        return lying(folder)
+    pipeline = open_pipeline(folder).to(device)
+    if resolution not in (None, pipeline.config.resolution):
+        raise ValueError(f"--resolution {resolution}: this pipeline was trained at {pipeline.config.resolution} px")
+    saved = next((f for f in (folder, folder / "pipeline") if (f / PIPELINE_MARK).is_file()), None)
+    return Ours(pipeline, saved)
