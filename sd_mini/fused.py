@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from sd_mini import fused_prx
 from sd_mini.fused_native import NativeBetween, library
 from sd_mini.fused_torch import TorchBetween
-from sd_mini.threads import shared
+from sd_mini.threads import cores, shared
 
 _ROWS = 8  # samples a thread takes at least: with fewer, Python is slower than the cores
 _STOCK = {
@@ -57,16 +57,20 @@ def _forward(
 def _fits(network: PRXTransformer2DModel, given: Iterable[Tensor | None]) -> bool:
     latents, timestep, prompt, _ = given
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for x in (latents, prompt))
+    samples = timestep.ndim == 1 and len(timestep) == len(latents) == len(prompt)
+    return plain and samples and not torch.is_autocast_enabled("cpu") and is_written(network)
+
+
+def is_written(network: nn.Module) -> bool:
+    """Whether the network runs written out, with its batch shared out over the cores, as long as its inputs allow."""
     return (
-        plain
-        and timestep.ndim == 1
-        and len(timestep) == len(latents) == len(prompt)
-        and not torch.is_autocast_enabled("cpu")
+        isinstance(network, PRXTransformer2DModel)
+        and "forward" in vars(network)
         and not network.gradient_checkpointing
         and network.resolution_embedder is None
         and all(map(_is_stock, network.modules()))
-        and all(type(p) is nn.Parameter or type(p) is Tensor for p in network.parameters())
-        and network.img_in.weight.dtype == torch.float32
+        and all(type(p) in (nn.Parameter, Tensor) for p in network.parameters())
+        and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in network.parameters())
     )
 
 
@@ -140,7 +144,7 @@ def _parts(
 ) -> list[tuple[Tensor, Callable]]:
     """The forward pass in as many parts of the batch as there are threads to share it: their outputs, and ways back."""
     w = dict(zip(names, (p.detach().contiguous() for p in weights), strict=True))
-    threads, n = torch.get_num_threads(), len(given[0])
+    threads, n = cores(), len(given[0])
     count = threads if n >= _ROWS * threads else 1
     cut = [[None] * count if x is None else x.contiguous().tensor_split(count) for x in given]
     return shared([partial(call, w, *part) for part in zip(*cut, strict=True)])

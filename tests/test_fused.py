@@ -7,6 +7,7 @@ from diffusers import PRXTransformer2DModel
 
 from sd_mini import fused, noise_predictor
 from sd_mini.fused_native import library
+from training import players
 
 
 @pytest.fixture
@@ -146,6 +147,15 @@ def test_a_second_backward_pass_is_refused(pair):
     output.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         output.backward()
+
+
+def test_a_training_shares_its_cores_where_all_that_is_trained_is_written(pair):
+    ours, stock = pair
+    assert players._is_written(torch.nn.Sequential(ours))
+    assert not players._is_written(stock)
+    assert not players._is_written(torch.nn.ModuleList([ours, torch.nn.Linear(2, 2)]))
+    hooked(ours)
+    assert not players._is_written(ours)
 
 
 def test_copies_and_saved_folders_are_the_stock_ones(pair, written, tmp_path):
