@@ -24,6 +24,7 @@ LAYERS = [
     {"load_autoencoder"},
     {"denoising", "pipeline", "pipeline_inputs", "prompted_pipeline"},
     {"cli"},
+    {"__main__"},
 ]
 
 
