@@ -4,8 +4,6 @@ RUN ?= runs/shapes
 RECIPE ?= training/configs/shapes
 BIN := .venv/bin
 READY := .venv/ready
-# every value that Accelerate would otherwise guess and warn about, for one process on the CPU or one GPU
-LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup demo test lint clean
@@ -18,13 +16,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-# the same launches a user makes; each goes on where an interrupted one stopped, and leaves a finished stage alone
+# what a user runs one by one, in one process, as each start costs several seconds of imports; each goes on where an
+# interrupted one stopped, and leaves a finished stage alone
 demo: $(READY)
-	$(LAUNCH) -m training.autoencoder --config $(RECIPE)/autoencoder.yaml --run $(RUN)
-	$(LAUNCH) -m training.text_encoder --config $(RECIPE)/text_encoder.yaml --run $(RUN)
-	$(LAUNCH) -m training.noise_predictor --config $(RECIPE)/noise_predictor.yaml --run $(RUN)
-	$(BIN)/sd-mini export $(RUN)
-	$(BIN)/python -m eval $(RUN)/pipeline --data shapes --out $(RUN)/report
+	$(BIN)/python -m training.chain \
+	  training.autoencoder --config $(RECIPE)/autoencoder.yaml --run $(RUN) -- \
+	  training.text_encoder --config $(RECIPE)/text_encoder.yaml --run $(RUN) -- \
+	  training.noise_predictor --config $(RECIPE)/noise_predictor.yaml --run $(RUN) -- \
+	  sd_mini export $(RUN) -- \
+	  eval $(RUN)/pipeline --data shapes --out $(RUN)/report
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd_mini import fused_prx
-from sd_mini.threads import shared
+from sd_mini.fused_native import NativeBetween, library
+from sd_mini.fused_torch import TorchBetween
+from sd_mini.threads import cores, shared
 
 _ROWS = 8  # samples a thread takes at least: with fewer, Python is slower than the cores
 _STOCK = {
@@ -55,16 +57,20 @@ def _forward(
 def _fits(network: PRXTransformer2DModel, given: Iterable[Tensor | None]) -> bool:
     latents, timestep, prompt, _ = given
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for x in (latents, prompt))
+    samples = timestep.ndim == 1 and len(timestep) == len(latents) == len(prompt)
+    return plain and samples and not torch.is_autocast_enabled("cpu") and is_written(network)
+
+
+def is_written(network: nn.Module) -> bool:
+    """Whether the network runs written out, with its batch shared out over the cores, as long as its inputs allow."""
     return (
-        plain
-        and timestep.ndim == 1
-        and len(timestep) == len(latents) == len(prompt)
-        and not torch.is_autocast_enabled("cpu")
+        isinstance(network, PRXTransformer2DModel)
+        and "forward" in vars(network)
         and not network.gradient_checkpointing
         and network.resolution_embedder is None
         and all(map(_is_stock, network.modules()))
-        and all(type(p) is nn.Parameter or type(p) is Tensor for p in network.parameters())
-        and network.img_in.weight.dtype == torch.float32
+        and all(type(p) in (nn.Parameter, Tensor) for p in network.parameters())
+        and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in network.parameters())
     )
 
 
@@ -82,15 +88,26 @@ def _run(network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Ten
     ids = prx.get_image_ids(1, height, width, config.patch_size, latents.device)
     # the first column of each 2 x 2 rotation is (cos, sin), the same for every sample: (L, 1, d / 2) complex
     turn = torch.view_as_complex(network.pe_embedder(ids)[0, 0, ..., 0].contiguous())[:, None]
-    bias = None
-    if mask is not None:
-        bias = torch.zeros(len(mask), mask.shape[1] + len(turn))
-        bias[:, : mask.shape[1]].masked_fill_(~mask.bool(), -torch.inf)
-        bias = bias[:, None, None]
+    code = library(config.num_heads, config.hidden_size // config.num_heads, len(turn), prompt.shape[1])
+    kind = TorchBetween if code is None else partial(NativeBetween, code)
+    given = latents, t, prompt, None if mask is None else mask.bool()
+    call = partial(_part, plan, partial(kind, config.num_heads, turn))
     names, weights = zip(*network.named_parameters(), strict=True)
     if torch.is_grad_enabled():
-        return _Written.apply(plan, names, (latents, t, prompt, bias), turn, *weights)
-    return torch.cat([output for output, _ in _parts(plan, names, (latents, t, prompt, bias), turn, weights)])
+        return _Written.apply(call, names, given, *weights)
+    return torch.cat([output for output, _ in _parts(call, names, given, weights)])
+
+
+def _part(
+    plan: fused_prx.Plan,
+    between: Callable[[Tensor | None], fused_prx.Between],
+    w: fused_prx.Weights,
+    latents: Tensor,
+    t: Tensor,
+    prompt: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Callable[[Tensor], fused_prx.Weights]]:
+    return fused_prx.forward(w, plan, between(mask), latents, t, prompt)
 
 
 class _Written(torch.autograd.Function):
@@ -98,9 +115,9 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: fused_prx.Plan, names: tuple[str, ...], given: tuple, turn: Tensor, *weights: Tensor
+        ctx: Any, call: Callable, names: tuple[str, ...], given: tuple[Tensor | None, ...], *weights: Tensor
     ) -> Tensor:
-        outputs, backs = zip(*_parts(plan, names, given, turn, weights), strict=True)
+        outputs, backs = zip(*_parts(call, names, given, weights), strict=True)
         ctx.names, ctx.backs, ctx.sizes = names, backs, [len(output) for output in outputs]
         return torch.cat(outputs)
 
@@ -118,23 +135,19 @@ class _Written(torch.autograd.Function):
                 torch._foreach_add_(total[start :: len(grads)], more[start :: len(grads)])
 
         shared([partial(add, start) for start in range(len(grads))])
-        wanted = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if want else None for g, want in zip(total, wanted, strict=True))
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(g if want else None for g, want in zip(total, wanted, strict=True))
 
 
 def _parts(
-    plan: fused_prx.Plan,
-    names: Sequence[str],
-    given: tuple[Tensor | None, ...],
-    turn: Tensor,
-    weights: Sequence[Tensor],
+    call: Callable, names: Sequence[str], given: tuple[Tensor | None, ...], weights: Sequence[Tensor]
 ) -> list[tuple[Tensor, Callable]]:
     """The forward pass in as many parts of the batch as there are threads to share it: their outputs, and ways back."""
-    w = dict(zip(names, weights, strict=True))
-    threads, n = torch.get_num_threads(), len(given[0])
+    w = dict(zip(names, (p.detach().contiguous() for p in weights), strict=True))
+    threads, n = cores(), len(given[0])
     count = threads if n >= _ROWS * threads else 1
-    cut = [[None] * count if x is None else x.tensor_split(count) for x in given]
-    return shared([partial(fused_prx.forward, w, plan, *part, turn) for part in zip(*cut, strict=True)])
+    cut = [[None] * count if x is None else x.contiguous().tensor_split(count) for x in given]
+    return shared([partial(call, w, *part) for part in zip(*cut, strict=True)])
 
 
 class FusedPRXAttention:

@@ -2,14 +2,15 @@
 
 Each part takes tensors and gives its output and a function `back` from the output's gradient to those of its inputs,
 which also puts the weights' gradients into the dict it is given. Rows are picture tokens, samples one after the other.
-Names: n samples, L picture and T prompt tokens of each, D the width, H heads of d columns.
+Names: n samples, L picture and T prompt tokens of each, D the width, H heads of d columns. What lies between the matrix
+products is either torch's (`fused_torch`) or C (`fused_native`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -18,7 +19,6 @@ from torch import Tensor
 Weights = dict[str, Tensor]  # by the names of the stock state dict
 Back = Callable[..., tuple[Tensor, ...]]
 
-_EPS = 1e-6  # of every norm of PRX
 _aten = torch.ops.aten
 
 
@@ -33,24 +33,43 @@ class Plan:
     max_period: int
 
 
-def forward(
-    w: Weights, plan: Plan, latents: Tensor, timesteps: Tensor, prompt: Tensor, bias: Tensor | None, turn: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Weights]]:
-    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w); its gradient => the weights'.
+class Between(Protocol):
+    """What lies between the matrix products; made for one batch, whose mask and rotations it holds."""
 
-    `bias` (n, 1, 1, T + L) is added to the scores, `turn` (L, 1, d / 2) are the rotations as complex numbers.
-    """
-    n = len(latents)
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Back]:
+        """A layer norm of (n L, D) without weights of its own, with each sample's `shift` and `scale` (n, D).
+
+        back(dy, dx, dshift, dscale) adds to `dx` and writes the others."""
+        ...
+
+    def gated(self, x: Tensor, gate: Tensor, made: Tensor) -> tuple[Tensor, Back]:
+        """x (n L, D) + gate (n, D) * made (n L, D). back(dy, dgate) writes `dgate` and gives the gradient of `made`;
+        that of x is dy itself."""
+        ...
+
+    def activated(self, inner: Tensor, up: Tensor) -> tuple[Tensor, Back]:
+        """gelu(inner) * up, (n L, hidden) each. back(dy) gives the gradients of `inner` and `up`."""
+        ...
+
+    def attended(self, w: Weights, name: str, qkv: Tensor, kv: Tensor) -> tuple[Tensor, Back]:
+        """qkv (n L, 3 D), kv (n T, 2 D) => (n L, D): every picture token attends to its prompt and its picture.
+
+        back(grads, dy) gives the gradients of qkv and kv."""
+        ...
+
+
+def forward(
+    w: Weights, plan: Plan, between: Between, latents: Tensor, timesteps: Tensor, prompt: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Weights]]:
+    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w); its gradient => the weights'."""
     x, in_back = _linear(w, "img_in", _patches(latents, plan.patch))
     text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1))
     time, time_back = _time(w, plan, timesteps)
-    if bias is not None:
-        bias = bias.expand(-1, plan.heads, -1, -1).reshape(n * plan.heads, 1, -1)
     backs = []
     for number in range(plan.depth):
-        x, back = _block(w, f"blocks.{number}", x, text, time, plan.heads, bias, turn)
+        x, back = _block(w, f"blocks.{number}", between, x, text, time)
         backs.append(back)
-    out, last_back = _last(w, x, time)
+    out, last_back = _last(w, between, x, time)
 
     def back(gradient: Tensor) -> Weights:
         grads: Weights = {}
@@ -113,182 +132,68 @@ def _time(w: Weights, plan: Plan, timesteps: Tensor) -> tuple[Tensor, Back]:
     return torch.nn.functional.silu(vector), back
 
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Back]:
-    """A layer norm of (n L, D) without weights of its own, with each sample's `shift` and `scale` (n, D)."""
-    n, width = shift.shape
-    normed, mean, spread = torch.native_layer_norm(x, (width,), None, None, _EPS)
-    normed, gain = normed.view(n, -1, width), (1 + scale)[:, None]
-    y = torch.addcmul(shift[:, None], normed, gain)
-
-    def back(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dy = dy.view(n, -1, width)
-        dshift, dscale = dy.sum(1), (dy * normed).sum(1)
-        given = (dy * gain).view_as(x), x, (width,), mean, spread, None, None, (True, False, False)
-        return _aten.native_layer_norm_backward(*given)[0], dshift, dscale
-
-    return y.view_as(x), back
-
-
-def _block(
-    w: Weights, name: str, x: Tensor, text: Tensor, time: Tensor, heads: int, bias: Tensor | None, turn: Tensor
-) -> tuple[Tensor, Back]:
+def _block(w: Weights, name: str, between: Between, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Back]:
     """A transformer block: x + gate * attention, then the same with the gated MLP."""
-    n = len(time)
     modulation, modulation_back = _linear(w, f"{name}.modulation.lin", time)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
-    y, norm_a = _modulated(x, shift_a, scale_a)
-    attended, attention_back = _attention(w, f"{name}.attention", y, text, n, heads, bias, turn)
-    x, add_a = _gated(x, gate_a, attended)
-    y, norm_m = _modulated(x, shift_m, scale_m)
-    made, mlp_back = _mlp(w, name, y)
-    x, add_m = _gated(x, gate_m, made)
+    y, norm_a = between.modulated(x, shift_a, scale_a)
+    attended, attention_back = _attention(w, f"{name}.attention", between, y, text)
+    x, add_a = between.gated(x, gate_a, attended)
+    y, norm_m = between.modulated(x, shift_m, scale_m)
+    made, mlp_back = _mlp(w, name, between, y)
+    x, add_m = between.gated(x, gate_m, made)
 
     def back(grads: Weights, dx: Tensor, dtext: Tensor, dtime: Tensor) -> Tensor:
         dmodulation = torch.empty_like(modulation)
-        parts = dmodulation.chunk(6, dim=1)
-        dmade, dgate = add_m(dx)
-        parts[5].copy_(dgate)
-        for part, norm, inner, add in ((3, norm_m, mlp_back, add_a), (0, norm_a, attention_back, None)):
-            dy, dshift, dscale = norm(inner(grads, dmade, dtext))
-            parts[part].copy_(dshift)
-            parts[part + 1].copy_(dscale)
-            dx = dy.add_(dx)
-            if add is not None:
-                dmade, dgate = add(dx)
-                parts[2].copy_(dgate)
+        dshift_a, dscale_a, dgate_a, dshift_m, dscale_m, dgate_m = dmodulation.chunk(6, dim=1)
+        norm_m(mlp_back(grads, add_m(dx, dgate_m)), dx, dshift_m, dscale_m)
+        norm_a(attention_back(grads, add_a(dx, dgate_a), dtext), dx, dshift_a, dscale_a)
         dtime += modulation_back(grads, dmodulation)
         return dx
 
     return x, back
 
 
-def _gated(x: Tensor, gate: Tensor, made: Tensor) -> tuple[Tensor, Back]:
-    """x (n L, D) + gate (n, D) * made (n L, D)."""
-    n, width = gate.shape
-    gate, made = gate[:, None], made.view(n, -1, width)
-    y = torch.addcmul(x.view(n, -1, width), gate, made)
-
-    def back(dy: Tensor) -> tuple[Tensor, Tensor]:
-        """=> the gradients of `made` and `gate`; that of x is dy itself."""
-        dy = dy.view(n, -1, width)
-        return (dy * gate).view_as(x), (dy * made).sum(1)
-
-    return y.view_as(x), back
-
-
-def _mlp(w: Weights, name: str, x: Tensor) -> tuple[Tensor, Back]:
+def _mlp(w: Weights, name: str, between: Between, x: Tensor) -> tuple[Tensor, Back]:
     """down(gelu(gate x) * up x)."""
     inner, gate_back = _linear(w, f"{name}.gate_proj", x)
     up, up_back = _linear(w, f"{name}.up_proj", x)
-    active, slope = _gelu(inner)
-    y, down_back = _linear(w, f"{name}.down_proj", active * up)
+    hidden, hidden_back = between.activated(inner, up)
+    y, down_back = _linear(w, f"{name}.down_proj", hidden)
 
-    def back(grads: Weights, dy: Tensor, dtext: Tensor) -> Tensor:
-        dhidden = down_back(grads, dy)
-        dup = dhidden * active
-        dx = gate_back(grads, dhidden.mul_(up).mul_(slope()))
+    def back(grads: Weights, dy: Tensor) -> Tensor:
+        dinner, dup = hidden_back(down_back(grads, dy))
+        dx = gate_back(grads, dinner)
         up_back(grads, dup, to_input=False)
         return dx.addmm_(dup, w[f"{name}.up_proj.weight"])
 
     return y, back
 
 
-# GELU(x) = x / 2 (1 + tanh(c (x + 0.044715 x^3))), c = sqrt(2 / pi), and (1 + tanh(z)) / 2 = sigmoid(2 z), which takes
-# torch a fifth of the time of tanh on a CPU
-_LINEAR, _CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
-
-
-def _gelu(x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """GELU by its tanh formula, and its derivative."""
-    share = (x * x).mul_(_CUBIC).add_(_LINEAR).mul_(x).sigmoid_()
-    y = x * share
-
-    def slope() -> Tensor:
-        steepness = (x * x).mul_(3 * _CUBIC).add_(_LINEAR)
-        return torch.addcmul(share, _aten.sigmoid_backward(x, share), steepness)
-
-    return y, slope
-
-
-def _attention(
-    w: Weights, name: str, x: Tensor, text: Tensor, n: int, heads: int, bias: Tensor | None, turn: Tensor
-) -> tuple[Tensor, Back]:
+def _attention(w: Weights, name: str, between: Between, x: Tensor, text: Tensor) -> tuple[Tensor, Back]:
     """Picture tokens x (n L, D) attend to prompt tokens (n T, D) and to each other."""
-    width = x.shape[1]
-    d = width // heads
     qkv, qkv_back = _linear(w, f"{name}.img_qkv_proj", x)
     kv, kv_back = _linear(w, f"{name}.txt_kv_proj", text)
-    qkv, kv = qkv.view(n, -1, 3, heads, d), kv.view(n, -1, 2, heads, d)
-    length, words = qkv.shape[1], kv.shape[1]
-    queries, (keys, values) = x.new_empty(n, heads, length, d), x.new_empty(2, n, heads, words + length, d)
-    names = [f"{name}.norm_{which}.weight" for which in ("q", "k", "added_k")]
-    turn_q = turn * d**-0.5  # so that the scores need no scaling
-    q_back = _normed(w, names[0], qkv[:, :, 0], turn_q, queries)
-    k_back = _normed(w, names[1], qkv[:, :, 1], turn, keys[:, :, words:])
-    text_k_back = _normed(w, names[2], kv[:, :, 0], None, keys[:, :, :words])
-    values[:, :, words:].copy_(qkv[:, :, 2].transpose(1, 2))
-    values[:, :, :words].copy_(kv[:, :, 1].transpose(1, 2))
-    queries, keys, values = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-    scores = queries @ keys.mT if bias is None else torch.baddbmm(bias, queries, keys.mT)
-    weights = scores.softmax(-1)
-    attended = (weights @ values).view(n, heads, length, d).transpose(1, 2).reshape(n * length, width)
+    attended, attended_back = between.attended(w, name, qkv, kv)
     y, out_back = _linear(w, f"{name}.to_out.0", attended)
 
     def back(grads: Weights, dy: Tensor, dtext: Tensor) -> Tensor:
-        dattended = out_back(grads, dy).view(n, length, heads, d).transpose(1, 2).reshape(-1, length, d)
-        dvalues = (weights.mT @ dattended).view(n, heads, -1, d)
-        dscores = _aten._softmax_backward_data(dattended @ values.mT, weights, -1, weights.dtype)
-        dqueries = (dscores @ keys).view(n, heads, -1, d)
-        dkeys = (dscores.mT @ queries).view(n, heads, -1, d)
-        dqkv, dkv = torch.empty_like(qkv), torch.empty_like(kv)
-        q_back(grads, dqueries, dqkv[:, :, 0])
-        k_back(grads, dkeys[:, :, words:], dqkv[:, :, 1])
-        text_k_back(grads, dkeys[:, :, :words], dkv[:, :, 0])
-        dqkv[:, :, 2].copy_(dvalues[:, :, words:].transpose(1, 2))
-        dkv[:, :, 1].copy_(dvalues[:, :, :words].transpose(1, 2))
-        dkv = dkv.view(-1, 2 * width)
+        dqkv, dkv = attended_back(grads, out_back(grads, dy))
         kv_back(grads, dkv, to_input=False)
         dtext.addmm_(dkv, w[f"{name}.txt_kv_proj.weight"])
-        return qkv_back(grads, dqkv.view(-1, 3 * width))
+        return qkv_back(grads, dqkv)
 
     return y, back
 
 
-def _normed(w: Weights, name: str, x: Tensor, turn: Tensor | None, out: Tensor) -> Back:
-    """x (n, length, H, d) to root mean square 1, times its weight (d,), rotated => `out` (n, H, length, d)."""
-    weight, d = w[name], x.shape[-1]
-    factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(_EPS).rsqrt_()
-    unit = x * factor
-    if turn is None:
-        torch.mul(unit, weight, out=out.transpose(1, 2))
-    else:
-        torch.mul(_complex(unit * weight), turn, out=_complex(out.transpose(1, 2)))
-
-    def back(grads: Weights, dout: Tensor, dx: Tensor) -> None:
-        """`dx` takes the gradient of x."""
-        dout = dout.transpose(1, 2)
-        if turn is not None:
-            dout = torch.view_as_real(_complex(dout) * turn.conj()).flatten(-2)
-        product = dout * unit
-        grads[name] = product.sum((0, 1, 2))
-        along = (product @ weight).div_(-d)[..., None]
-        torch.mul((dout * weight).addcmul_(unit, along), factor, out=dx)
-
-    return back
-
-
-def _complex(x: Tensor) -> Tensor:
-    """(..., d) => (..., d / 2), neighbours as one complex number."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def _last(w: Weights, x: Tensor, time: Tensor) -> tuple[Tensor, Back]:
+def _last(w: Weights, between: Between, x: Tensor, time: Tensor) -> tuple[Tensor, Back]:
     modulation, modulation_back = _linear(w, "final_layer.adaLN_modulation.1", time)
-    y, norm_back = _modulated(x, *modulation.chunk(2, dim=1))
+    y, norm_back = between.modulated(x, *modulation.chunk(2, dim=1))
     out, out_back = _linear(w, "final_layer.linear", y)
 
     def back(grads: Weights, dout: Tensor) -> tuple[Tensor, Tensor]:
-        dx, *parts = norm_back(out_back(grads, dout))
-        return dx, modulation_back(grads, torch.cat(parts, 1))
+        dx, dmodulation = torch.zeros_like(x), torch.empty_like(modulation)
+        norm_back(out_back(grads, dout), dx, *dmodulation.chunk(2, dim=1))
+        return dx, modulation_back(grads, dmodulation)
 
     return out, back

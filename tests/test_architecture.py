@@ -14,7 +14,8 @@ ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"
 LAYERS = [
     {"config", "images", "diffusion", "texts"}
     | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")}
-    | {"guidance", "perceptual", "small_picture", "tiles", "network_presets", "fused", "fused_prx", "threads"},
+    | {"guidance", "perceptual", "small_picture", "tiles", "network_presets", "threads"}
+    | {"fused", "fused_native", "fused_prx", "fused_torch"},
     {"process"},
     {"samplers"},
     {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor", "data"},
@@ -23,6 +24,7 @@ LAYERS = [
     {"load_autoencoder"},
     {"denoising", "pipeline", "pipeline_inputs", "prompted_pipeline"},
     {"cli"},
+    {"__main__"},
 ]
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sd_mini.threads import together
+
 
 def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
     """FLOPs of one forward and backward pass of `objective(**inputs)`: products and convolutions, 2 for each
@@ -45,12 +47,13 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(5):
-        _wait(device)
-        start = time.perf_counter()
-        a @ b
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
+    with together():
+        for _ in range(5):
+            _wait(device)
+            start = time.perf_counter()
+            a @ b
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
 

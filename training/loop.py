@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from sd_mini.threads import sharing, together
 from training import checkpoint, snapshots, trace
 from training.batches import generator, row_slices
 from training.ema import WIDTHS
@@ -90,7 +91,7 @@ class Loop:
             for learner in self.learners:
                 learner.settle_buckets(lambda learner=learner: self.accumulate(learner, self.steps[self.step]))
             self.sums = sums
-        with Stop(self.accelerator.num_processes) as stop:
+        with Stop(self.accelerator.num_processes) as stop, self._sharing():
             mark = time.perf_counter()
             for inputs in iterate(self.steps, self.step, config.steps, config.workers):
                 self.update(inputs)
@@ -106,6 +107,13 @@ class Loop:
 
     def update(self, inputs: StepInputs) -> None:
         """One optimizer update of each player from the global batch of this step."""
+        with self._sharing():
+            self._update(inputs)
+
+    def _sharing(self) -> AbstractContextManager:
+        return sharing() if all(learner.is_written for learner in self.learners) else nullcontext()
+
+    def _update(self, inputs: StepInputs) -> None:
         self.finite.check()
         if self.config.trace:
             trace.write(self.folder, self.rank, inputs)
@@ -215,7 +223,7 @@ class Loop:
         """
         self.finite.check()
         width = self.config.ema_width
-        with self.learners[0].showing(width) as shown, torch.no_grad():
+        with together(), self.learners[0].showing(width) as shown, torch.no_grad():
             if width is not None and width not in WIDTHS and self.step == self.config.steps:
                 snapshots.put(shown, snapshots.at_width(self.folder, self.step, width))
             yield shown

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from sd_mini.config import Config
-from sd_mini.threads import shared
+from sd_mini.threads import cores, shared
 from training.sharding import joined, own_part, part_like
 
 # Three odd quintics one after the other that bring every singular value from [0.01, 1] to 1 +- 0.27, each the best for
@@ -147,7 +147,7 @@ def _parts(trained: list[nn.Parameter]) -> int:
     """In how many parts an update is made side by side: as many as there are cores, where the work is on the CPU and no
     process waits for another in it."""
     plain = all(p.device.type == "cpu" and own_part(p) is p for p in trained)
-    return torch.get_num_threads() if plain else 1
+    return cores() if plain else 1
 
 
 def build(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:

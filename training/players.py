@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sd_mini import fused
 from training import checkpoint, optimizer
 from training.ema import PowerEMA, nearest_width
 from training.optimizer import OptimizerConfig
@@ -91,6 +92,7 @@ class Learner:
         self.raw_optimizer = raw
         raw.create_state()
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.is_written = accelerator.mixed_precision == "no" and _is_written(self.module)
         self.steps, self.ema_every, self.averaged_at = steps, ema_every, 0
         self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
@@ -209,6 +211,12 @@ class Learner:
         """The optimizer's state as one flat dict, "PARAMETER.NAME" => tensor."""
         states = ((name, self.raw_optimizer.state[p]) for name, p in self.trained.items())
         return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
+
+
+def _is_written(module: nn.Module) -> bool:
+    """Whether all that is trained is in networks that share out their batches themselves."""
+    trained = {id(p) for p in module.parameters() if p.requires_grad}
+    return trained <= {id(p) for part in module.modules() if fused.is_written(part) for p in part.parameters()}
 
 
 def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
