@@ -13,9 +13,9 @@ from torch import nn
 from eval.bootstrap import prompt_interval
 from eval.cmmd import cmmd
 from eval.composition import wilson
-from eval.features import weights_hash
 from sd_mini import images
 from sd_mini.load_encoder import load_open_clip
+from sd_mini.stages import model_hash
 
 CANDIDATES = 100  # captions among which a picture looks for its own
 _BATCH = 16
@@ -36,7 +36,7 @@ class Clip:
         self.model.to(device)
         # a text that is too long is cut so that its end mark stays: that is the token the model pools
         self.tokenizer = open_clip.get_tokenizer(architecture)
-        self.hash = weights_hash(self.model)
+        self.hash = model_hash(self.model)
         self.preprocessing = " ".join(str(self.transform).split())
 
     @property

@@ -29,6 +29,8 @@ from eval import mini
 from eval.inception import load_inception
 from sd_mini import images
 from sd_mini.load_encoder import load_open_clip
+from sd_mini.stages import model_hash
+from sd_mini.vision import cannot_load, open_timm, open_transformers
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 _BATCH = 16  # pictures at a time, whoever asks and however many there are: a batch's size changes a feature's last bits
@@ -106,16 +108,7 @@ def open_all(names: Sequence[str], device: str = "cpu") -> list[Extractor]:
 
 def _made(name: str, distance: str, preprocessing: str, network: nn.Module) -> Extractor:
     network.eval().requires_grad_(False)
-    return Extractor(name, distance, weights_hash(network), preprocessing, network)
-
-
-def weights_hash(network: nn.Module) -> str:
-    """SHA-256 of a network's weights, by name and value, and of its layers: the same weights may be built otherwise."""
-    digest = hashlib.sha256(str(network).encode())
-    for key, value in network.state_dict().items():
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return Extractor(name, distance, model_hash(network), preprocessing, network)
 
 
 class Transformed(nn.Module):
@@ -138,28 +131,22 @@ def _open_clip(name: str, rest: str) -> Extractor:
 
 
 def _timm(name: str, distance: str, model: str, weights: str | None) -> Extractor:
+    network = open_timm(model, weights)
     import timm
 
-    if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"features {name}: no weights file {weights}; give its path")
-    source = {"file": weights} if weights is not None else None
-    try:
-        network = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
-        config = timm.data.resolve_model_data_config(network)
-        transform = timm.data.create_transform(**config, is_training=False)
-    except Exception as error:  # whatever its parsers, torch's and the hub's raise
-        raise ValueError(_cannot_load(name, f"timm model {model!r}", error)) from None
+    config = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**config, is_training=False)
     return _made(name, distance, str(transform), Transformed(network, transform, lambda net, batch: net(batch)))
 
 
 def _transformers(name: str, folder: str) -> Extractor:
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoImageProcessor
 
+    network = open_transformers(folder)
     try:
-        network = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise ValueError(_cannot_load(name, repr(folder), error)) from None
+    except Exception as error:  # whatever its parsers and the hub's client raise
+        raise ValueError(cannot_load(f"picture processor of {folder!r}", error)) from None
     transform = Transformed(network, lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0], _seen)
     return _made(name, f"FD-{Path(folder).name}", " ".join(str(processor).split()), transform)
 
@@ -182,8 +169,3 @@ def _module(name: str, place: str) -> Extractor:
         return _made(name, f"FD-{function}", f"{place}'s own", network)
     source = hashlib.sha256(inspect.getsource(inspect.getmodule(make)).encode()).hexdigest()
     return Extractor(name, f"FD-{function}", source, f"{place}'s own", network)
-
-
-def _cannot_load(name: str, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"features {name}: {what} cannot be loaded ({reason}); where there is no hub, give a file or a folder"

@@ -100,6 +100,18 @@ def combined_hash(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def model_hash(model: Any) -> str:
+    """SHA-256 of how a torch module is built and of its weights."""
+    import torch
+
+    config = model.config.to_json_string() if hasattr(model, "config") else ""
+    digest = hashlib.sha256(f"{model} {config}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def export(folder: Path, kind: str, parts: dict[str, Any], contract: dict[str, Any]) -> str:
     """Write a stage folder in one go: each part by its own `save_pretrained`, then `stage.json`. Returns its hash."""
     assert kind in KINDS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sd_mini.load_encoder import is_open_clip, load_open_clip
+from sd_mini.load_encoder import load_open_clip
 from sd_mini.retrieval import Matcher
 
 _HALF = (0.5, 0.5, 0.5)
@@ -43,20 +43,51 @@ class VisionTower:
         return self.read(self.module, x)
 
 
-def load_tower(name: str, weights: str | None = None) -> VisionTower:
-    """A transformers folder or hub name; a timm or open_clip architecture with `weights`, a file; "local-dir:FOLDER" of
-    open_clip; "timm/NAME", with timm's own download or `weights` => the tower, frozen.
+def load_tower(name: str) -> VisionTower:
+    """transformers:FOLDER (or a hub name), timm:MODEL[=FILE] or open_clip:ARCHITECTURE=FILE => the tower, frozen.
 
-    Raises ValueError, one line, for what is unknown, cannot be loaded, or has no patches.
+    timm:local-dir:FOLDER, open_clip:local-dir:FOLDER and open_clip:hf-hub:NAME as those libraries have them. Raises
+    ValueError, one line, for what is unknown, cannot be loaded, or has no patches.
     """
-    if name.startswith("timm/"):
-        tower = _timm(name.removeprefix("timm/"), weights)
-    elif is_open_clip(name, weights):
-        tower = _open_clip(name, weights)
-    else:
-        tower = _transformers(name)
+    kind, _, rest = name.partition(":")
+    place, _, weights = rest.partition("=")
+    if kind not in _KINDS or not place:
+        raise ValueError(
+            f"vision tower {name!r}: expected transformers:FOLDER, timm:MODEL[=FILE] or open_clip:ARCHITECTURE=FILE"
+        )
+    tower = _KINDS[kind](place, weights or None)
     tower.module.requires_grad_(False).eval()
     return tower
+
+
+def open_timm(model: str, weights: str | None) -> nn.Module:
+    """A timm model without its head, with `weights`, a file, or its own download. Raises ValueError, one line."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"timm:{model}: timm models need the package timm; pip install 'sd-mini[train]'") from None
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"timm:{model}: no weights file {weights}; give its path")
+    source = {"file": weights} if weights is not None else None
+    try:
+        return timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
+    except Exception as error:  # whatever its parsers, torch's and the hub's raise
+        raise ValueError(cannot_load(f"timm model {model!r}", error)) from error
+
+
+def open_transformers(folder: str) -> nn.Module:
+    """What AutoModel makes of a folder or hub name, in float32, from safetensors. Raises ValueError, one line."""
+    from transformers import AutoModel
+
+    try:
+        return AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+    except Exception as error:  # whatever its parsers and the hub's client raise
+        raise ValueError(cannot_load(f"transformers model {folder!r}", error)) from error
+
+
+def cannot_load(what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"{what} cannot be loaded ({reason}); where there is no hub, give a file or a folder"
 
 
 def matcher_tower(matcher: Matcher) -> VisionTower:
@@ -71,20 +102,11 @@ def matcher_tower(matcher: Matcher) -> VisionTower:
     return VisionTower(matcher.requires_grad_(False).eval(), lambda module, x: module.tower.map(x))
 
 
-def _timm(name: str, weights: str | None) -> VisionTower:
-    try:
-        import timm
-    except ImportError:
-        raise ValueError(f"timm/{name}: timm towers need the package timm; pip install it") from None
-    if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"timm/{name}: no weights file {weights}; give its path")
-    try:
-        module = timm.create_model(name, pretrained=weights is None, checkpoint_path=weights or "", num_classes=0)
-    except Exception as error:  # whatever its parsers, torch's and the hub's raise
-        raise ValueError(f"timm/{name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+def _timm(model: str, weights: str | None) -> VisionTower:
+    module: Any = open_timm(model, weights)
     config = module.pretrained_cfg
 
-    def read(module: nn.Module, x: Tensor) -> Tensor:
+    def read(module: Any, x: Tensor) -> Tensor:
         found = module.forward_features(x)
         return found if found.ndim == 4 else as_grid(found[:, module.num_prefix_tokens :])
 
@@ -92,41 +114,34 @@ def _timm(name: str, weights: str | None) -> VisionTower:
     return VisionTower(module, read, side[0], config["mean"], config["std"])
 
 
-def _open_clip(name: str, weights: str | None) -> VisionTower:
-    model, _ = load_open_clip(name, weights)
-    visual = model.visual
+def _open_clip(architecture: str, weights: str | None) -> VisionTower:
+    visual = load_open_clip(architecture, weights)[0].visual
     if not hasattr(visual, "forward_intermediates"):
-        raise ValueError(f"open_clip {name!r}: its {type(visual).__name__} gives no patch features; name another tower")
+        kind = type(visual).__name__
+        raise ValueError(f"open_clip:{architecture}: its {kind} gives no patch features; name another tower")
     side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
 
-    def read(module: nn.Module, x: Tensor) -> Tensor:
+    def read(module: Any, x: Tensor) -> Tensor:
         return module.forward_intermediates(x, indices=1, intermediates_only=True)["image_intermediates"][-1]
 
     return VisionTower(visual, read, side, visual.image_mean or _HALF, visual.image_std or _HALF)
 
 
-def _transformers(name: str) -> VisionTower:
-    from transformers import AutoConfig, AutoModel
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        module: Any = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-    except Exception as error:  # whatever its parsers and the hub's client raise
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"vision tower {name}: cannot be loaded ({reason}); give a folder that transformers saved"
-        ) from error
-    module, vision = getattr(module, "vision_model", module), getattr(config, "vision_config", config)
-    if not hasattr(vision, "patch_size") or not hasattr(vision, "image_size"):
-        raise ValueError(f"vision tower {name}: a {config.model_type}, which has no patches; give a ViT such as DINOv2")
+def _transformers(folder: str, weights: str | None) -> VisionTower:
+    whole: Any = open_transformers(folder)
+    module, vision = getattr(whole, "vision_model", whole), getattr(whole.config, "vision_config", whole.config)
+    if weights is not None or not hasattr(vision, "patch_size") or not hasattr(vision, "image_size"):
+        raise ValueError(f"transformers:{folder}: a {whole.config.model_type}; expected a ViT with patches, as DINOv2")
     rows = vision.image_size // vision.patch_size
 
     def read(module: nn.Module, x: Tensor) -> Tensor:
-        return as_grid(
-            module(pixel_values=x).last_hidden_state[:, -(rows**2) :]
-        )  # class and register tokens come first
+        states = module(pixel_values=x).last_hidden_state
+        return as_grid(states[:, -(rows**2) :])  # class and register tokens come first
 
-    return VisionTower(module, read, vision.image_size, *_colours(Path(name)))
+    return VisionTower(module, read, vision.image_size, *_colours(Path(folder)))
+
+
+_KINDS = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
 
 
 def _colours(folder: Path) -> tuple[Sequence[float], Sequence[float]]:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
 from sd_mini.encoders import Encoder, open_clip_cleaning
 from sd_mini.load_encoder import load_open_clip, open_clip_encoder
-from training.text_data import model_hash
+from sd_mini.stages import model_hash
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}

@@ -31,20 +31,25 @@ def pixels(count=3, side=32):
 
 
 def test_a_transformers_tower(dino):
-    tower = load_tower(str(dino))
+    tower = load_tower(f"transformers:{dino}")
     made = tower.grid(pixels(side=28))
     assert made.shape == (3, 16, 4, 4)
     # patch (row 1, column 2) is token 1 * 4 + 2, behind the class token
     states = Dinov2Model.from_pretrained(dino)(pixel_values=pixels(side=28)).last_hidden_state
     torch.testing.assert_close(made[:, :, 1, 2], states[:, 1 + 6], rtol=0, atol=1e-5)
-    assert load_tower(str(dino)).grid(pixels(side=64)).shape == (3, 16, 4, 4)  # resized to the tower's own side
+    assert load_tower(f"transformers:{dino}").grid(pixels(side=64)).shape == (
+        3,
+        16,
+        4,
+        4,
+    )  # resized to the tower's own side
 
 
 def test_an_open_clip_tower(tmp_path):
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-S-32-alt")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    tower = load_tower("ViT-S-32-alt", str(tmp_path / "weights.pt"))
+    tower = load_tower(f"open_clip:ViT-S-32-alt={tmp_path / 'weights.pt'}")
     made = tower.grid(pixels(1, side=224))
     assert made.shape == (1, 384, 7, 7)
 
@@ -54,7 +59,7 @@ def test_a_timm_tower(tmp_path):
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    tower = load_tower("timm/test_vit", str(tmp_path / "weights.pth"))
+    tower = load_tower(f"timm:test_vit={tmp_path / 'weights.pth'}")
     side = tower.side
     made = tower.grid(pixels(1, side=side))
     x = (pixels(1, side=side) + 1) / 2
@@ -64,16 +69,17 @@ def test_a_timm_tower(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "says"),
+    ("name", "says"),
     [
-        ("no/such/folder", None, "vision tower no/such/folder: cannot be loaded"),
-        ("timm/test_vit", "none.pth", "no weights file none.pth"),
-        ("ViT-S-32-alt", "none.pt", "no weights file none.pt"),
+        ("no/such/folder", "expected transformers:FOLDER, timm:MODEL"),
+        ("transformers:no/such/folder", "'no/such/folder' cannot be loaded"),
+        ("timm:test_vit=none.pth", "no weights file none.pth"),
+        ("open_clip:ViT-S-32-alt=none.pt", "no weights file none.pt"),
     ],
 )
-def test_a_tower_that_cannot_be_had(name, weights, says):
+def test_a_tower_that_cannot_be_had(name, says):
     with pytest.raises(ValueError, match=says) as error:
-        load_tower(name, weights)
+        load_tower(name)
     assert "\n" not in str(error.value)
 
 
@@ -136,14 +142,21 @@ def test_the_term_ends_where_it_is_told():
 def test_a_training_with_a_teacher(smoke_run, dino, tmp_path):
     """Features are cached once, gathered with their pictures, and the projection is no part of what is exported."""
     run = prepared("noise_predictor", smoke_run, tmp_path / "run")
-    more = ["--objective.repa.weight", "0.5", "--objective.repa.teacher", str(dino), "--objective.repa.until", "0.5"]
+    more = [
+        "--objective.repa.weight",
+        "0.5",
+        "--objective.repa.teacher",
+        f"transformers:{dino}",
+        "--objective.repa.until",
+        "0.5",
+    ]
     config = read(PredictorConfig, str(SMOKE / "noise_predictor.yaml"), more)
     task = PredictorTask(config, run)
     assert task.features[np.arange(64)].shape == (64, 16, 4, 4)
     from sd_mini.data import load_captioned
 
     pictures, _ = load_captioned(config.data, config.valid)
-    expected = load_tower(str(dino)).grid(pictures.pixels([5, 9]))
+    expected = load_tower(f"transformers:{dino}").grid(pictures.pixels([5, 9]))
     np.testing.assert_allclose(task.features[np.array([5, 9])], expected.numpy(), atol=5e-3)
     assert launch("noise_predictor", run, *more) == 0
     lines = (run / "noise_predictor" / "metrics.jsonl").read_text()

@@ -20,10 +20,9 @@ from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpol
 
 from sd_mini.config import Config
 from sd_mini.data import CaptionedPictures
-from sd_mini.stages import Stage
+from sd_mini.stages import Stage, model_hash
 from sd_mini.vision import VisionTower, load_tower, matcher_tower
 from training import cache
-from training.text_data import model_hash
 
 OWN = "text_encoder"
 
@@ -32,9 +31,8 @@ class RepaConfig(Config):
     weight: float = Field(0.0, ge=0)
     """of 1 - the cosine between projected hidden states and the teacher's features, a patch each; 0: off"""
     teacher: str = OWN
-    """a vision tower: a transformers folder or hub name, timm/NAME, open_clip; text_encoder: stage 1's picture tower"""
-    teacher_weights: str | None = None
-    """weights file of a timm or open_clip teacher"""
+    """transformers:FOLDER or a hub name, timm:MODEL[=FILE], open_clip:ARCHITECTURE=FILE; or text_encoder, the picture
+    tower of stage 1"""
     depth: float = Field(1 / 3, gt=0, le=1)
     """how deep in the network its states are read: the share of blocks before"""
     until: float = Field(1.0, gt=0, le=1)
@@ -47,7 +45,7 @@ class RepaConfig(Config):
 def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
     """Raises ValueError, one line, for a teacher that cannot be had."""
     if config.teacher != OWN:
-        return load_tower(config.teacher, config.teacher_weights)
+        return load_tower(config.teacher)
     if "matcher" not in text.parts:
         raise ValueError(f"repa.teacher {OWN}: {text.folder} holds no matcher; train stage 1 again, or name a teacher")
     return matcher_tower(text.parts["matcher"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,29 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sd_mini import images
 from sd_mini.data import CaptionedPictures
 from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
 from sd_mini.load_encoder import load_open_clip
-from sd_mini.stages import combined_hash
+from sd_mini.stages import combined_hash, model_hash
 from sd_mini.text_encoder import TextStage
 from sd_mini.texts import shown
 from training import cache
 
 CHUNK = 1024  # texts that are encoded at a time, like lengths together
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 of how a model is built and of its weights."""
-    config = model.config.to_json_string() if hasattr(model, "config") else ""
-    digest = hashlib.sha256(f"{model} {config}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], name: str, strict: bool) -> None:

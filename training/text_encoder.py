@@ -76,7 +76,7 @@ class TextTask:
         """What is trained on beside the data: another encoder or other features make it another training."""
         for i, (encoder, config) in enumerate(zip(encoders, self.config.encoders, strict=True)):
             if config.name is not None:
-                self.identity[f"encoder_{i}"] = text_data.model_hash(encoder.model)
+                self.identity[f"encoder_{i}"] = stages.model_hash(encoder.model)
         if self.features is not None:
             digests = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in self.features]
             self.identity["features"] = "/".join(digests)
