@@ -60,6 +60,8 @@ def _main(argv: Sequence[str]) -> None:
     stages = report.stages_beside(options.pipeline, source.facts["stages"]) if not isinstance(source, Lying) else {}
     tools = _tools(options, source, data, stages, device)
     if isinstance(source, Lying):
+        if state is not None and not state.is_main_process:
+            return  # there is nothing to share out
         measured = measure(question, {question.splits[0].split: source.pictures}, None, tools)
         protocol: dict[str, Any] = {"pictures": str(source.folder)}
     else:

@@ -61,18 +61,8 @@ def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str])
 def _measured(options: Any, run: Path) -> dict[str, Any]:
     report = run / "report" / "report.json"
     prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
-    argv = [
-        "eval",
-        str(run),
-        "--data",
-        "shapes",
-        "--out",
-        str(report.parent),
-        "--sweep",
-        "--training",
-        "none",
-        *prompts,
-    ]
+    asked = ["--data", "shapes", "--sweep", "--training", "none", *prompts]  # no more than what is compared
+    argv = ["eval", str(run), "--out", str(report.parent), *asked]
     # a process of its own, as training and evaluation do not import each other; its own error line stands for ours
     done = subprocess.run([sys.executable, "-m", *argv], check=False)
     if done.returncode:
