@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sd_mini.config import command
-from sd_mini.stages import CONTRACT, KINDS, check_belonging, read_contract
+from sd_mini.inspection import PIPELINE_MARK, inspect, read_json
+from sd_mini.stages import CONTRACT, KINDS, read_contract
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from sd_mini.pipeline import Pipeline
-
-PIPELINE_MARK = "model_index.json"  # the file by which diffusers knows a pipeline folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,9 +84,9 @@ def _parser() -> Parser:
         "--autoguidance", action="store_true", help="lead away from the earlier snapshot that was joined as --guide"
     )
 
-    inspect = commands.add_parser("inspect", help="print what a run holds")
-    inspect.set_defaults(run_command=_inspect)
-    inspect.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    look = commands.add_parser("inspect", help="print what a run holds")
+    look.set_defaults(run_command=lambda options: print(*inspect(options.run), sep="\n"))
+    look.add_argument("run", metavar="RUN", type=Path, help="a run folder")
 
     export = commands.add_parser("export", help="join a run's three stages to a pipeline folder")
     export.set_defaults(run_command=_export)
@@ -127,7 +125,7 @@ def open_pipeline(folder: Path) -> Pipeline:
 
 def _check_current(run: Path, saved: Path) -> None:
     """Raises ValueError if a stage of the run was trained anew after its pipeline was joined."""
-    joined = (_read_json(saved / PIPELINE_MARK) or {}).get("stages", {})
+    joined = (read_json(saved / PIPELINE_MARK) or {}).get("stages", {})
     for kind in KINDS:
         final = run / kind / "final"
         if (final / CONTRACT).is_file() and read_contract(final, kind)["hash"] != joined.get(kind):
@@ -241,82 +239,3 @@ def _export(options: argparse.Namespace) -> None:
     _hide_loading_bars()
     Pipeline.from_run(options.run, guide=options.guide).save(out)
     print(out)
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    run: Path = options.run
-    finals = {kind: run / kind / "final" for kind in KINDS}
-    contracts = {k: read_contract(final, k) for k, final in finals.items() if (final / CONTRACT).is_file()}
-    index = _read_json(run / "pipeline" / PIPELINE_MARK)
-    report = _read_json(run / "report" / "report.json")
-    if not contracts and index is None and report is None:
-        raise ValueError(
-            f"{run}: no exported stage, pipeline or report here; expected a run folder, such as runs/shapes"
-        )
-    rows = {kind: _stage_facts(contracts[kind]) if kind in contracts else ["not trained yet"] for kind in KINDS}
-    rows["stages"] = [_belonging(contracts)]
-    rows["pipeline"] = [
-        f"not there; join the stages: sd-mini export {run}" if index is None else _joined(index, contracts)
-    ]
-    rows["report"] = ["not there"] if report is None else _report_facts(report)
-    print(run)
-    for name, facts in rows.items():
-        for i, fact in enumerate(facts):
-            print(f"  {'' if i else name:17}{fact}")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from error
-
-
-_EFFORT = {"steps": "{:,} steps", "seconds": "{:,.0f} s", "parameters": "{:,} parameters"}
-
-
-def _stage_facts(contract: dict[str, Any]) -> list[str]:
-    """A stage's contract => lines: effort, shapes, data, scores. What its training did not record is left out."""
-    effort = [text.format(contract[name]) for name, text in _EFFORT.items() if name in contract]
-    facts = [", ".join([contract["hash"][:12], *effort])]
-    for name, what in (("latent_shape", "latents"), ("conditioning", "prompt embeddings")):
-        if name in contract:
-            facts.append(f"{what} {' x '.join(str(side) for side in contract[name])}")
-    if "data" in contract:
-        facts.append(f"data {contract['data']['name']}, {contract['data']['count']:,} pictures")
-    if "scores" in contract:
-        facts.append(", ".join(f"{name} {value:.4g}" for name, value in contract["scores"].items()))
-    return facts
-
-
-def _belonging(contracts: dict[str, dict[str, Any]]) -> str:
-    predictor = contracts.get("noise_predictor")
-    if predictor is None or len(contracts) < len(KINDS):
-        return "whether they belong together shows when all three are trained"
-    try:
-        check_belonging(predictor, text_encoder=contracts["text_encoder"], autoencoder=contracts["autoencoder"])
-    except ValueError as error:
-        return str(error)
-    return "belong together"
-
-
-def _joined(index: dict[str, Any], contracts: dict[str, dict[str, Any]]) -> str:
-    defaults = f"{index['resolution']} px, {index['default_steps']} steps, guidance {index['default_guidance']}"
-    others = [
-        f"{kind} {index['stages'].get(kind, 'none')[:12]}"
-        for kind, contract in contracts.items()
-        if index["stages"].get(kind) != contract["hash"]
-    ]
-    return f"{defaults}; joined from " + (f"other stages: {', '.join(others)}" if others else "these stages")
-
-
-def _report_facts(report: dict[str, Any]) -> list[str]:
-    facts = [
-        f"{split}: exact {100 * categories['all']['exact']:.1f} % of {categories['all']['n']:,}"
-        for split, categories in report.get("composition", {}).items()
-    ]
-    reconstruction, seconds = report["reconstruction"], report["seconds"]
-    facts.append(f"reconstruction {reconstruction['psnr']:.2f} dB over {reconstruction['n']:,}")
-    return [*facts, f"{seconds['total']:,.0f} s in all"]

@@ -20,7 +20,7 @@ LAYERS = [
     {"samplers"},
     {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor", "data"},
     {"retrieval", "load_network", "lora"},
-    {"stages", "vision"},
+    {"stages", "vision", "inspection"},
     {"load_autoencoder"},
     {"denoising", "pipeline", "pipeline_inputs", "prompted_pipeline"},
     {"cli"},
