@@ -103,7 +103,7 @@ def training_data(run: Path | None) -> CaptionedPictures | None:
         data = load(check(DataConfig, values["data"], source=str(folder / "config.yaml")))
     except ValueError as error:
         raise ValueError(
-            f"{error}; what {folder} was trained on is searched for copies: or give --training none"
+            f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"
         ) from None
     trained_on = read_contract(folder / "final", "noise_predictor")["data"]["fingerprint"]
     if data.fingerprint != trained_on:
