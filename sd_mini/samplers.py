@@ -43,7 +43,11 @@ _MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 
 
 def default(process: Process) -> str:
-    """The sampler that a pipeline starts with, by measurement on the shapes world; training/LOG.md has the table."""
+    """The sampler that a pipeline starts with, by measurement; training/LOG.md has the tables.
+
+    On the linear path all do alike in 8 evaluations, and Euler is the plainest; on the schedules DPM-Solver++ comes
+    nearest to a Gaussian's spread in 20.
+    """
     return "euler" if process.is_flow else "dpm++"
 
 

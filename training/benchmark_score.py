@@ -111,6 +111,7 @@ def judged(pipeline: Pipeline, root: Path, prompts: int) -> float:
     pipeline.save(root / "pipeline")
     out = root / f"report-{time.monotonic_ns()}"
     argv = ["eval", str(root / "pipeline"), "--data", "shapes", "--out", str(out), "--prompts", str(prompts)]
+    argv += ["--training", "none", "--sweep"]  # the judge alone
     done = subprocess.run([sys.executable, "-m", *argv], check=False, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(f"python -m {' '.join(argv)} ended with exit code {done.returncode}; see above")
