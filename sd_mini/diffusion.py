@@ -81,8 +81,8 @@ def v_target(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
 def min_snr_weights(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     """Signal-to-noise ratios (B,) => (B,) weights of the squared error of what is predicted.
 
-    One rule in the units of each: an error of the clean sample is one of eps times 1 / SNR, of v times 1 + SNR, and of
-    the linear path's velocity times (1 + sqrt(SNR))^2 (as x_0's error is t times the velocity's, and
+    One rule in the units of each: the squared error of eps is SNR times that of the clean sample, of v 1 + SNR times,
+    and of the linear path's velocity (1 + sqrt(SNR))^2 times (x_0's error is t times the velocity's, and
     t = 1 / (1 + sqrt(SNR))).
     """
     kept = snr.clamp(max=gamma)

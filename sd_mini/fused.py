@@ -91,9 +91,10 @@ def _run(network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Ten
     code = library(config.num_heads, config.hidden_size // config.num_heads, len(turn), prompt.shape[1])
     kind = TorchBetween if code is None else partial(NativeBetween, code)
     given = latents, t, prompt, None if mask is None else mask.bool()
-    call = partial(_part, plan, partial(kind, config.num_heads, turn))
+    learns = torch.is_grad_enabled()
+    call = partial(_part, plan, partial(kind, config.num_heads, turn), learns)
     names, weights = zip(*network.named_parameters(), strict=True)
-    if torch.is_grad_enabled():
+    if learns:
         return _Written.apply(call, names, given, *weights)
     return torch.cat([output for output, _ in _parts(call, names, given, weights)])
 
@@ -101,13 +102,14 @@ def _run(network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Ten
 def _part(
     plan: fused_prx.Plan,
     between: Callable[[Tensor | None], fused_prx.Between],
+    learns: bool,
     w: fused_prx.Weights,
     latents: Tensor,
     t: Tensor,
     prompt: Tensor,
     mask: Tensor | None,
 ) -> tuple[Tensor, Callable[[Tensor], fused_prx.Weights]]:
-    return fused_prx.forward(w, plan, between(mask), latents, t, prompt)
+    return fused_prx.forward(w, plan, between(mask), latents, t, prompt, learns)
 
 
 class _Written(torch.autograd.Function):

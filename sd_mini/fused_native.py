@@ -19,6 +19,7 @@ from torch import Tensor
 from sd_mini.fused_prx import Back, Weights
 
 _SOURCE = Path(__file__).with_suffix("").with_name("fused_prx.c")
+_STACK = 3 * 2**17  # bytes that it may take of a thread's stack, 8 MB on Linux and half of one on a Mac's second thread
 # what lets sums be vectorised, and nothing that would change how other code in the process rounds
 _FLAGS = ["-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math"]
 _FLAGS += ["-fno-signed-zeros", "-freciprocal-math"]
@@ -28,10 +29,11 @@ _FLAGS += ["-fno-signed-zeros", "-freciprocal-math"]
 def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | None:
     """For that many heads of so many columns, picture and prompt tokens; none where it cannot be had.
 
-    It cannot without a C compiler (`cc`, or what CC names), and for heads whose width 16 does not divide.
+    It cannot without a C compiler (`cc`, or what CC names), for heads whose width 16 does not divide, and for more
+    tokens than a head's scratch has room for on a thread's stack.
     """
     compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None or head % 16:
+    if compiler is None or head % 16 or _scratch(head, length, words) > _STACK:
         return None
     shape = [f"-D{name}={value}" for name, value in zip("HDLT", (heads, head, length, words), strict=True)]
     with tempfile.TemporaryDirectory() as folder:
@@ -42,6 +44,12 @@ def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | Non
             return ctypes.CDLL(str(target))
         except (OSError, subprocess.SubprocessError):
             return None
+
+
+def _scratch(head: int, length: int, words: int) -> int:
+    """Bytes that `attend_back` takes of the stack: a head's queries, keys, values, their gradients, and scores."""
+    queries, keys = length + 15, length + words + 3
+    return 4 * (head * (5 * queries + 6 * keys) + keys * queries)
 
 
 class NativeBetween:

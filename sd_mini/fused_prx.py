@@ -59,17 +59,24 @@ class Between(Protocol):
 
 
 def forward(
-    w: Weights, plan: Plan, between: Between, latents: Tensor, timesteps: Tensor, prompt: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Weights]]:
-    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w); its gradient => the weights'."""
+    w: Weights, plan: Plan, between: Between, latents: Tensor, timesteps: Tensor, prompt: Tensor, learns: bool = True
+) -> tuple[Tensor, Callable[[Tensor], Weights] | None]:
+    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w); its gradient => the weights'.
+
+    Without `learns` there is no way back, and nothing is kept for it.
+    """
     x, in_back = _linear(w, "img_in", _patches(latents, plan.patch))
     text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1))
     time, time_back = _time(w, plan, timesteps)
     backs = []
     for number in range(plan.depth):
         x, back = _block(w, f"blocks.{number}", between, x, text, time)
-        backs.append(back)
+        if learns:
+            backs.append(back)
+        del back
     out, last_back = _last(w, between, x, time)
+    if not learns:
+        return _picture(out, plan.patch, latents.shape), None
 
     def back(gradient: Tensor) -> Weights:
         grads: Weights = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -74,11 +75,11 @@ def load(network: ModelMixin, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config, weights = _read(folder)
-    layers = dict(network.named_modules())
-    for name in config["target_modules"]:
-        if not isinstance(layers.get(name), nn.Linear):
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    for target in config["target_modules"]:
+        if not any(_matches(name, [target]) for name in linear):
             raise ValueError(
-                f"LoRA {folder}: adapts {name}, which this {type(network).__name__} does not have; it was made for "
+                f"LoRA {folder}: adapts {target}, which this {type(network).__name__} does not have; it was made for "
                 "another network"
             )
     add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
@@ -115,6 +116,15 @@ def merge(network: ModelMixin) -> None:
     network.requires_grad_(True)
 
 
+def merged(network: ModelMixin) -> ModelMixin:
+    """The network itself where it has no adapters, else a copy of it with them merged."""
+    if not is_adapted(network):
+        return network
+    copied = copy.deepcopy(network)
+    merge(copied)
+    return copied
+
+
 def is_adapted(network: nn.Module) -> bool:
     return any(map(_is_lora, network.modules()))
 
@@ -140,8 +150,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weights = load_file(folder / WEIGHTS)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"LoRA {folder}: cannot be read ({error}); give a whole one") from error
-    if not isinstance(config.get("target_modules"), list) or not {"r", "lora_alpha"} <= set(config):
+    said = config if isinstance(config, dict) else {}
+    if not isinstance(said.get("target_modules"), list) or not {"r", "lora_alpha"} <= set(said):
         raise ValueError(f"LoRA {folder}: {CONFIG} names no target_modules, r and lora_alpha; give one of a LoRA")
+    for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"):
+        if said.get(name) not in (None, False, {}, [], "none"):
+            raise ValueError(f"LoRA {folder}: {name} is {said[name]!r}; expected plain low-rank adapters without it")
     return config, weights
 
 

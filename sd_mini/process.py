@@ -86,8 +86,8 @@ class Process(Config):
     def answer(self, predicted: Tensor, noised: Tensor, timesteps: Tensor, floor: float = 0.05) -> Tensor:
         """The network's output => what the loss compares and the scheduler steps by: of flow_x the velocity.
 
-        `floor`: below that t the loss would be all of the last little noise. A sampler divides by the true t, so that
-        its last step ends in the clean latents that the network said.
+        `floor`: below that t the loss would be all of the last little noise. A sampler divides by its own t instead, so
+        that its last step ends in the clean latents that the network said.
         """
         return diffusion.velocity_of(predicted, noised, timesteps, floor) if self.kind == "flow_x" else predicted
 

@@ -89,12 +89,12 @@ def build(name: str, process: Process) -> SchedulerMixin:
 
 
 def _spacing(process: Process) -> dict[str, Any]:
-    """v and the clean latents are asked for from the very last step on, where training ends: Lin et al. 2024, sec. 3.3.
+    """The network is asked from the very last step on, where training ends: Lin et al. 2024, sec. 3.3.
 
-    The noise says nothing there: an error in it is one of the clean latents times 1 / sqrt(alphas_cumprod), 20,000 on
-    the cosine schedule. It begins a step earlier, as Stable Diffusion does.
+    But for the noise on the cosine schedule, of which nothing but noise is left there: an error in the answer is one of
+    the clean latents times 1 / sqrt(alphas_cumprod), 20,000. It begins a step earlier, as Stable Diffusion does.
     """
-    if process.kind == "epsilon":
+    if process.kind == "epsilon" and process.schedule == "cosine":
         return {"timestep_spacing": "leading", "steps_offset": 1}
     return {"timestep_spacing": "trailing"}
 
@@ -113,6 +113,8 @@ def check(scheduler: SchedulerMixin, process: Process) -> None:
             f"scheduler {name}: steps by {steps_by} on {path}, but this network predicts {process.kind}"
             f"{'' if process.is_flow else f' on the {process.schedule} schedule'}; {mend}"
         )
+    if config.get("clip_sample"):
+        raise ValueError(f"scheduler {name}: clip_sample holds latents within [-1, 1], which they exceed; {mend}")
     if config.get("num_train_timesteps") != STEPS:
         raise ValueError(f"scheduler {name}: num_train_timesteps {config.num_train_timesteps}; expected {STEPS}")
     if process.is_flow:
@@ -130,14 +132,31 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | 
     """Space `steps` steps evenly down to the picture, and return the timesteps (N,) that the network is asked at.
 
     The two flow-matching schedulers would by themselves spend the last step between sigma 0.001 and 0.
+
+    Raises ValueError where a discrete schedule would begin elsewhere than at the noise.
     """
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
     else:
         if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             scheduler.sigma_min = 1 / steps
+        if hasattr(scheduler, "alphas_cumprod") and steps > STEPS:
+            raise ValueError(f"num_inference_steps {steps}: the discrete schedule has {STEPS}; use 50, for example")
         scheduler.set_timesteps(steps, device=device)
+    _check_start(scheduler, steps)
     return scheduler.timesteps
+
+
+def _check_start(scheduler: SchedulerMixin, steps: int) -> None:
+    """Spacing by whole steps, counted from the picture, may end far below the noise, or beyond the last step."""
+    if scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "alphas_cumprod"):
+        return
+    first = float(scheduler.timesteps[0])
+    if not STEPS - 2 * STEPS / steps - STEPS / 8 <= first < STEPS:
+        raise ValueError(
+            f"num_inference_steps {steps}: {type(scheduler).__name__} begins at {first:.0f} of a schedule that is noise "
+            "at 999; use another number, such as 50"
+        )
 
 
 def step(

@@ -107,7 +107,7 @@ def model_hash(model: Any) -> str:
     config = model.config.to_json_string() if hasattr(model, "config") else ""
     digest = hashlib.sha256(f"{model} {config}".encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

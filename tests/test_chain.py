@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import pytest
@@ -29,3 +30,22 @@ def test_each_is_run_with_its_own_arguments(programs, capsys):
 def test_the_first_that_fails_ends_the_chain(programs, capsys, program, code):
     assert chain.main(["one", "--", program, "--", "two"]) == code
     assert capsys.readouterr().out.splitlines() == ["[]"]
+
+
+def test_a_training_that_is_stopped_ends_the_chain(programs, tmp_path, capsys):
+    """It saves, exits with 0, and nothing comes after it; elsewhere SIGTERM ends the chain at once."""
+    (tmp_path / "trains.py").write_text(
+        "import os, signal, sys\n"
+        "from training.process import Stop\n"
+        "with Stop(1) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop.asked()\n"
+        "print('saved')\n"
+        "sys.exit(stop.exit_code)\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert chain.main(["trains", "--", "plain"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["saved"]
+    (tmp_path / "works.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)\n")
+    assert chain.main(["works", "--", "plain"]) == 143
+    assert capsys.readouterr().out == "" and signal.getsignal(signal.SIGTERM) is before

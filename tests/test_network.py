@@ -168,6 +168,13 @@ def test_lora_is_peft_s(tmp_path):
     torch.testing.assert_close(noise_predictor.predict(merged, *inputs()), adapted, rtol=0, atol=1e-5)
     from safetensors.torch import load_file
 
+    peft_s = tiny()
+    lora.load(peft_s, tmp_path / "theirs")
+    assert torch.equal(noise_predictor.predict(peft_s, *inputs()), adapted)
+    config = json.loads((tmp_path / "theirs" / lora.CONFIG).read_text())
+    (tmp_path / "theirs" / lora.CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
+    with pytest.raises(ValueError, match="use_rslora is True; expected plain"):
+        lora.load(tiny(), tmp_path / "theirs")
     ours, theirs = (load_file(tmp_path / who / lora.WEIGHTS) for who in ("ours", "theirs"))
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -105,6 +105,30 @@ def test_the_steps_on_a_schedule_begin_where_training_ends(name):
     assert timesteps.unique().flip(0).tolist() == [999, 749, 499, 249]
 
 
+@pytest.mark.parametrize("steps", [4, 8, 20, 50])
+@pytest.mark.parametrize("name", list(samplers.DISCRETE))
+def test_the_noise_on_the_cosine_schedule_begins_a_step_before_the_last(name, steps):
+    timesteps = samplers.set_timesteps(samplers.build(name, Process(kind="epsilon", schedule="cosine")), steps)
+    # by how whole steps are counted, it may be as much lower again
+    assert 999 - 2 * 1000 / steps - 25 <= timesteps[0] < 999 and timesteps[-1] <= 1 + 1000 / steps
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "steps"),
+    [
+        ("ddim", "cosine", 400),
+        ("ddim", "cosine", 600),
+        ("ddim", "cosine", 1000),
+        ("dpm++", "cosine", 500),
+        ("unipc", "cosine", 1000),
+        ("ddim", "linear", 1001),
+    ],
+)
+def test_steps_that_would_not_begin_at_the_noise_are_refused(name, schedule, steps):
+    with pytest.raises(ValueError, match=f"num_inference_steps {steps}: "):
+        samplers.set_timesteps(samplers.build(name, Process(kind="epsilon", schedule=schedule)), steps)
+
+
 def test_the_dummy_loops_of_diffusers():
     """Its own tests' network, t / (t + 1) of the sample, on its own deterministic sample, ends at its own numbers."""
 
@@ -159,9 +183,14 @@ def test_what_cannot_be_learnt_is_refused_by_name(given, says):
         ),
         (DPMSolverMultistepScheduler(), Process(kind="v_prediction", schedule="linear"), "predicts v_prediction"),
         (
-            DDIMScheduler(beta_schedule="scaled_linear"),
+            DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
             Process(kind="epsilon", schedule="scaled_linear"),
             "betas are not those of the scaled_linear schedule",
+        ),
+        (
+            DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+            Process(kind="epsilon", schedule="scaled_linear"),
+            "clip_sample holds latents within",
         ),
         (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), Process(), "num_train_timesteps 100; expected 1000"),
     ],

@@ -19,7 +19,17 @@ from training.interleaved import Spread, measure
 from training.loader import iterate
 
 PLAIN = ["--train.lr", "1e-4", "--train.muon_lr", "null", "--train.schedule", "constant", "--train.warmup_steps", "0"]
-PLAIN += ["--objective.density", "uniform", "--objective.shift", "1", "--sampling.interval", "[0, 1]"]
+PLAIN += ["--objective.direction", "0", "--objective.noise_draws", "1", "--objective.repa.weight", "0"]
+PLAIN += [
+    "--objective.weighting",
+    "none",
+    "--objective.density",
+    "uniform",
+    "--objective.shift",
+    "1",
+    "--sampling.interval",
+    "[0, 1]",
+]
 PLAIN += ["--train.weight_decay", "0.01", "--train.betas", "[0.9, 0.999]", "--train.ema_width", "0.05"]
 RECIPES = {
     "ours": [],
@@ -41,6 +51,8 @@ def time_to_score(argv: Sequence[str], updates: int = 500, prompts: int = 200) -
     costs = _costs(argv)
     root = Path(tempfile.mkdtemp(prefix="time_to_score-"))
     launched = parsed(argv)
+    if launched.config.data.source != "shapes":
+        raise ValueError(f"time_to_score: data {launched.config.data.source} has no judge; expected a config of shapes")
     run = _trained(launched.run, root / "ours", argv, "ours", updates, updates)
     wanted = judged(Pipeline.from_run(run), root, prompts)
     budget = updates * costs["ours"].median
@@ -59,7 +71,9 @@ def time_to_score(argv: Sequence[str], updates: int = 500, prompts: int = 200) -
             if scores[-1] >= wanted:
                 ratio = times
                 break
-        found[f"ratio_to_{name}"] = {"median": ratio or most, "low": ratio or most, "high": ratio, "scores": scores}
+        # between two looks nothing is known: it arrived after the last but one, or takes longer than all of them
+        low, high = (ratio - 1, ratio) if ratio is not None else (most, None)
+        found[f"ratio_to_{name}"] = {"low": low, "high": high, "median": low, "scores": scores}
     shutil.rmtree(root)
     return found
 

@@ -48,7 +48,8 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
         tensors, state = checkpoint.load(snapshot)
         newest = checkpoint.find(folder, folder.name)
         checkpoint.check_identity(newest, checkpoint.load_state(newest), task.identity)
-        state["seconds"] = checkpoint.load_state(newest)["seconds"] * step / config.train.steps
+        last = checkpoint.load_state(newest)
+        state["seconds"] = last["seconds"] * step / last["step"]
     else:
         saved = _checkpoint(folder, step)
         tensors, state = checkpoint.load(saved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -43,6 +42,8 @@ class NetworkConfig(Config):
             raise ValueError(
                 f"network.pretrained {self.pretrained}: brings its own class and fields; leave out network.{given[-1]}"
             )
+        if not self.lora.rank and self.lora != LoraConfig():
+            raise ValueError("network.lora: alpha and targets say how adapters are made, and rank 0 makes none; set it")
         if self.lora.rank and self.pretrained is None:
             raise ValueError(
                 f"network.lora.rank {self.lora.rank}: adapts a network that is there already; give network.pretrained"
@@ -50,10 +51,6 @@ class NetworkConfig(Config):
         if self.preset is not None:
             preset(self.kind, self.preset)
         return self
-
-
-def _default(field: str) -> Any:
-    return NetworkConfig.model_fields[field].get_default(call_default_factory=True)
 
 
 def _default(field: str) -> Any:
@@ -81,8 +78,7 @@ class _Adapted:
         self.network, self.config = network, config
 
     def save_pretrained(self, folder: Path) -> None:
-        merged = copy.deepcopy(self.network)
-        lora.merge(merged)
+        merged = lora.merged(self.network)
         merged.save_pretrained(folder)
         base = {"class": type(merged).__name__, "pretrained": self.config.pretrained}
         lora.save(self.network, folder / "lora", base)

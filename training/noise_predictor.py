@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sd_mini import diffusion, images, samplers, stages
+from sd_mini import diffusion, images, lora, samplers, stages
 from sd_mini.config import Config, command
 from sd_mini.data import DataConfig, load_captioned
 from sd_mini.guidance import Guidance
@@ -176,7 +176,7 @@ class PredictorTask:
         return self.evaluator.scores(self._pipeline(objective.network).save_pretrained)
 
     def _pipeline(self, network: nn.Module) -> Pipeline:
-        predictor = Stage(Path(), self._contract({}), {"noise_predictor": network})
+        predictor = Stage(Path(), self._contract({}), {"noise_predictor": lora.merged(network)})
         pipeline = Pipeline.from_stages(self.text, self.vae, predictor).to(network.device)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -158,3 +158,6 @@ class Stop:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # whoever listened before is told, without a frame, as nothing is interrupted any more
+        if self.signal in self._before and getattr(self._before[self.signal], "told_later", False):
+            self._before[self.signal](self.signal, None)
