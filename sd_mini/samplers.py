@@ -154,7 +154,7 @@ def _check_start(scheduler: SchedulerMixin, steps: int) -> None:
     first = float(scheduler.timesteps[0])
     if not STEPS - 2 * STEPS / steps - STEPS / 8 <= first < STEPS:
         raise ValueError(
-            f"num_inference_steps {steps}: {type(scheduler).__name__} begins at {first:.0f} of a schedule that is noise "
+            f"num_inference_steps {steps}: {type(scheduler).__name__} begins at {first:.0f}, and the schedule is noise "
             "at 999; use another number, such as 50"
         )
 
