@@ -9,13 +9,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.stats import norm
 from torch_fidelity import feature_extractor_inceptionv3
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from eval import features
 from eval.clip_score import Clip, clip_scores, cosines, r_precision
 from eval.features import open_features
-from eval.memorisation import audit, nearest, small_pixels
+from eval.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
 from eval.mini import DIM
 from eval.reference import Seen, reference
 from sd_mini import shapes
@@ -276,6 +277,22 @@ def test_copies_are_found_and_held_out_pictures_are_not():
     found = nearest(small_pixels(np.concatenate([new[:40], copies])), training)
     assert found.numbers[40:].tolist() == list(range(100, 160))
     assert audit(found, held)["copied"] >= 0.6
+
+
+def test_the_interval_of_what_is_copied_knows_that_the_held_out_pictures_are_a_sample():
+    """Distances of known distributions: how often the interval holds the true share, of few held-out pictures."""
+    draw, numbers = np.random.default_rng(0), np.zeros(500, dtype=int)
+    limit = norm.ppf(QUANTILE)
+    for closer, held_out in ((0, 200), (1, 200), (0, 1000)):
+        true, held = norm.cdf(limit + closer), 0
+        for _ in range(200):
+            made, other = draw.normal(10 - closer, 1, 500), draw.normal(10, 1, held_out)
+            found = audit(Nearest(made, numbers), Nearest(other, numbers))
+            held += found["low"] <= true <= found["high"]
+        assert held / 200 >= 0.9  # Wilson's alone: 0.67, 0.53, 0.90
+    nothing = audit(Nearest(np.full(500, 20.0), numbers), Nearest(draw.normal(10, 1, 200), numbers))
+    assert nothing["low"] == 0 < nothing["high"] and nothing["n_held_out"] == 200
+    assert "median_ratio" not in audit(Nearest(np.ones(9), numbers[:9]), Nearest(np.zeros(30), numbers[:30]))
 
 
 def test_the_nearest_picture_by_brute_force():

@@ -85,7 +85,7 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
             assert set(categories) == expected | (set() if two_objects_only else {"one_object", "count", "place"})
             assert all(set(score) == SCORE_FIELDS for score in categories.values())
             assert categories["all"]["n"] == PROMPTS_ASKED
-    assert set(report["reconstruction"]) == {"psnr", "psnr_global", "ssim", "n"}
+    assert set(report["reconstruction"]) == {"psnr", "psnr_global", "psnr_low", "psnr_high", "ssim", "n"}
     hashes = {
         k: json.loads((tiny_run / k / "final" / "stage.json").read_text())["hash"] for k in report["protocol"]["stages"]
     }
