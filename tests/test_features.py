@@ -42,6 +42,18 @@ def own_network():
     return Own()
 
 
+SHADE = {"added": 0.0}
+
+
+def own_function():
+    """No module: what it gives depends on a mapping that its source does not show."""
+    return lambda pictures: pictures.float().mean((2, 3)) + SHADE["added"]
+
+
+def no_network():
+    return 3
+
+
 def broken_network():
     return lambda pictures: torch.full((len(pictures), 3), torch.nan)
 
@@ -181,7 +193,13 @@ def test_fd_mini_grows_with_what_is_wrong():
         ("timm:test_vit", "where there is no hub, give a file or a folder"),
         ("transformers:nowhere", "'nowhere' cannot be loaded"),
         ("open_clip:ViT-B-32=nowhere.pt", "no weights file nowhere.pt"),
+        ("mini=nowhere.pth", "mini=nowhere.pth: mini is drawn from a seed and takes no weights"),
         ("module:tests.test_features:nothing", "module:PACKAGE.MODULE:FUNCTION"),
+        ("module:.relative:nothing", "module:PACKAGE.MODULE:FUNCTION"),
+        ("module:math:pi", "expected a function that is called without arguments"),
+        ("module:math:sqrt", "expected a function that is called without arguments"),
+        ("module:tests.test_features:no_network", "gives int, expected a function or torch.nn.Module"),
+        ("module:time:time", "no signature found .* expected a function that is called without arguments"),
     ],
 )
 def test_what_is_no_network_is_refused(name, says):
@@ -223,6 +241,14 @@ def test_other_pictures_networks_and_preparations_have_references_of_their_own(p
     for given, network in ((pictures, extract), (changed, extract), (pictures[:-1], extract), (pictures, other)):
         reference(network, given, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_function_s_reference_is_not_kept(pictures, tmp_path, monkeypatch):
+    extract = open_features("module:tests.test_features:own_function")
+    first = reference(extract, pictures, tmp_path)
+    monkeypatch.setitem(SHADE, "added", 9.0)
+    np.testing.assert_allclose(reference(extract, pictures, tmp_path).features, first.features + 9, rtol=1e-6)
+    assert not list(tmp_path.iterdir())
 
 
 def test_clip_scores_of_known_cosines():

@@ -18,7 +18,7 @@ from torchmetrics.image.fid import _compute_fid
 from eval import kid
 from eval.bootstrap import prompt_interval
 from eval.cmmd import cmmd
-from eval.distances import moved_by_prompts, infinity
+from eval.distances import infinity, moved_by_prompts
 from eval.fid import frechet_distance, frechet_infinity, null_bias
 from eval.kid import kernel_distance
 from eval.moments import BLOCK, Moments, statistics
@@ -262,6 +262,16 @@ def test_batches_and_parts_leave_the_same_bits():
         for number in order:
             whole.merge(parts[number])
         assert same_bits(whole.mean_and_covariance(), expected)
+
+
+def test_parts_that_are_too_large_together_do_not_merge():
+    """Two sums that are within the limit and would overflow as one."""
+    half = np.full((20, 2), 3.5e5, dtype=np.float32)  # 20 (3.5e5)^2 = 2.4e12, the limit is 4.4e12
+    one, other = added(half, 20), added(half, 20)
+    before = one.mean_and_covariance()
+    with pytest.raises(ValueError, match="too large for exact sums over 40 rows"):
+        one.merge(other)
+    assert same_bits(one.mean_and_covariance(), before)
 
 
 def test_the_number_of_threads_leaves_the_same_bits():
