@@ -26,23 +26,26 @@ def write(maker: Maker, report: Mapping[str, Any], out: Path) -> Path | None:
 def text(report: Mapping[str, Any]) -> str:
     """report.json => the card: front matter, how to use it, what was measured and how."""
     protocol, rows = report["protocol"], headline(report)
+    is_ours = "pipeline" not in protocol  # its class, of another's
+    library, name = ("sd_mini", "Pipeline") if is_ours else ("diffusers", "DiffusionPipeline")
+    guidance = f", guidance {protocol['guidance']:g}" if "guidance" in protocol else ""
     lines = [
         "---",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        "tags: [text-to-image, sd_mini]",
+        "tags: [text-to-image, sd_mini]" if is_ours else "tags: [text-to-image]",
         "---",
         _MARK,
         "",
         f"# Text to image, measured on {protocol['data']}",
         "",
-        f"{protocol['resolution']} x {protocol['resolution']} px, {protocol['scheduler']}, {protocol['steps']} steps, "
-        f"guidance {protocol['guidance']:g}.",
+        f"{protocol['resolution']} x {protocol['resolution']} px, {protocol['scheduler']}, {protocol['steps']} steps"
+        f"{guidance}.",
         "",
         "```python",
-        "from sd_mini import Pipeline",
+        f"from {library} import {name}",
         "",
-        'picture = Pipeline.from_pretrained("FOLDER")("a prompt").images[0]',
+        f'picture = {name}.from_pretrained("FOLDER")("a prompt").images[0]',
         "```",
         "",
         "| measure | value | 95 % | n |",

@@ -12,14 +12,13 @@ from eval import kid
 from eval.bootstrap import prompt_interval
 from eval.composition import wilson
 from eval.features import Extractor
-from eval.fid import distance_to, frechet_infinity, null_bias
+from eval.fid import distance_to, fewest_for_a_line, frechet_infinity, null_bias
 from eval.moments import statistics
 from eval.prdc import NEIGHBOURS, each_picture
 from eval.reference import Seen, reference
 
 _DRAWS = 200  # of prompts, for the distance's interval
 _WIDEST = 256  # features; wider ones take too long for an interval
-FEWEST_FOR_A_LINE = 20
 
 
 def compare(
@@ -27,10 +26,11 @@ def compare(
 ) -> tuple[dict[str, Any], list[str]]:
     """Two (N, 3, R, R) uint8 => every distance by this network, and what is to be said about them, a line each.
 
-    fd: the Frechet distance, called `name`, and fd_infinity, fd_infinity_error: what it would be of infinitely many
-    pictures, and its standard error; bias: the part of fd that is there by N alone; kid; precision, recall, density,
-    coverage; their 95 % intervals as low, high (of fd) and NAME_low, NAME_high; n, n_reference, dim, extractor (its
-    hash), preprocessing.
+    fd: the Frechet distance, called `name`; fd_infinity: what it would be of infinitely many pictures, where there are
+    enough for that; bias: the part of fd that is there by N alone; kid; precision, recall, density, coverage; their
+    95 % intervals as low, high (of fd) and NAME_low, NAME_high, those of the two distances for at most 256 features;
+    n, n_reference, dim, extractor (its hash), preprocessing. An interval is over what is made: the reference is taken
+    as it is.
     """
     seen, known = Seen.of(extractor(made)), reference(extractor, real, cache)
     count, dim = seen.features.shape
@@ -53,12 +53,16 @@ def compare(
             "is bias by their number (at unit covariance d (d + 5) / (2 N)): compare at equal N only, or ask for more"
         )
     found["kid_low"], found["kid_high"] = _kid_interval(found["kid"], seen, known, prompts)
-    if dim <= _WIDEST:
-        found["low"], found["high"] = _interval(found["fd"], seen, known, prompts)
-    if count >= FEWEST_FOR_A_LINE:
-        found["fd_infinity"], found["fd_infinity_error"] = frechet_infinity(seen.features, known.mean, known.covariance)
+    moved = moved_by_prompts(seen, known, prompts) if dim <= _WIDEST else None
+    if moved is not None:
+        found["low"], found["high"] = (found["fd"] + float(end) for end in np.quantile(moved, (0.025, 0.975)))
+    if count >= fewest_for_a_line(dim):
+        found |= infinity(seen, known, moved)
     else:
-        remarks.append(f"{extractor.distance} infinity left out: {count} pictures, at least {FEWEST_FOR_A_LINE} needed")
+        remarks.append(
+            f"{extractor.distance} infinity left out: {count} pictures, at least {fewest_for_a_line(dim)} needed for "
+            f"{dim} features"
+        )
     if min(count, len(real)) > NEIGHBOURS:
         found |= _neighbours(seen, known, prompts)
     else:
@@ -83,14 +87,25 @@ def _kid_interval(value: float, seen: Seen, known: Seen, prompts: Sequence[str])
     return value + low, value + high
 
 
-def _interval(value: float, seen: Seen, known: Seen, prompts: Sequence[str]) -> tuple[float, float]:
-    """How far the distance moves when other prompts are drawn. Drawn sets hold copies, which adds a bias; so it is
-    their spread around their own mean that is laid around the value."""
+def infinity(seen: Seen, known: Seen, moved: np.ndarray | None) -> dict[str, float]:
+    """fd_infinity, and its 95 % interval where `moved` says how far other prompts move the distance.
+
+    Other prompts move the whole line, by about as much as the distance of all pictures; other subsets turn it.
+    """
+    value, error = frechet_infinity(seen.features, known.mean, known.covariance)
+    if moved is None:
+        return {"fd_infinity": value}
+    reach = 1.96 * float(np.hypot(moved.std(), error))
+    return {"fd_infinity": value, "fd_infinity_low": value - reach, "fd_infinity_high": value + reach}
+
+
+def moved_by_prompts(seen: Seen, known: Seen, prompts: Sequence[str]) -> np.ndarray:
+    """(_DRAWS,): how far the distance moves when other prompts are drawn. Drawn sets hold copies, which adds a bias; so
+    it is around their own mean."""
     clusters = np.unique(np.asarray(prompts), return_inverse=True)[1]
     members = np.split(np.argsort(clusters, kind="stable"), np.cumsum(np.bincount(clusters))[:-1])
     draw, distance, found = np.random.default_rng(0), distance_to(known.mean, known.covariance), []
     for _ in range(_DRAWS):
         rows = np.concatenate([members[i] for i in draw.integers(0, len(members), len(members))])
         found.append(distance(*statistics(seen.features[rows])))
-    low, high = np.quantile(np.array(found) - np.mean(found), (0.025, 0.975))
-    return value + float(low), value + float(high)
+    return np.array(found) - np.mean(found)

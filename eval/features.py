@@ -8,6 +8,9 @@ NAME is one of
     timm:MODEL[=FILE]               any timm model without its head; also timm:local-dir:FOLDER
     transformers:FOLDER             or a hub name: any picture model that AutoModel loads
     module:PACKAGE.MODULE:FUNCTION  your own: called without arguments, gives (n, 3, H, W) uint8 => (n, D)
+
+A network of your own that is no torch.nn.Module is hashed by its module's source, not by what it closes over: its
+features of the reference pictures are not kept but made each time.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Extractor:
 
     distance: what the Frechet distance by it is called: "FID" for Inception alone. hash: SHA-256 of its weights.
     preprocessing: what happens to a picture before it, in words. network: (n, 3, H, W) uint8 => (n, D), on `device`.
+    is_pinned: whether the hash says all that the features depend on.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Extractor:
     preprocessing: str
     network: Network
     device: str = "cpu"
+    is_pinned: bool = True
 
     @torch.inference_mode()
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
@@ -72,6 +77,8 @@ def open_features(name: str, device: str = "cpu") -> Extractor:
     """See above. Raises ValueError, one line, for an unknown name, and for weights that are missing or do not fit."""
     kind, _, rest = name.partition(":")
     plain, _, weights = name.partition("=")
+    if name.startswith("mini="):
+        raise ValueError(f"features {name}: mini is drawn from a seed and takes no weights; expected mini alone")
     if plain == "mini":
         found = _made("mini", "FD-mini", f"bilinear, antialiased, to {mini.SIDE} px", mini.Mini())
     elif plain == "inception":
@@ -162,10 +169,23 @@ def _module(name: str, place: str) -> Extractor:
     module, _, function = place.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"features {name}: {error}; expected module:PACKAGE.MODULE:FUNCTION") from None
+    try:
+        inspect.signature(make).bind()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"features {name}: {error}; expected a function that is called without arguments") from None
     network = make()
     if isinstance(network, nn.Module):
         return _made(name, f"FD-{function}", f"{place}'s own", network)
-    source = hashlib.sha256(inspect.getsource(inspect.getmodule(make)).encode()).hexdigest()
-    return Extractor(name, f"FD-{function}", source, f"{place}'s own", network)
+    if not callable(network):
+        raise ValueError(
+            f"features {name}: gives {type(network).__name__}, expected a function or torch.nn.Module that takes "
+            "pictures"
+        )
+    try:
+        source = inspect.getsource(inspect.getmodule(make))
+    except (OSError, TypeError):
+        raise ValueError(f"features {name}: has no source to be known by; give a torch.nn.Module") from None
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    return Extractor(name, f"FD-{function}", digest, f"{place}'s own", network, is_pinned=False)

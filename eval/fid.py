@@ -14,6 +14,7 @@ from eval.moments import statistics
 Array = np.ndarray | Tensor
 _SIZES = 15  # points of the line through the distances of smaller sets
 _SMALLEST = 0.1  # of the whole set, the first of these points; at least 2 D pictures, below which it is no line
+_FEWEST = 20  # pictures for a line, of however few features
 
 
 # |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), Heusel et al. 2017, eq. 6. With C1 = R R^T the eigenvalues of C1 C2 are
@@ -105,21 +106,32 @@ def null_bias(covariance: Array, count_a: int, count_b: int) -> float:
 def frechet_infinity(
     features: Array, mean_b: Array, cov_b: Array, seed: int = 0, sizes: int = _SIZES
 ) -> tuple[float, float]:
-    """(N, D) and a reference => the distance that infinitely many pictures would have, and its standard error.
+    """(N, D) and a reference => the distance that infinitely many pictures would have, and the fit's standard error.
 
-    The line is fitted through `sizes` random subsets, the smallest a tenth of N or 2 D. Raises ValueError for N < 20.
+    The line is fitted through `sizes` subsets drawn by `seed`, from a tenth of N, or 2 D where that is more, to N. The
+    error says how far other subsets of these pictures would move it (HC3, MacKinnon & White 1985: small subsets vary
+    more). What other pictures would change is not in it, and is most of what varies: see `distances.infinity`.
+
+    Raises ValueError for fewer pictures than `fewest_for_a_line`.
     """
     features = np.asarray(features)
-    if len(features) < 20:
-        raise ValueError(f"frechet_infinity: {len(features)} pictures are too few for a line; expected at least 20")
+    count, dim = features.shape
+    if count < fewest_for_a_line(dim):
+        raise ValueError(
+            f"frechet_infinity: {count} pictures are too few for a line over {dim} features; expected at least "
+            f"{fewest_for_a_line(dim)}"
+        )
     distance, draw = distance_to(mean_b, cov_b), np.random.default_rng(seed)
-    smallest = min(max(_SMALLEST * len(features), 2 * features.shape[1]), len(features) / 2)
-    counts = np.linspace(smallest, len(features), sizes).round().astype(int)
-    distances = []
-    for count in counts:
-        chosen = features[draw.permutation(len(features))[:count]]
-        distances.append(distance(*statistics(chosen)))
+    counts = np.linspace(max(_SMALLEST * count, 2 * dim), count, sizes).round().astype(int)
+    distances = np.array([distance(*statistics(features[draw.permutation(count)[:n]])) for n in counts])
     design = np.stack([1 / counts, np.ones(sizes)], axis=1)
-    solution, *_ = np.linalg.lstsq(design, np.array(distances), rcond=None)
-    residual = np.sum((np.array(distances) - design @ solution) ** 2) / (sizes - 2)
-    return float(solution[1]), float(np.sqrt(residual * np.linalg.inv(design.T @ design)[1, 1]))
+    inverse = np.linalg.pinv(design)
+    leverage = np.einsum("ij,ji->i", design, inverse)
+    residuals = distances - design @ (inverse @ distances)
+    weights = inverse[1]  # of the distances in the value at 1/N = 0
+    return float(weights @ distances), float(np.sqrt(np.sum((weights * residuals / (1 - leverage)) ** 2)))
+
+
+def fewest_for_a_line(dim: int) -> int:
+    """Pictures, so that the line's smallest subset, of 2 D, is at most half of them."""
+    return max(_FEWEST, 4 * dim)

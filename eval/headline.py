@@ -26,7 +26,8 @@ def headline(report: Mapping[str, Any]) -> list[Row]:
         rows += _clip(report["clip"])
     if "reconstruction" in report:
         found = report["reconstruction"]
-        rows.append(Row("reconstruction, PSNR", f"{found['psnr']:.2f} dB PSNR", "", str(found["n"])))
+        ends = f"{found['psnr_low']:.2f}–{found['psnr_high']:.2f}"
+        rows.append(Row("reconstruction, PSNR", f"{found['psnr']:.2f} dB PSNR", ends, str(found["n"])))
     if "memorisation" in report:
         found = report["memorisation"]["pixels"]
         name = f"closer to training pictures than {found['expected']:.0%} of held-out ones"
@@ -44,8 +45,9 @@ def _distances(name: str, found: Mapping[str, Any]) -> list[Row]:
     ends = f"{found['low']:.4g}–{found['high']:.4g}" if "low" in found else ""
     rows = [Row(name, f"{found['fd']:.4g}", ends, n)]
     if "fd_infinity" in found:
-        value, reach = found["fd_infinity"], 1.96 * found["fd_infinity_error"]
-        rows.append(Row(f"{name} of infinitely many", f"{value:.4g}", f"{value - reach:.4g}–{value + reach:.4g}", n))
+        has_ends = "fd_infinity_low" in found
+        ends = f"{found['fd_infinity_low']:.4g}–{found['fd_infinity_high']:.4g}" if has_ends else ""
+        rows.append(Row(f"{name} of infinitely many", f"{found['fd_infinity']:.4g}", ends, n))
     kid = "KID" if name == "FID" else f"KID by {name.removeprefix('FD-')}"
     rows.append(Row(f"{kid} (unbiased)", f"{found['kid']:.4g}", f"{found['kid_low']:.4g}–{found['kid_high']:.4g}", n))
     by = "" if name == "FID" else f" by {name.removeprefix('FD-')}"

@@ -16,9 +16,9 @@ from eval.composition import Verdict, judge_found, look, summarise
 from eval.distances import compare
 from eval.features import Extractor
 from eval.gallery import Gallery, pick_galleries, pick_pairs
-from eval.memorisation import Nearest, audit, nearest, small_pixels
+from eval.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
 from eval.reconstruction import reconstruction_scores
-from eval.reference import Seen, reference
+from eval.reference import Seen, pictures_hash, reference
 from eval.sources import Maker
 from eval.text import TextProbe
 from sd_mini.data import CaptionedPictures, DataConfig, load
@@ -55,6 +55,7 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
     scores: dict[str, Any] = {}
     first, pictures = question.splits[0], made[question.splits[0].split]
     verdicts: list[Verdict] = []
+    remarks: list[str] = []
     for asked in question.splits:
         data = _text_scores(scores, asked, question, tools)
         sets = _sets(asked, made[asked.split], maker, tools, data)
@@ -62,8 +63,8 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
         if asked is first:
             verdicts = judged
             if AUTOENCODER in sets:
-                scores["reconstruction"] = reconstruction_scores(asked.pictures, sets[AUTOENCODER])
-            remarks = _distances(scores, question, sets, tools)
+                remarks += _reconstruction(scores, asked.pictures, sets[AUTOENCODER])
+            remarks += _distances(scores, question, sets, tools)
     if tools.clip is not None:
         encoders = maker.text_encoders if maker is not None else []
         scores["clip"] = clip_part(tools.clip, pictures, first.captions, question.reference, encoders)
@@ -73,7 +74,9 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
             )
     galleries = pick_galleries(pictures, first.captions, *_ranking(verdicts, pictures, question, tools))
     if tools.training is not None:
-        scores["memorisation"], closest = _memorisation(pictures, question, tools)
+        found, closest, said = _memorisation(pictures, question, tools)
+        scores |= {"memorisation": found} if found is not None else {}
+        remarks += said
         galleries.append(pick_pairs(pictures, first.captions, tools.training, closest))
     else:
         remarks.append("memorisation left out: the training pictures are not known")
@@ -108,6 +111,14 @@ def _sets(asked: Asked, made: np.ndarray, maker: Maker | None, tools: Tools, dat
     if asked.pictures is None or maker is None:
         return {MADE: made}
     return picture_sets(asked, made, maker.autoencoder, tools.probe, data, tools.batch)
+
+
+def _reconstruction(scores: dict[str, Any], pictures: np.ndarray, reconstructed: np.ndarray) -> list[str]:
+    found = reconstruction_scores(pictures, reconstructed)
+    if not np.isfinite(found["psnr"]):
+        return ["reconstruction left out: a picture comes back without any error, which is infinitely many dB"]
+    scores["reconstruction"] = found
+    return []
 
 
 def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdict]:
@@ -182,15 +193,23 @@ def _note(verdict: Verdict) -> str:
     return "cannot be read" if verdict.abstain else f"{verdict.soft:.0%} of the facts hold"
 
 
-def _memorisation(pictures: np.ndarray, question: Question, tools: Tools) -> tuple[dict[str, Any], Nearest]:
-    """By pixels and by each network's features, beside the reference pictures, on which nothing was trained."""
-    training = tools.training
-    found, held_out = (
-        nearest(small_pixels(p), small_pixels(training.pictures)) for p in (pictures, question.reference)
-    )
-    entry = {"pixels": audit(found, held_out)}
-    extractor = tools.networks[0]
+def _memorisation(
+    pictures: np.ndarray, question: Question, tools: Tools
+) -> tuple[dict[str, Any] | None, Nearest, list[str]]:
+    """By pixels and by the first network's features, beside the reference pictures that nothing was trained on; the
+    nearest by pixels; and what is to be said about it."""
+    training, extractor = tools.training, tools.networks[0]
+    small = small_pixels(training.pictures)
+    found = nearest(small_pixels(pictures), small)
+    own = {pictures_hash(picture) for picture in training.pictures}
+    held_out = np.array([pictures_hash(picture) not in own for picture in question.reference])
+    trained_on = int((~held_out).sum())
+    said = f"memorisation: {trained_on} of {len(held_out)} reference pictures are training pictures"
+    if trained_on and held_out.sum() < 1 / QUANTILE:
+        return None, found, [f"{said}; left out: compare with a split that was not trained on"]
+    entry = {"pixels": audit(found, nearest(small_pixels(question.reference[held_out]), small))}
     known = reference(extractor, training.pictures, tools.cache).features
-    seen = reference(extractor, question.reference, tools.cache).features
+    seen = reference(extractor, question.reference, tools.cache).features[held_out]
     entry[extractor.name] = audit(nearest(extractor(pictures), known), nearest(seen, known))
-    return {"training": training.name, "n_training": len(training), **entry}, found
+    remarks = [f"{said}; only the others stand for held-out ones"] if trained_on else []
+    return {"training": training.name, "n_training": len(training), **entry}, found, remarks

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import binom
 
 from eval.composition import wilson
 from eval.pairs import check_pair, squared_distances, strips
@@ -50,17 +52,34 @@ def audit(made: Nearest, held_out: Nearest) -> dict[str, float]:
     """What was made beside held-out pictures, both by their nearest training pictures.
 
     copied: the share of made pictures closer to one than QUANTILE of the held-out ones are; where nothing is copied it
-    is about QUANTILE. low, high: its 95 % interval. median_ratio: the median distance over the held-out ones'; n.
+    is about QUANTILE. low, high: its 95 % interval, in which both sets are samples. median_ratio: the median distance
+    over the held-out ones', where that is not 0; n, n_held_out.
     """
-    limit = float(np.quantile(held_out.distances, QUANTILE))
-    close = int((made.distances < limit).sum())
-    low, high = wilson(close, len(made.distances))
-    typical = float(np.median(held_out.distances))
-    return {
-        "copied": close / len(made.distances),
+    count, known = len(made.distances), len(held_out.distances)
+    close = int((made.distances < np.quantile(held_out.distances, QUANTILE)).sum())
+    low, high = _two_sample_interval(made.distances, held_out.distances, close)
+    found = {
+        "copied": close / count,
         "low": low,
         "high": high,
         "expected": QUANTILE,
-        "median_ratio": float(np.median(made.distances)) / typical if typical else float("nan"),
-        "n": len(made.distances),
+        "n": count,
+        "n_held_out": known,
     }
+    typical = float(np.median(held_out.distances))
+    return found | ({"median_ratio": float(np.median(made.distances)) / typical} if typical else {})
+
+
+# Zou & Donner 2008: the two distances from the estimate to its limits, one for each source of error, add up as squares
+def _two_sample_interval(made: np.ndarray, held_out: np.ndarray, close: int) -> tuple[float, float]:
+    """Of the share `close` of those made: Wilson's, widened by how far the held-out quantile itself may lie off.
+
+    So many of the held-out ones lie below the true quantile as the binomial distribution says.
+    """
+    share, (low, high) = close / len(made), wilson(close, len(made))
+    levels = binom.ppf((0.025, 0.975), len(held_out), QUANTILE) / len(held_out)
+    least, most = (float((made < np.quantile(held_out, level)).mean()) for level in levels)
+    return (
+        max(0.0, share - math.hypot(share - low, share - least)),
+        min(1.0, share + math.hypot(high - share, most - share)),
+    )

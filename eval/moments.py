@@ -1,7 +1,8 @@
-"""Features, a batch at a time => their mean and covariance, the same bits however the batches and processes were cut.
+"""Features, a batch at a time => their mean and covariance, the same bits however the batches were cut.
 
-Sums are kept in fixed point: whole numbers add exactly, in any order. What rounds is the product of one block of
-BLOCK rows, and the blocks are cut by the row's number, not by the batch.
+Parts that were summed apart, of whole blocks each, merge to the same bits as well. Sums are kept in fixed point: whole
+numbers add exactly, in any order. What rounds is the product of one block of BLOCK rows, and the blocks are cut by the
+row's number, not by the batch.
 """
 
 from __future__ import annotations
@@ -42,23 +43,24 @@ class Moments:
             raise ValueError(
                 "features: got NaN or infinity, expected finite numbers; the pictures or the network are broken"
             )
-        largest = max(self.largest, largest)
-        if (self.count + len(features)) * largest**2 >= _LARGEST:
-            raise ValueError(
-                f"features: {largest:.3g} is too large for exact sums over {self.count + len(features)} rows; scale "
-                "them down"
-            )
-        self.largest, self.count = largest, self.count + len(features)
+        self._grow(len(features), largest)
         for start in range(0, len(features), BLOCK):
             self._tail = np.concatenate([self._tail, features[start : start + BLOCK]])
             if len(self._tail) >= BLOCK:
                 block, self._tail = self._tail[:BLOCK], self._tail[BLOCK:].copy()
                 _accumulate(block, self._sum, self._products)
 
+    def _grow(self, count: int, largest: float) -> None:
+        """`count` rows more. Raises ValueError where the sums could then overflow."""
+        count, largest = self.count + count, max(self.largest, largest)
+        if count * largest**2 >= _LARGEST:
+            raise ValueError(f"features: {largest:.3g} is too large for exact sums over {count} rows; scale them down")
+        self.count, self.largest = count, largest
+
     def merge(self, other: Moments) -> None:
-        """Add what `other` was given, which may have been given in another process."""
+        """Add what `other` was given, which may have been given in another process. Raises ValueError as `add`."""
         assert self.dim == other.dim
-        self.count, self.largest = self.count + other.count, max(self.largest, other.largest)
+        self._grow(other.count, other.largest)
         for name in ("_sum", "_products"):
             for own, its in zip(getattr(self, name), getattr(other, name), strict=True):
                 own += its

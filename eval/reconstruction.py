@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.bootstrap import prompt_interval
 from eval.composition import judge, summarise
 from eval.composition_objects import MIN_SIDE
 from eval.features import open_features
@@ -50,14 +51,17 @@ def reconstruct(autoencoder: Autoencoder, pictures: np.ndarray, batch: int) -> n
 def reconstruction_scores(pictures: np.ndarray, reconstructed: np.ndarray) -> dict[str, float]:
     """Two (N, 3, H, W) uint8 => their distances.
 
-    psnr: dB, the mean of each picture's own; psnr_global: dB of the mean squared error over all of them, which a bad
-    picture pulls down more; ssim: the mean of each picture's own (Wang et al. 2004), of pictures of at least 11 px;
-    n.
+    psnr: dB, the mean of each picture's own, with its 95 % interval over pictures as psnr_low, psnr_high (infinite, and
+    without one, where a picture comes back without any error); psnr_global: dB of the mean squared error over all of
+    them, which a bad picture pulls down more; ssim: the mean of each picture's own (Wang et al. 2004), of pictures of
+    at least 11 px; n.
     """
     own = images.psnr(pictures, reconstructed)
     with np.errstate(divide="ignore"):
         together = -10 * np.log10(np.mean(10 ** (-own / 10)))
     scores = {"psnr": float(own.mean()), "psnr_global": float(together), "n": len(pictures)}
+    if np.isfinite(own).all():
+        scores["psnr_low"], scores["psnr_high"] = prompt_interval(own, [str(i) for i in range(len(own))])
     if min(pictures.shape[2:]) >= SSIM_WINDOW:
         scores["ssim"] = float(_ssim(pictures, reconstructed).mean())
     return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,13 +87,26 @@ def device_name() -> str:
 
 
 def write(folder: Path, report: dict[str, Any], galleries: Sequence[Gallery], curves: Mapping[str, Any]) -> None:
-    """The report folder, in one go: a folder that is there is only replaced by a complete one."""
+    """The report folder, in one go: a folder that is there is only replaced by a complete one.
+
+    Raises ValueError for NaN and infinity, which JSON does not have.
+    """
+    check_finite(report)
     with atomic_folder(folder) as partial:
-        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (partial / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(render(report, galleries, curves), encoding="utf-8")
         tiles = galleries[0].tiles
         labels = [tile.prompt for tile in tiles]
         images.grid([t.picture for t in tiles], _GRID_COLUMNS, labels, _GRID_SCALE).save(partial / GRID)
+
+
+def check_finite(part: Any, place: str = REPORT) -> None:
+    """Raises ValueError, the place named, for the first number in a nest of mappings and lists that is not finite."""
+    if isinstance(part, float) and not math.isfinite(part):
+        raise ValueError(f"{place}: is {part}, expected a finite number; the pictures or the network are broken")
+    named = part.items() if isinstance(part, Mapping) else enumerate(part) if isinstance(part, list | tuple) else ()
+    for name, inner in named:
+        check_finite(inner, f"{place}, {name}")
 
 
 def table(report: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """Measure one pipeline after another, as a training makes them: the evaluators in the loop.
 
-python -m eval.serve --data shapes --cache FOLDER
+python -m eval.serve --data '{"source": "shapes", "resolution": 64}' --cache FOLDER
 
-Reads a pipeline's folder a line from stdin and writes its scores, a JSON line each, to stdout: {"scores": {...}}, or
+First it opens all that it measures with, and says {"ready": true} or {"error": "..."} and no more. Then it reads a
+pipeline's folder a line from stdin and writes its scores, a JSON line each, to stdout: {"scores": {...}}, or
 {"error": "..."}. It is a program of its own, so that training imports no evaluator and both see the same pictures.
 """
 
@@ -23,9 +24,10 @@ from eval.clip_score import Clip
 from eval.features import open_all
 from eval.generate import generate
 from eval.measure import Tools, measure
+from eval.report import check_finite
 from eval.sources import Ours, Sampling, open_source
 from sd_mini.cli import Parser, whole
-from sd_mini.config import command
+from sd_mini.config import check, command
 from sd_mini.data import DataConfig
 
 
@@ -41,19 +43,37 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def serve(options: Any, folders: TextIO, answers: TextIO) -> None:
-    """Until the end of `folders`. A pipeline that cannot be measured is answered with why, on one line."""
+    """Until the end of `folders`. What cannot be opened or measured is answered with why, on one line."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tools, question = None, None
+    try:
+        data = _data(options.data)
+        tools, question = _tools(options, device), _question(options, data)
+    except ValueError as error:
+        _answer({"error": " ".join(str(error).split())}, answers)
+        return
+    _answer({"ready": True}, answers)
     for line in folders:
         try:
             maker = open_source(Path(line.rstrip("\n")), None, device)
             assert isinstance(maker, Ours)
-            if tools is None or question is None:
-                tools, question = _tools(options, device), _question(options, maker.resolution)
+            if maker.resolution != data.resolution:
+                raise ValueError(f"the pipeline makes {maker.resolution} px, --data has {data.resolution}; give it so")
             answer = {"scores": scores(maker, question, tools)}
         except ValueError as error:
             answer = {"error": " ".join(str(error).split())}
-        print(json.dumps(answer), file=answers, flush=True)
+        _answer(answer, answers)
+
+
+def _answer(answer: Mapping[str, Any], answers: TextIO) -> None:
+    print(json.dumps(answer, allow_nan=False), file=answers, flush=True)
+
+
+def _data(text: str) -> DataConfig:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise ValueError(f'--data {text}: expected JSON, such as {{"source": "shapes"}}') from None
+    return check(DataConfig, values, source="--data")
 
 
 def scores(maker: Ours, question: Question, tools: Tools) -> dict[str, float]:
@@ -61,7 +81,9 @@ def scores(maker: Ours, question: Question, tools: Tools) -> dict[str, float]:
     (asked,) = question.splits
     with tqdm(total=len(asked.captions), desc="pictures", delay=2, leave=False) as bar:
         made = generate(maker, asked.captions, Sampling(maker.steps, maker.guidance, tools.batch), bar)
-    return flat(measure(question, {asked.split: made}, maker, tools).scores)
+    found = flat(measure(question, {asked.split: made}, maker, tools).scores)
+    check_finite(found, "scores")
+    return found
 
 
 def flat(found: Mapping[str, Any]) -> dict[str, float]:
@@ -78,12 +100,11 @@ def flat(found: Mapping[str, Any]) -> dict[str, float]:
     return named
 
 
-def _question(options: Any, resolution: int) -> Question:
+def _question(options: Any, data: DataConfig) -> Question:
     """The first split alone, and without its true pictures: those say nothing of a pipeline."""
-    if options.data == SHAPES:
-        whole_question = ask_shapes(options.prompts, 0, resolution)
+    if data.source == SHAPES:
+        whole_question = ask_shapes(options.prompts, 0, data.resolution)
     else:
-        data = DataConfig(source=options.data, split=options.split, resolution=resolution)
         whole_question = ask_captions(data, options.prompts)
     first = whole_question.splits[0]
     asked = Asked(first.split, first.captions, scenes=first.scenes)
@@ -102,8 +123,7 @@ def _tools(options: Any, device: str) -> Tools:
 def _parser() -> Parser:
     parser = Parser(prog="python -m eval.serve", description="Folders of pipelines on stdin => scores on stdout.")
     add = parser.add_argument
-    add("--data", required=True, help="'shapes', a .parquet file or a folder of captioned pictures")
-    add("--split", default="test", help="of data other than shapes (%(default)s)")
+    add("--data", required=True, metavar="JSON", help="the fields of the data's config; of shapes, its test split")
     add("--prompts", type=whole(2), default=64, help="of the split (%(default)s)")
     add("--features", nargs="+", default=["mini"], metavar="NAME", help="networks to compare by, as in python -m eval")
     add("--clip", metavar="NAME", help="as in python -m eval")

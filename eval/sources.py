@@ -29,11 +29,12 @@ CARD = "README.md"  # which an evaluation writes into a pipeline's folder, and w
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made: scheduler steps, guidance, and pictures a batch."""
+    """How pictures are made: scheduler steps, guidance, pictures a batch, and whether an earlier snapshot guides."""
 
     steps: int
     guidance: Guidance
     batch: int
+    autoguidance: bool = False
 
 
 class Maker(Protocol):
@@ -47,6 +48,8 @@ class Maker(Protocol):
     steps: int
     guidance: Guidance
     """what the pipeline does when nothing else is asked for"""
+    takes: frozenset[str]
+    """by which of guidance_scale, guidance_rescale, guidance_interval, sampler and autoguidance it can be led"""
     autoencoder: Autoencoder | None
     text_encoders: list[nn.Module]
     facts: dict[str, Any]
@@ -64,6 +67,8 @@ class Maker(Protocol):
 class Ours:
     """A `Pipeline`. `folder` is where it was saved, if it was."""
 
+    takes = frozenset({"guidance_scale", "guidance_rescale", "guidance_interval", "sampler", "autoguidance"})
+
     def __init__(self, pipeline: Pipeline, folder: Path | None = None):
         pipeline.set_progress_bar_config(disable=True)
         config = pipeline.config
@@ -74,6 +79,22 @@ class Ours:
         )
         self.autoencoder = pipeline.autoencoder
         self.text_encoders = text_encoders(pipeline)
+        self._describe()
+
+    def use(self, sampler: str | None, autoguidance: bool) -> None:
+        """Step by another sampler. Raises ValueError for one that does not fit, and for a guide that is not there."""
+        if sampler is not None:
+            try:
+                self.pipeline.use_sampler(sampler)
+            except ValueError as error:
+                raise ValueError(f"--sampler: {error}") from None
+            self._describe()
+        if autoguidance and self.pipeline.guide is None:
+            raise ValueError("--autoguidance: this pipeline has no guide; join one: sd-mini export RUN --guide FOLDER")
+
+    def _describe(self) -> None:
+        """`hash` and `facts`, which the sampler is part of."""
+        pipeline, folder, config = self.pipeline, self.folder, self.pipeline.config
         scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
         named = file_hashes(folder, CARD) if folder is not None else dict(config.stages)
         self.hash = combined_hash({"parts": named, "scheduler": str(sorted(scheduler.items()))})
@@ -94,13 +115,14 @@ class Ours:
             guidance_scale=guidance.scale,
             guidance_rescale=guidance.rescale,
             guidance_interval=(guidance.low, guidance.high),
+            autoguidance=sampling.autoguidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
         return np.stack([images.decode(picture) for picture in made.images])
 
 
 class Stock:
-    """Any other diffusers pipeline that takes a prompt. Of guidance it knows the scale.
+    """Any other diffusers pipeline that takes a prompt. Of guidance it has the scale and the rescale, if it takes them.
 
     Raises ValueError, one line, for a pipeline that takes none, and where its size has to be given.
     """
@@ -119,11 +141,15 @@ class Stock:
                 f"{folder}: {type(pipeline).__name__} takes no {', '.join(sorted(missing))}; give a "
                 "text-to-image pipeline"
             )
-        self.takes = set(known)
+        self.takes = frozenset({"guidance_scale", "guidance_rescale"} & set(known))
         self.resolution = resolution or _own_side(pipeline, folder)
+        self._sides = {side: self.resolution for side in ("height", "width") if side in known}
         self.steps = known["num_inference_steps"].default
-        scale = known["guidance_scale"].default if "guidance_scale" in known else 1.0
-        self.guidance = Guidance(float(scale))
+        scale, rescale = (
+            float(known[name].default) if name in known else usual
+            for name, usual in (("guidance_scale", 1.0), ("guidance_rescale", 0.0))
+        )
+        self.guidance = Guidance(scale, rescale)
         vae = getattr(pipeline, "vae", None)
         is_plain = type(vae) in KINDS.values() and vae.config.in_channels == 3
         self.autoencoder = wrapped(vae).to(device).eval() if is_plain else None
@@ -141,13 +167,14 @@ class Stock:
             raise ValueError(f"{self.folder}: got an empty prompt, expected a text for each picture")
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
-        asked = {"guidance_scale": sampling.guidance.scale, "height": self.resolution, "width": self.resolution}
+        asked = {"guidance_scale": sampling.guidance.scale, "guidance_rescale": sampling.guidance.rescale}
         made = self.pipeline(
             prompt=list(prompts),
             num_inference_steps=sampling.steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
             **{name: value for name, value in asked.items() if name in self.takes},
+            **self._sides,
         ).images
         return images.to_uint8(torch.as_tensor(made).float() * 2 - 1).cpu().numpy()  # in [0, 1]; refuses NaN
 

@@ -3,7 +3,8 @@
 python -m eval.study RUN RUN ... --out FOLDER
 
 Reads each run's report/report.json and its stages' contracts; nothing is made or measured anew. One line a text stage,
-over the noise predictor's parameters. Runs are comparable where their reports asked the same of the same data.
+over the noise predictor's parameters. Runs are comparable where their reports asked the same of the same data, by the
+same networks.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def read_run(run: Path) -> dict[str, Any]:
         found[f"exact, {split}, %"] = {k: 100 * judged["all"][n] for k, n in _ENDS.items()}
     for name, one in report["distances"].items():
         found[name] = {k: one[n] for k, n in _FD_ENDS.items() if n in one}
+    networks = dict(report["protocol"].get("extractors", {}))
     if "clip" in report:
+        networks["CLIP score"] = report["clip"]["hash"]
         found["CLIP score"] = {k: report["clip"]["x100"][n] for k, n in _MEAN_ENDS.items()}
     return {
         "run": str(run),
@@ -70,6 +73,7 @@ def read_run(run: Path) -> dict[str, Any]:
         "parameters": contracts["noise_predictor"]["parameters"],
         "steps": contracts["noise_predictor"].get("steps"),
         "scores": found,
+        "networks": networks,
         "protocol": {name: report["protocol"].get(name) for name in _ALIKE},
     }
 
@@ -88,7 +92,8 @@ def text_name(run: Path, contract: Mapping[str, Any]) -> str:
 
 
 def check_alike(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError for fewer than two runs, and for reports that do not ask the same."""
+    """Raises ValueError for fewer than two runs, for reports that do not ask the same or look by other networks that go
+    by the same name, and for no score that all of them have."""
     if len(rows) < 2:
         raise ValueError("expected at least two runs to compare")
     for row in rows[1:]:
@@ -98,13 +103,24 @@ def check_alike(rows: Sequence[Mapping[str, Any]]) -> None:
                     f"{row['run']}: measured with {name} {value}, {rows[0]['run']} with {rows[0]['protocol'][name]}; "
                     "measure both alike"
                 )
+        for name, value in row["networks"].items():
+            if rows[0]["networks"].get(name, value) != value:
+                raise ValueError(f"{row['run']}: its {name} is by another network than {rows[0]['run']}'s; use one")
+    if not in_common(rows):
+        each = "; ".join(f"{row['run']} has {', '.join(row['scores'])}" for row in rows)
+        raise ValueError(f"no score that all runs have ({each}); measure them by the same --features")
+
+
+def in_common(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The scores that all have."""
+    return [name for name in rows[0]["scores"] if all(name in row["scores"] for row in rows)]
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel a score, a line a text stage, over the noise predictor's parameters."""
     from matplotlib.figure import Figure  # a second
 
-    names = [name for name in rows[0]["scores"] if all(name in row["scores"] for row in rows)]
+    names = in_common(rows)
     figure = Figure(figsize=(3.6 * len(names), 3.4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):

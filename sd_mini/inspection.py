@@ -83,6 +83,7 @@ def _report_facts(report: dict[str, Any]) -> list[str]:
         f"{split}: exact {100 * categories['all']['exact']:.1f} % of {categories['all']['n']:,}"
         for split, categories in report.get("composition", {}).items()
     ]
-    reconstruction, seconds = report["reconstruction"], report["seconds"]
-    facts.append(f"reconstruction {reconstruction['psnr']:.2f} dB over {reconstruction['n']:,}")
-    return [*facts, f"{seconds['total']:,.0f} s in all"]
+    if "reconstruction" in report:  # which a folder of pictures has none of
+        reconstruction = report["reconstruction"]
+        facts.append(f"reconstruction {reconstruction['psnr']:.2f} dB over {reconstruction['n']:,}")
+    return [*facts, f"{report['seconds']['total']:,.0f} s in all"]

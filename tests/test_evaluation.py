@@ -2,12 +2,17 @@
 
 import io
 import json
+import re
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from eval.__main__ import main as offline
-from eval.serve import _parser, serve
+from eval.serve import _parser, _question, serve
 from sd_mini.data import DataConfig
 from sd_mini.pipeline import Pipeline
 from tests.launching import error_line, launch, launch_apart, prepared
@@ -59,7 +64,7 @@ def test_an_evaluation_that_fails_stops_the_training(smoke_run, tmp_path):
     )
     assert codes == [2]
     assert "evaluate: inception weights nowhere.pth: no such file" in error_line(said)
-    assert not (run / "noise_predictor" / "final").exists()
+    assert not (run / "noise_predictor").exists()  # not even begun
 
 
 @pytest.mark.slow
@@ -84,19 +89,77 @@ def answering(code, folder):
 
 
 def test_what_cannot_be_measured_and_a_process_that_ended_are_said(tmp_path):
-    failed = answering('input(); print(\'{"error": "NaN it is"}\')', tmp_path)
+    failed = answering('print("{}", flush=True); input(); print(\'{"error": "NaN it is"}\')', tmp_path)
     with pytest.raises(ValueError, match="evaluate: NaN it is"):
         failed.scores(lambda folder: None)
-    ended = answering("input(); exit(3)", tmp_path)
+    ended = answering("print('{}', flush=True); input(); exit(3)", tmp_path)
     with pytest.raises(ValueError, match="ended with exit code 3; see above"):
         ended.scores(lambda folder: None)
 
 
-def test_a_pipeline_that_is_none_is_answered_and_the_next_is_measured(tiny_run, tmp_path):
-    options = _parser().parse_args(["--data", "shapes", "--prompts", "3", "--cache", str(tmp_path / "cache")])
+def served(folder, folders, data, *options):
+    options = _parser().parse_args(["--data", json.dumps(data), "--cache", str(folder / "cache"), *options])
     answers = io.StringIO()
-    serve(options, io.StringIO(f"{tmp_path}\n{tiny_run / 'pipeline'}\n"), answers)
-    first, second = map(json.loads, answers.getvalue().splitlines())
-    assert "neither a pipeline folder" in first["error"]
+    serve(options, io.StringIO(folders), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+@pytest.fixture
+def columns(tmp_path, monkeypatch):
+    """test.parquet whose columns have names of their own: the data that training would read as `valid`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    made = {"seen": [png(i) for i in range(6)], "said": [f"grey {i}" for i in range(6)]}
+    pq.write_table(pa.table(made), tmp_path / "test.parquet")
+    return {"source": str(tmp_path / "test.parquet"), "split": "test", "resolution": 32, "image_column": "seen",
+            "text_column": "said"}  # fmt: skip
+
+
+def png(shade):
+    encoded = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, shade, shade)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def test_the_data_are_read_by_their_whole_config(columns):
+    options = _parser().parse_args(["--data", "{}", "--cache", "none", "--prompts", "2"])
+    question = _question(options, DataConfig(**columns, count=5))
+    assert question.splits[0].captions == ["grey 0", "grey 1"] and question.reference[:, 0, 0, 0].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "says"),
+    [
+        ({}, {"prompts": 7}, "--prompts 7: .* has 6 in split test; ask for fewer"),
+        ({"count": 3}, {"prompts": 4}, "--prompts 4: .* has 3 in split test"),
+        ({"text_column": "said"}, {"features": ("inceptoin",)}, "features 'inceptoin': expected mini"),
+        ({"image_column": "picture"}, {}, "data.image_column: no column 'picture'"),
+    ],
+)
+def test_what_cannot_be_measured_with_is_said_at_once(columns, tmp_path, changes, config, says):
+    data = DataConfig(**{**columns, **changes})
+    given = Evaluator(EvaluateConfig(**{"prompts": 2, **config}), data, tmp_path / "cache").command[3:]
+    answers = io.StringIO()
+    serve(_parser().parse_args(given), io.StringIO(), answers)
+    (answer,) = map(json.loads, answers.getvalue().splitlines())
+    assert re.search(says, answer["error"]) and "\n" not in answer["error"]
+
+
+def test_it_is_said_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="evaluate: features 'inceptoin': expected mini") as refused:
+        Evaluator(EvaluateConfig(every=100, features=("inceptoin",)), DataConfig(), tmp_path / "cache")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pipeline_of_another_size_than_the_data_is_answered(tiny_run, tmp_path):
+    _, answer = served(tmp_path, f"{tiny_run / 'pipeline'}\n", {"resolution": 64}, "--prompts", "3")
+    assert "makes 32 px, --data has 64" in answer["error"]
+    (answer,) = served(tmp_path, "", {"resolutoin": 64})
+    assert "--data: " in answer["error"] and "resolutoin" in answer["error"]
+
+
+def test_a_pipeline_that_is_none_is_answered_and_the_next_is_measured(tiny_run, tmp_path):
+    folders = f"{tmp_path}\n{tiny_run / 'pipeline'}\n"
+    ready, first, second = served(tmp_path, folders, {"resolution": 32}, "--prompts", "3")
+    assert ready == {"ready": True} and "neither a pipeline folder" in first["error"]
     assert np.isfinite(list(second["scores"].values())).all()
     assert {"exact", "soft", "FD-mini", "FD-mini/kid"} <= set(second["scores"])

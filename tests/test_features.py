@@ -9,13 +9,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy.stats import norm
 from torch_fidelity import feature_extractor_inceptionv3
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from eval import features
 from eval.clip_score import Clip, clip_scores, cosines, r_precision
 from eval.features import open_features
-from eval.memorisation import audit, nearest, small_pixels
+from eval.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
 from eval.mini import DIM
 from eval.reference import Seen, reference
 from sd_mini import shapes
@@ -39,6 +40,18 @@ def own_network():
             return self.net(pictures.float() / 255)
 
     return Own()
+
+
+SHADE = {"added": 0.0}
+
+
+def own_function():
+    """No module: what it gives depends on a mapping that its source does not show."""
+    return lambda pictures: pictures.float().mean((2, 3)) + SHADE["added"]
+
+
+def no_network():
+    return 3
 
 
 def broken_network():
@@ -180,7 +193,13 @@ def test_fd_mini_grows_with_what_is_wrong():
         ("timm:test_vit", "where there is no hub, give a file or a folder"),
         ("transformers:nowhere", "'nowhere' cannot be loaded"),
         ("open_clip:ViT-B-32=nowhere.pt", "no weights file nowhere.pt"),
+        ("mini=nowhere.pth", "mini=nowhere.pth: mini is drawn from a seed and takes no weights"),
         ("module:tests.test_features:nothing", "module:PACKAGE.MODULE:FUNCTION"),
+        ("module:.relative:nothing", "module:PACKAGE.MODULE:FUNCTION"),
+        ("module:math:pi", "expected a function that is called without arguments"),
+        ("module:math:sqrt", "expected a function that is called without arguments"),
+        ("module:tests.test_features:no_network", "gives int, expected a function or torch.nn.Module"),
+        ("module:time:time", "no signature found .* expected a function that is called without arguments"),
     ],
 )
 def test_what_is_no_network_is_refused(name, says):
@@ -222,6 +241,14 @@ def test_other_pictures_networks_and_preparations_have_references_of_their_own(p
     for given, network in ((pictures, extract), (changed, extract), (pictures[:-1], extract), (pictures, other)):
         reference(network, given, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_function_s_reference_is_not_kept(pictures, tmp_path, monkeypatch):
+    extract = open_features("module:tests.test_features:own_function")
+    first = reference(extract, pictures, tmp_path)
+    monkeypatch.setitem(SHADE, "added", 9.0)
+    np.testing.assert_allclose(reference(extract, pictures, tmp_path).features, first.features + 9, rtol=1e-6)
+    assert not list(tmp_path.iterdir())
 
 
 def test_clip_scores_of_known_cosines():
@@ -276,6 +303,22 @@ def test_copies_are_found_and_held_out_pictures_are_not():
     found = nearest(small_pixels(np.concatenate([new[:40], copies])), training)
     assert found.numbers[40:].tolist() == list(range(100, 160))
     assert audit(found, held)["copied"] >= 0.6
+
+
+def test_the_interval_of_what_is_copied_knows_that_the_held_out_pictures_are_a_sample():
+    """Distances of known distributions: how often the interval holds the true share, of few held-out pictures."""
+    draw, numbers = np.random.default_rng(0), np.zeros(500, dtype=int)
+    limit = norm.ppf(QUANTILE)
+    for closer, held_out in ((0, 200), (1, 200), (0, 1000)):
+        true, held = norm.cdf(limit + closer), 0
+        for _ in range(200):
+            made, other = draw.normal(10 - closer, 1, 500), draw.normal(10, 1, held_out)
+            found = audit(Nearest(made, numbers), Nearest(other, numbers))
+            held += found["low"] <= true <= found["high"]
+        assert held / 200 >= 0.9  # Wilson's alone: 0.67, 0.53, 0.90
+    nothing = audit(Nearest(np.full(500, 20.0), numbers), Nearest(draw.normal(10, 1, 200), numbers))
+    assert nothing["low"] == 0 < nothing["high"] and nothing["n_held_out"] == 200
+    assert "median_ratio" not in audit(Nearest(np.ones(9), numbers[:9]), Nearest(np.zeros(30), numbers[:30]))
 
 
 def test_the_nearest_picture_by_brute_force():

@@ -18,10 +18,12 @@ from torchmetrics.image.fid import _compute_fid
 from eval import kid
 from eval.bootstrap import prompt_interval
 from eval.cmmd import cmmd
+from eval.distances import infinity, moved_by_prompts
 from eval.fid import frechet_distance, frechet_infinity, null_bias
 from eval.kid import kernel_distance
 from eval.moments import BLOCK, Moments, statistics
 from eval.prdc import precision_recall_density_coverage
+from eval.reference import Seen
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +105,8 @@ def test_what_no_distance_can_be_taken_of():
         precision_recall_density_coverage(normal(5, 4), normal(9, 4))
     with pytest.raises(ValueError, match="too few for a line"):
         frechet_infinity(normal(19, 4), np.zeros(4), np.eye(4))
+    with pytest.raises(ValueError, match="63 pictures are too few for a line over 16 features; expected at least 64"):
+        frechet_infinity(normal(63, 16), np.zeros(16), np.eye(16))
     with pytest.raises(ValueError, match="too large for exact sums"):
         statistics(np.full((3, 4), 1e7))
 
@@ -208,7 +212,20 @@ def test_the_line_leaves_the_bias_out():
     shift = np.full(dim, 2 / math.sqrt(dim))
     found = [frechet_infinity(normal(count, dim, seed=s) + shift, np.zeros(dim), np.eye(dim), seed=s) for s in range(6)]
     assert abs(np.mean([value for value, _ in found]) - exact) < 0.2  # the bias alone would be 0.29
-    assert all(0 < error < 1 for _, error in found)
+
+
+def test_the_line_s_interval_is_one():
+    """Sets drawn anew from one Gaussian: how far the value spreads, and how often its interval holds the truth."""
+    dim, count, exact, prompts = 16, 400, 4.0, [str(i) for i in range(400)]
+    known = Seen(np.zeros((2, dim)), np.zeros(dim), np.eye(dim))
+    found = []
+    for seed in range(40):
+        seen = Seen.of(normal(count, dim, seed=seed) + 2 / math.sqrt(dim))
+        found.append(infinity(seen, known, moved_by_prompts(seen, known, prompts)))
+    reach = [(one["fd_infinity_high"] - one["fd_infinity_low"]) / 2 for one in found]
+    assert np.mean(reach) == pytest.approx(1.96 * np.std([one["fd_infinity"] for one in found]), rel=0.25)
+    held = [one["fd_infinity_low"] <= exact <= one["fd_infinity_high"] for one in found]
+    assert sum(held) >= 35  # of 40; 38 are expected, and the fit's error alone would hold 30
 
 
 def test_moments_are_numpy_s():
@@ -245,6 +262,16 @@ def test_batches_and_parts_leave_the_same_bits():
         for number in order:
             whole.merge(parts[number])
         assert same_bits(whole.mean_and_covariance(), expected)
+
+
+def test_parts_that_are_too_large_together_do_not_merge():
+    """Two sums that are within the limit and would overflow as one."""
+    half = np.full((20, 2), 3.5e5, dtype=np.float32)  # 20 (3.5e5)^2 = 2.4e12, the limit is 4.4e12
+    one, other = added(half, 20), added(half, 20)
+    before = one.mean_and_covariance()
+    with pytest.raises(ValueError, match="too large for exact sums over 40 rows"):
+        one.merge(other)
+    assert same_bits(one.mean_and_covariance(), before)
 
 
 def test_the_number_of_threads_leaves_the_same_bits():

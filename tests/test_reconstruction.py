@@ -46,7 +46,11 @@ def test_psnr_of_each_picture_and_of_all():
     other[1] += 51
     # 10 log10(255^2 / 255^2) = 0 dB, 10 log10(255^2 / 51^2) = 20 log10(5) dB; both errors' mean is 255^2 (1 + 1/25) / 2
     expected = {"psnr": 20 * math.log10(5) / 2, "psnr_global": -10 * math.log10((1 + 1 / 25) / 2), "n": 2}
-    assert reconstruction_scores(black, other) == pytest.approx(expected)
+    found = reconstruction_scores(black, other)
+    # of two pictures the interval's ends are the two: one in four draws takes either twice
+    assert (found.pop("psnr_low"), found.pop("psnr_high")) == pytest.approx((0, 20 * math.log10(5)))
+    assert found == pytest.approx(expected)
+    assert "psnr_low" not in reconstruction_scores(black, np.stack([black[0], other[1]]))  # one is infinitely good
     one_off = np.ones_like(black)
     assert reconstruction_scores(black, one_off)["psnr"] == pytest.approx(48.1308, abs=1e-4)
 

@@ -85,7 +85,7 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
             assert set(categories) == expected | (set() if two_objects_only else {"one_object", "count", "place"})
             assert all(set(score) == SCORE_FIELDS for score in categories.values())
             assert categories["all"]["n"] == PROMPTS_ASKED
-    assert set(report["reconstruction"]) == {"psnr", "psnr_global", "ssim", "n"}
+    assert set(report["reconstruction"]) == {"psnr", "psnr_global", "psnr_low", "psnr_high", "ssim", "n"}
     hashes = {
         k: json.loads((tiny_run / k / "final" / "stage.json").read_text())["hash"] for k in report["protocol"]["stages"]
     }
@@ -110,6 +110,7 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
         "guidance": 1.5,
         "guidance_rescale": 0.0,
         "guidance_interval": [0.0, 1.0],
+        "autoguidance": False,
         "batch": 8,
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "resolution": 32,
@@ -136,7 +137,7 @@ def test_the_distance_is_to_other_true_drawings(report, asked, made, pipeline):
     found = report["distances"]["FD-mini"]
     assert found["fd"] == pytest.approx(Seen.of(extract(made)).distance(known), rel=1e-6)
     assert found["n"] == PROMPTS_ASKED and found["n_reference"] == 1000 and found["low"] < found["fd"] < found["high"]
-    assert "fd_infinity" not in found and "13 pictures, at least 20 needed" in " ".join(report["remarks"])
+    assert "fd_infinity" not in found and "13 pictures, at least 512 needed" in " ".join(report["remarks"])
     shares = {part: one["share"] for part, one in report["blame"]["test"]["FD-mini"]["shares"].items()}
     assert sum(shares.values()) == pytest.approx(found["fd"], rel=1e-6)
     assert shares["floor"] == pytest.approx(Seen.of(extract(drawn)).distance(known), rel=1e-6)

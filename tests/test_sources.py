@@ -28,6 +28,7 @@ from eval.reference import Seen
 from eval.sources import Sampling, Stock, open_source
 from sd_mini import shapes
 from sd_mini.guidance import Guidance
+from sd_mini.inspection import inspect
 from sd_mini.load_encoder import clip_tokenizer, open_clip_encoder
 from tests.launching import on_two_ranks
 from tests.test_open_clip import save_model
@@ -166,7 +167,10 @@ def test_a_stock_pipeline_is_measured(stock, tmp_path, capsys):
     # its autoencoder is a stock one, its text stage is nobody's
     assert report["reconstruction"]["n"] == 3 and "text" not in report
     assert set(report["blame"]["test"]["not exact"]["shares"]) == {"floor", "autoencoder", "rest"}
-    assert (out / "README.md").is_file() and not (stock / "README.md").exists()
+    assert not {"guidance_interval", "autoguidance", "sampler"} & set(report["protocol"])
+    card = (out / "README.md").read_text()
+    assert 'DiffusionPipeline.from_pretrained("FOLDER")' in card and "sd_mini" not in card
+    assert not (stock / "README.md").exists()
     capsys.readouterr()
 
 
@@ -194,6 +198,18 @@ def test_a_stock_pipeline_s_pictures_are_its_own(stock):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     made = pipeline(PROMPTS[:2], num_inference_steps=2, generator=generators).images
     assert np.array_equal(found, np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in made]))
+
+
+def test_a_stock_pipeline_s_guidance_is_rescaled_as_it_does_it(stock):
+    maker = Stock(stock, None, "cpu")
+    assert maker.takes == {"guidance_scale", "guidance_rescale"}
+    found = maker.make(PROMPTS[:2], [4, 5], Sampling(2, Guidance(9.0, 0.7), 2))
+    pipeline = StableDiffusionPipeline.from_pretrained(stock)
+    generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    asked = {"num_inference_steps": 2, "guidance_scale": 9.0, "generator": generators}
+    made = pipeline(PROMPTS[:2], guidance_rescale=0.7, **asked).images
+    assert np.array_equal(found, np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in made]))
+    assert not np.array_equal(found, maker.make(PROMPTS[:2], [4, 5], Sampling(2, Guidance(9.0), 2)))
 
 
 def test_a_pipeline_that_gives_nan_is_refused(stock, tmp_path, capsys):
@@ -253,6 +269,8 @@ def test_a_folder_of_pictures_is_measured(lying, tmp_path, capsys):
     assert clip["cosine"]["low"] < clip["cosine"]["mean"] < clip["cosine"]["high"] and clip["cmmd"] > 0
     assert report["protocol"]["pictures"] == str(lying) and "steps" not in report["protocol"]
     assert "CLIP score" in capsys.readouterr().out
+    shown = "\n".join(inspect(tmp_path))  # whose report has no reconstruction
+    assert "test: exact 100.0 % of 25" in shown and "reconstruction" not in shown
 
 
 def test_pictures_named_by_metadata_are_the_same(lying, tmp_path):

@@ -77,6 +77,18 @@ def harm(path, change):
             lambda run: harm(run / "text_encoder" / "final" / "stage.json", lambda c: c.update(hash="c" * 64)),
             "measures another text_encoder",
         ),
+        (
+            lambda run: harm(
+                run / "report" / "report.json", lambda r: r["protocol"].update(extractors={"FD-mini": "0" * 64})
+            ),
+            "its FD-mini is by another network than",
+        ),
+        (
+            lambda run: harm(
+                run / "report" / "report.json", lambda r: r.update(composition={}, distances={"FID": {"fd": 1.0}})
+            ),
+            "no score that all runs have",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys, change, says):

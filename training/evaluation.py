@@ -15,8 +15,10 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from pydantic import Field
 
 from sd_mini.config import Config
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class EvaluateConfig(Config):
-    """The evaluators in the loop, on the prompts of `valid`."""
+    """The evaluators in the loop, on the first captions of `valid`; of shapes, on what `python -m eval` asks first."""
 
     every: int | None = Field(None, ge=1)
     """steps between two evaluations of the pipeline as it stands; none: off"""
@@ -41,28 +43,38 @@ class EvaluateConfig(Config):
 
 
 class Evaluator:
-    """Scores of a pipeline by the evaluators of `python -m eval`; their process is started when first asked for.
+    """Scores of a pipeline by the evaluators of `python -m eval`.
 
-    `cache`: where the features of the reference pictures are kept.
+    Where they are asked for, the main process starts theirs at once: it opens the data and the networks, so that what
+    is wrong with them is said before the training, in a ValueError of one line. `cache`: where the features of the
+    reference pictures are kept.
     """
 
     def __init__(self, config: EvaluateConfig, data: DataConfig, cache: Path):
-        options = ["--data", data.source, "--cache", str(cache), "--prompts", str(config.prompts)]
+        options = ["--data", data.model_dump_json(), "--cache", str(cache), "--prompts", str(config.prompts)]
         options += ["--batch", str(config.batch), "--features", *config.features]
-        options += ["--split", data.split] if data.source != "shapes" else []
         options += ["--clip", config.clip] if config.clip is not None else []
         self.command = [sys.executable, "-m", "eval.serve", *options]
         self.process: subprocess.Popen | None = None
+        if config.every is not None and PartialState().is_main_process:
+            self.start()
+
+    def start(self) -> None:
+        self.process = self._process()
+        self._answer()
 
     def scores(self, save: Callable[[str], object]) -> dict[str, float]:
         """`save` writes the pipeline into a folder. Raises ValueError where it cannot be measured."""
         if self.process is None:
-            self.process = self._start()
+            self.start()
         with tempfile.TemporaryDirectory(prefix="sd-mini-evaluated-") as folder:
             save(folder)
             with suppress(BrokenPipeError):  # it has ended, which the missing answer says
                 print(folder, file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            return self._answer()["scores"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
         if not line:
             raise ValueError(
                 f"evaluate: {' '.join(self.command[1:3])} ended with exit code {self.process.wait()}; see above, mend "
@@ -71,9 +83,9 @@ class Evaluator:
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(f"evaluate: {answer['error']}")
-        return answer["scores"]
+        return answer
 
-    def _start(self) -> subprocess.Popen:
+    def _process(self) -> subprocess.Popen:
         # alone, whatever group of processes this one belongs to, and found from whatever folder this was started in
         grouped = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
         own = {name: value for name, value in os.environ.items() if name not in grouped}
@@ -89,5 +101,9 @@ class Evaluator:
 def _end(process: subprocess.Popen) -> None:
     with suppress(BrokenPipeError):
         process.stdin.close()
-    process.wait()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:  # a loader's process, forked later, holds the other end of its stdin open
+        process.terminate()
+        process.wait()
     process.stdout.close()
