@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+_TINY = 5e-324  # denormal
 
 _cores: int | None = None  # of this process, while `sharing` leaves torch one
 
@@ -62,7 +63,7 @@ def shared(calls: Sequence[Callable[[], T]]) -> list[T]:
     """
     if len(calls) == 1:
         return [_without_grad(calls[0])]
-    pool = _pool(len(calls), bool(torch.tensor(1e-39) * 1 == 0))
+    pool = _pool(len(calls), _TINY * 1.0 == 0)  # whether this thread flushes denormals
     return [future.result() for future in [pool.submit(_without_grad, call) for call in calls]]
 
 

@@ -58,6 +58,7 @@ def test_a_discriminator_begins_late_and_is_logged(smoke_run, tmp_path):
     assert 0.5 < logged[4]["discriminator.loss"] < 2
 
 
+@pytest.mark.slow
 def test_a_run_with_a_discriminator_goes_on_bit_for_bit(tmp_path):
     """Killed before the discriminator begins, at update 3, and after: the straight run's files, log lines included."""
     options = ["--config", str(SMOKE / "autoencoder_tiny.yaml"), "--train.checkpoint_every", "1"]

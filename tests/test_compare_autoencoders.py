@@ -1,3 +1,5 @@
+import pytest
+
 """Two autoencoders judged by the stage 3 that is trained over each, as the command line does it."""
 
 import json
@@ -12,6 +14,7 @@ def compare(out, text_encoder, *autoencoders):
     return compare_autoencoders.main([*map(str, autoencoders), *own, "--steps", "2", "--prompts", "3"])
 
 
+@pytest.mark.slow
 def test_both_are_trained_over_alike_and_measured(smoke_run, tmp_path, capfd):
     other = tmp_path / "other"
     assert launch("autoencoder", other, "--config", str(SMOKE / "autoencoder_small_picture.yaml")) == 0

@@ -142,6 +142,7 @@ def test_when_a_rank_dies_or_raises_every_rank_ends(tmp_path, fault):
     assert not (tmp_path / "run" / "text_encoder" / "final").exists()
 
 
+@pytest.mark.slow
 def test_when_a_rank_is_killed_torchrun_ends_them_all(tmp_path):
     process = torchrun("autoencoder", tmp_path, "--steps", "100000", "--train.log_every", "1")
     log = tmp_path / "autoencoder" / "metrics.jsonl"

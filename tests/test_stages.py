@@ -62,5 +62,5 @@ def test_an_atomic_folder_is_all_or_nothing(tmp_path):
 
 def test_no_stage_holds_a_pickle(tiny_run):
     suffixes = {p.suffix for p in tiny_run.rglob("*") if p.is_file()}
-    assert suffixes <= {".json", ".safetensors", ".txt", ".jinja"}, suffixes
+    assert suffixes <= {".json", ".safetensors", ".txt", ".jinja", ".md"}, suffixes
     assert json.loads((tiny_run / "pipeline" / "model_index.json").read_text())["_class_name"] == "Pipeline"
