@@ -1,8 +1,8 @@
-import pytest
-
 """Two autoencoders judged by the stage 3 that is trained over each, as the command line does it."""
 
 import json
+
+import pytest
 
 from sd_mini.stages import read_contract
 from tests.launching import SMOKE, launch
