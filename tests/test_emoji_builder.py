@@ -2,10 +2,8 @@
 
 import hashlib
 import io
-import os
 import shutil
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from sd_mini.config import command
 from sd_mini.data import DataConfig, load
+from tests.system import missing
 from training.configs.emoji import build
 
 # 20 files: single code points, a keycap, a skin tone, a joined sequence; five of the test split
@@ -147,13 +146,6 @@ def test_an_existing_folder_and_a_font_without_bitmaps_are_refused(clone, tmp_pa
     (tmp_path / "some.ttf").write_bytes(b"hello")
     assert run("--from", tmp_path / "some.ttf", "--out", tmp_path / "out") == 2
     assert "is not a font with colour bitmaps" in capsys.readouterr().err
-
-
-def missing(what: str) -> NoReturn:
-    """What only the system's packages bring: a failure where `.ci/run` installs them, else skipped with their name."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)  # never under CI, where it fails; elsewhere a font that is not installed is no fault of the code
 
 
 def installed_font() -> Path:

@@ -7,6 +7,7 @@ from diffusers import PRXTransformer2DModel
 
 from sd_mini import fused, noise_predictor
 from sd_mini.fused_native import library
+from tests.system import missing
 from training import players
 
 
@@ -63,7 +64,7 @@ def test_the_written_network_is_the_stock_network(pair, written, n, threads, com
     if not compiled:
         monkeypatch.setattr(fused, "library", lambda *shape: None)
     elif library(2, 16, 16, 6) is None:
-        pytest.skip("no C compiler")
+        missing("no C compiler (cc); apt-get install gcc")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -16,6 +16,7 @@ from sd_mini.network_presets import SIZES, preset
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import load_stage
 from tests.launching import launch, prepared
+from tests.networks import UNET
 from training.network import NetworkConfig, description
 from training.predictor_losses import Objective, ObjectiveConfig
 from training.task import TrainConfig
@@ -92,15 +93,7 @@ def test_from_a_diffusers_folder(tmp_path, subfolder):
 
 def test_from_a_stock_unet_s_folder(tmp_path):
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=DIM,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=DIM, **UNET)
     unet.half().save_pretrained(tmp_path / "unet")
     again = load_network(str(tmp_path), SHAPE, DIM)
     assert again.dtype == torch.float32

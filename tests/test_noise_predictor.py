@@ -5,21 +5,10 @@ import torch
 from sd_mini import noise_predictor
 from sd_mini.config import read
 from tests.launching import SMOKE
+from tests.networks import NETWORKS
 from training.batches import Batch
 from training.noise_predictor import PredictorConfig, PredictorTask
 from training.predictor_losses import Objective, ObjectiveConfig
-
-NETWORKS = {
-    "prx": {"hidden_size": 32, "num_heads": 2, "depth": 2},
-    "pixart": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "norm_num_groups": 4},
-    "unet": {
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    },
-}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -5,15 +5,17 @@ import shutil
 import pytest
 
 from tests.reporting import PROMPTS_ASKED
+from tests.system import missing
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_in_a_browser(shapes_report, width):
     from playwright.sync_api import sync_playwright
 
+    if CHROMIUM is None:
+        missing("no Chromium; apt-get install chromium")
     page_file = shapes_report / "report.html"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

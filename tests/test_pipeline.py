@@ -164,7 +164,10 @@ def test_same_latents_as_stock_prx(pipeline, tiny_run):
 def test_samplers_reach_the_data_of_a_known_velocity(pipeline, scheduler, monkeypatch):
     """All data at one point c: the velocity at (x, t) is (x - c) / t exactly, and every sampler has to end in c."""
     centre = 0.7
-    velocity = lambda network, x, t, *text: 1000 * (x - centre) / t.view(-1, 1, 1, 1)  # noqa: E731
+
+    def velocity(network, x, t, *text):
+        return 1000 * (x - centre) / t.view(-1, 1, 1, 1)
+
     monkeypatch.setattr(noise_predictor, "predict", velocity)
     exact = Pipeline(**pipeline.components | {"scheduler": scheduler}, resolution=32)
     exact.set_progress_bar_config(disable=True)

@@ -1,21 +1,16 @@
 """`python -m eval` on a real tiny run: every number of the report against the same measured by hand, and the page."""
 
-import base64
-import io
 import json
 import math
 import os
 import re
 import shutil
-from html.parser import HTMLParser
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eval.__main__ import main
 from eval.blame import share_out
 from eval.composition import judge, summarise
 from eval.features import open_features
@@ -25,10 +20,9 @@ from eval.reference import Seen
 from eval.report import seconds, stages_beside, table
 from sd_mini import Pipeline, images, shapes
 from sd_mini.data import DataConfig, load
-from tests.reporting import PROMPTS_ASKED, SEED, SPLITS, STEPS, run
+from tests.reporting import PROMPTS_ASKED, SEED, SPLITS, STEPS, Page, run
 
 SCORE_FIELDS = {"exact", "soft", "abstain", "n", "low", "high"}
-CAPTIONS = ["a <b>red</b> one", "a green one", "a blue & grey one", "a dark one"]
 
 
 @pytest.fixture(scope="module")
@@ -222,28 +216,6 @@ def test_seconds_are_those_of_the_stages_that_were_joined(report, tiny_run, tmp_
     assert stages_beside(tmp_path, stages) == {} and seconds({}, 1.0) == {"evaluation": 1.0, "total": 1.0}
 
 
-class Page(HTMLParser):
-    """Collects what a page would fetch or run, its embedded pictures and its text."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.addresses, self.alternatives, self.text = set(), [], [], ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
-        self.alternatives += [value for name, value in attributes if name == "alt"]
-
-    def handle_data(self, data):
-        self.text += data
-
-    def pictures(self):
-        start = "data:image/png;base64,"
-        encoded = [address.removeprefix(start) for address in self.addresses if address.startswith(start)]
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part, validate=True)))) for part in encoded]
-
-
 def test_the_page_stands_alone_and_shows_the_first_prompts(folder, asked, made):
     page = Page(folder / "report.html")
     assert not page.tags & {"script", "iframe", "object"}
@@ -321,101 +293,3 @@ def test_the_same_seed_gives_the_same_report(folder, report, tiny_run, tmp_path,
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in report.items() if k != "seconds"}
     assert (out / "grid.png").read_bytes() == (folder / "grid.png").read_bytes()
     assert capsys.readouterr().out == f"{table(again)}\n{out / 'report.html'}\n"
-
-
-@pytest.fixture
-def captioned(tmp_path, monkeypatch):
-    """A folder with test.parquet: four captioned pictures of 40 px."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()  # so that stderr holds the error alone
-    rows = []
-    for shade in range(len(CAPTIONS)):
-        encoded = io.BytesIO()
-        Image.new("RGB", (40, 40), (60 * shade, 40, 90)).save(encoded, "PNG")
-        rows.append({"bytes": encoded.getvalue(), "path": None})
-    (tmp_path / "data").mkdir()
-    datasets.Dataset.from_dict({"image": rows, "text": CAPTIONS}).to_parquet(tmp_path / "data" / "test.parquet")
-    yield tmp_path / "data"
-    datasets.enable_progress_bars()
-
-
-def test_other_data_has_a_grid_and_reconstruction_but_no_judge(captioned, tiny_run, tmp_path, capsys):
-    out = tmp_path / "report"
-    assert run(tiny_run / "pipeline", out, "--data", str(captioned), "--prompts", "3") == 0
-    report = json.loads((out / "report.json").read_text())
-    assert set(report) == {"text", "distances", "reconstruction", "remarks", "seconds", "protocol"}
-    assert report["text"]["test"]["n"] == 4 and report["reconstruction"]["n"] == 3
-    assert report["distances"]["FD-mini"]["n_reference"] == 4  # nothing is left that was not asked for
-    assert report["protocol"]["prompts"] == {"test": 3} and "scene_seed" not in report["protocol"]
-    page = Page(out / "report.html")
-    assert page.alternatives == CAPTIONS[:3] and "b" not in page.tags  # a caption's markup is text
-    assert "no composition scores" in page.text
-    assert (out / "grid.png").is_file()
-    assert len(capsys.readouterr().out.splitlines()) == 5  # text, distance, PSNR, seconds, the page's path
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--data", "shapes", "--prompts", "0"], ["--prompts", "'0'"]),
-        (["--data", "shapes", "--split", "train"], ["--split train", "all its splits"]),
-        (["--data", "shapes", "--guidance", "-1"], ["guidance", "-1"]),
-        (["--data", "data", "--prompts", "2", "--sweep", "1", "3"], ["--sweep", "--clip"]),
-        (["--data", "shapes", "--prompts", "1"], ["--prompts", "'1'", "from 2"]),
-        (["--data", "shapes", "--features", "mini", "mini"], ["--features mini mini", "give each once"]),
-        (["--data", "shapes", "--features", "vgg"], ["features 'vgg'", "mini"]),
-        (["--data", "shapes", "--clip", "local-dir:nowhere"], ["open_clip", "nowhere"]),
-        (["--data", "shapes", "--resolution", "64"], ["--resolution 64", "32 px"]),
-        (["--data", "shapes", "--batch", "none"], ["--batch", "'none'"]),
-        (["--data", "missing.parquet"], ["missing.parquet", "no such file"]),
-        (["--data", "data", "--split", "valid"], ["'valid'", "test"]),
-        (["--data", "data", "--prompts", "5"], ["--prompts 5", "4"]),
-        ([], ["--data"]),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(options, parts, captioned, tiny_run, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    assert_refused(capfd, parts, tiny_run / "pipeline", tmp_path / "report", *options)
-
-
-def assert_refused(capfd, parts, pipeline, out, *options):
-    """Exit code 2, one line on stderr that has all `parts` in it, and no report."""
-    assert run(pipeline, out, *options) == 2
-    shown = capfd.readouterr()
-    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1
-    assert all(part in shown.err for part in parts)
-    assert not (out / "report.json").exists() and not out.with_name(f".{out.name}.partial").exists()
-
-
-def test_folders_that_are_not_what_they_should_be_are_refused(tiny_run, tmp_path, capfd):
-    shapes_data = ["--data", "shapes", "--prompts", "2"]
-    assert_refused(capfd, ["neither a pipeline"], tmp_path, tmp_path / "report", *shapes_data)
-    assert_refused(capfd, ["no such folder"], tmp_path / "none", tmp_path / "report", *shapes_data)
-    (tmp_path / "report").write_text("a file")
-    assert_refused(capfd, ["report is a file"], tiny_run / "pipeline", tmp_path / "report", *shapes_data)
-    assert_refused(capfd, ["other files"], tiny_run / "pipeline", tmp_path, *shapes_data)
-    assert (tmp_path / "report").read_text() == "a file"
-
-
-def test_pictures_too_small_to_be_judged_are_refused(tiny_run, tmp_path, capfd):
-    small = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
-    index = json.loads((small / "model_index.json").read_text())
-    (small / "model_index.json").write_text(json.dumps({**index, "resolution": 16}))
-    assert_refused(capfd, ["16 px", "32 px"], small, tmp_path / "report", "--data", "shapes")
-
-
-def test_copies_of_training_pictures_are_looked_for(smoke_run, tmp_path):
-    """In what the run's own config says it was trained on; if that is no longer what it was, it is said."""
-    run = shutil.copytree(smoke_run, tmp_path / "run")
-    asked = ["--data", "shapes", "--prompts", "6", "--sweep"]
-    assert main([str(run), "--out", str(run / "report"), *asked]) == 0
-    report = json.loads((run / "report" / "report.json").read_text())
-    found = report["memorisation"]
-    assert found["training"] == "shapes:train" and found["n_training"] == 64
-    assert found["pixels"]["n"] == found["mini"]["n"] == 6 and found["pixels"]["low"] <= found["pixels"]["copied"]
-    page = Page(run / "report" / "report.html")
-    assert "Closest to the training pictures" in page.text and page.text.count("training picture ") >= 6
-    assert "noise predictor" in page.text and "valid/loss" in page.text  # the curves of all three stages
-    config = run / "noise_predictor" / "config.yaml"
-    config.write_text(config.read_text().replace("count: 64", "count: 63", 1))
-    assert main([str(run), "--out", str(run / "report"), *asked]) == 2

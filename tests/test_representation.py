@@ -3,6 +3,7 @@
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
@@ -10,6 +11,7 @@ from sd_mini import noise_predictor, shapes
 from sd_mini.config import read
 from sd_mini.vision import load_tower, matcher_tower
 from tests.launching import SMOKE, launch, prepared
+from tests.networks import NETWORKS
 from training.noise_predictor import PredictorConfig, PredictorTask
 from training.predictor_losses import Objective, ObjectiveConfig
 from training.representation import Alignment, RepaConfig, layers_of, read_from, weights_at
@@ -37,12 +39,7 @@ def test_a_transformers_tower(dino):
     # patch (row 1, column 2) is token 1 * 4 + 2, behind the class token
     states = Dinov2Model.from_pretrained(dino)(pixel_values=pixels(side=28)).last_hidden_state
     torch.testing.assert_close(made[:, :, 1, 2], states[:, 1 + 6], rtol=0, atol=1e-5)
-    assert load_tower(f"transformers:{dino}").grid(pixels(side=64)).shape == (
-        3,
-        16,
-        4,
-        4,
-    )  # resized to the tower's own side
+    assert tower.grid(pixels(side=64)).shape == (3, 16, 4, 4)  # resized to the tower's own side
 
 
 def test_an_open_clip_tower(tmp_path):
@@ -55,7 +52,6 @@ def test_an_open_clip_tower(tmp_path):
 
 
 def test_a_timm_tower(tmp_path):
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=0)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -90,19 +86,6 @@ def test_the_matcher_s_own_tower(smoke_run):
     made = matcher_tower(matcher).grid(pixels())
     pooled = torch.nn.functional.adaptive_avg_pool2d(made, 4).flatten(2).mT
     torch.testing.assert_close(pooled, matcher.tower(pixels())[0], rtol=0, atol=1e-6)
-
-
-NETWORKS = {
-    "prx": {"hidden_size": 32, "num_heads": 2, "depth": 3},
-    "pixart": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "norm_num_groups": 4},
-    "unet": {
-        "block_out_channels": (16, 32),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    },
-}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

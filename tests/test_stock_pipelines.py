@@ -16,6 +16,7 @@ from diffusers import (
 
 from sd_mini.load_autoencoder import wrapped
 from sd_mini.pipeline import Pipeline
+from tests.networks import UNET
 
 DIM, LENGTH, SCALING = 32, 24, 0.18215
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -60,15 +61,7 @@ def made_by(pipeline, given, **more):
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_stable_diffusion(talking_pipeline, vae, given, scheduler, kind, rescale):
     torch.manual_seed(2)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=DIM,
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
+    unet = UNet2DConditionModel(sample_size=16, cross_attention_dim=DIM, **UNET).eval()
     fields = {**SCHEDULE, "prediction_type": kind}
     fields |= {"clip_sample": False, "steps_offset": 1} if scheduler is DDIMScheduler else {}
     stock = StableDiffusionPipeline(
@@ -93,15 +86,7 @@ def test_stable_diffusion(talking_pipeline, vae, given, scheduler, kind, rescale
 
 def test_stable_diffusion_by_ddpm_draws_the_same_noise(talking_pipeline, vae, given):
     torch.manual_seed(2)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=DIM,
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
+    unet = UNet2DConditionModel(sample_size=16, cross_attention_dim=DIM, **UNET).eval()
     fields = {**SCHEDULE, "clip_sample": False, "steps_offset": 1}
     parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     stock = StableDiffusionPipeline(
