@@ -22,6 +22,7 @@ from training.batches import generator, row_slices
 from training.ema import WIDTHS
 from training.finite import FiniteWatch
 from training.loader import Pass, StepInputs, Steps, iterate
+from training.means import Means
 from training.pace import Pace
 from training.players import Learner, Speed
 from training.process import Stop, joined_rows, make_accelerator, seed_network_draws, share
@@ -61,9 +62,7 @@ class Loop:
         rows = [slices[self.rank] for slices in row_slices(config.batch_size, processes, config.accumulation)]
         self.steps = Steps(task.inputs, task.count, config.seed, config.batch_size, rows)
         self.step, self.seconds, self.clock = 0, 0.0, origin.started
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # updates in `sums`, by name: a term that starts later has fewer
-        self.added: set[str] = set()  # names that this update has added to
+        self.means = Means(self.accelerator)
         self.scores: dict[str, float] = {}
         self.pace = Pace(self.accelerator, config.batch_size)
         self.finite = FiniteWatch()
@@ -87,10 +86,10 @@ class Loop:
         if self.step:
             self._evaluate_what_was_lost()
         if self.step < config.steps:
-            sums = dict(self.sums)
+            means, self.means = self.means, Means(self.accelerator)  # of passes that are thrown away
             for learner in self.learners:
                 learner.settle_buckets(lambda learner=learner: self.accumulate(learner, self.steps[self.step]))
-            self.sums = sums
+            self.means = means
         with Stop(self.accelerator.num_processes) as stop, self._sharing():
             mark = time.perf_counter()
             for inputs in iterate(self.steps, self.step, config.steps, config.workers):
@@ -123,10 +122,9 @@ class Loop:
             learner.check_untouched()
             losses = self.accumulate(learner, inputs)
             norm = learner.update(self.step + 1)
-            self._add({learner.prefix + "grad_norm": norm})
+            self.means.add({learner.prefix + "grad_norm": norm})
             self.finite.note(self.step + 1, inputs.ids, norm, losses)
-        self.counts = {name: self.counts.get(name, 0) + (name in self.added) for name in self.sums}
-        self.added = set()
+        self.means.count()
         self.step += 1
 
     def accumulate(self, learner: Learner, inputs: StepInputs) -> list[tuple[np.ndarray, Tensor]]:
@@ -145,7 +143,7 @@ class Loop:
                 loss = losses.mean() * part
                 self.accelerator.backward(loss)
             shares = {"loss": loss.detach(), **{name: value.detach() * part for name, value in metrics.items()}}
-            self._add({learner.prefix + name: value for name, value in shares.items()})
+            self.means.add({learner.prefix + name: value for name, value in shares.items()})
             per_sample.append((inputs.ids[rows], losses.detach()))
         return per_sample
 
@@ -170,41 +168,27 @@ class Loop:
             snapshots.take(self.folder, self.step, self.learners[0].averages(), self.accelerator)
 
     def evaluate(self) -> None:
-        if self._due(self.config.valid_every):
-            self.validate()
-        if self._due(self.config.preview_every):
-            self.preview()
-        if self.task.measure_every is not None and self._due(self.task.measure_every):
-            self.measure()
+        self._evaluate([True] * 3)
 
     def _evaluate_what_was_lost(self) -> None:
         """A kill after the checkpoint from which this goes on may have come before that step was evaluated."""
         self.scores = self.watch.scores(self.step)
-        lost = torch.tensor(
-            [
-                self._due(self.config.valid_every) and not self.scores,
-                self._due(self.config.preview_every) and not self.watch.has_picture(self.step),
-                self.task.measure_every is not None
-                and self._due(self.task.measure_every)
-                and not self.watch.scores(self.step, MEASURE),
-            ]
-        )
+        there = (self.scores, self.watch.has_picture(self.step), self.watch.scores(self.step, MEASURE))
+        lost = torch.tensor([not found for found in there], device=self.accelerator.device)
         # the main process has written them, so it knows for all
-        valid, picture, measures = broadcast(lost.to(self.accelerator.device)).tolist()
-        if valid:
-            self.validate()
-        if picture:
-            self.preview()
-        if measures:
-            self.measure()
+        self._evaluate(broadcast(lost).tolist())
+
+    def _evaluate(self, wanted: list[bool]) -> None:
+        """Of the held-out scores, the preview and the evaluators' scores, those wanted, where they are due."""
+        every = (self.config.valid_every, self.config.preview_every, self.task.measure_every)
+        for steps, look, asked in zip(every, (self.validate, self.preview, self.measure), wanted, strict=True):
+            if asked and steps is not None and self._due(steps):
+                look()
 
     def log(self) -> None:
         """One line of metrics.jsonl: means since the last line, over all processes."""
         self.finite.check()
-        sums = torch.stack(list(self.sums.values()))
-        values = self.accelerator.reduce(sums, "mean").tolist()
-        means = {name: value / self.counts[name] for name, value in zip(self.sums, values, strict=True)}
-        self.sums, self.counts = {}, {}
+        means = self.means.take()
         self._tick()
         rates = {name: rate for learner in self.learners for name, rate in learner.rates.items()}
         speed, utilisation = self.pace.take()
@@ -254,15 +238,12 @@ class Loop:
         self.finite.check()
         self._tick()
         tensors = {file: values for learner in self.learners for file, values in learner.tensors().items()}
-        if self.sums:
-            sums = self.accelerator.reduce(torch.stack(list(self.sums.values())), "mean")
-            # here too, so that a resumed run adds to what this one adds to
-            self.sums = dict(zip(self.sums, sums.unbind(), strict=True))
-            tensors["sums"] = {name: value.view(1) for name, value in self.sums.items()}
+        if sums := self.means.save():
+            tensors["sums"] = sums
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "sums": {name: self.counts[name] for name in self.sums},
+            "sums": self.means.counts,
             "learners": {learner.prefix: learner.state() for learner in self.learners},
             "identity": self.task.identity,
             "config": self.origin.config,
@@ -295,8 +276,8 @@ class Loop:
         checkpoint.check_identity(folder, state, self.task.identity)
         for learner in self.learners:
             learner.load(str(folder), tensors, state["learners"][learner.prefix])
-        self.step, self.seconds, self.counts = state["step"], state["seconds"], dict(state["sums"])
-        self.sums = {name: tensors["sums"][name][0].to(self.accelerator.device) for name in state["sums"]}
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.means.load(state["sums"], tensors)
         self.watch.say(f"goes on from step {self.step} of {self.config.steps}")
         self.accelerator.wait_for_everyone()
 
@@ -310,11 +291,6 @@ class Loop:
         shown = ", ".join(f"{k} {v:.4g}" for k, v in list(self.scores.items())[:2])  # the curve is in metrics.jsonl
         self.watch.say(f"{self.step} steps in {self.seconds:.0f} s; {shown}; exported to {self.folder / 'final'}")
         self.accelerator.wait_for_everyone()
-
-    def _add(self, shares: dict[str, Tensor]) -> None:
-        for name, value in shares.items():
-            self.sums[name] = self.sums.get(name, 0) + value.float()
-            self.added.add(name)
 
     def _on_device(self, tensors: Pass) -> Pass:
         device = self.accelerator.device
