@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,8 +30,8 @@ _FLAGS += ["-fno-signed-zeros", "-freciprocal-math"]
 def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | None:
     """For that many heads of so many columns, picture and prompt tokens; none where it cannot be had.
 
-    It cannot without a C compiler (`cc`, or what CC names), for heads whose width 16 does not divide, and for more
-    tokens than a head's scratch has room for on a thread's stack.
+    It cannot without a C compiler (`cc`, or what CC names), or with one that fails, which is warned of; for heads whose
+    width 16 does not divide, and for more tokens than a head's scratch has room for on a thread's stack.
     """
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None or head % 16 or _scratch(head, length, words) > _STACK:
@@ -42,7 +43,11 @@ def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | Non
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             return ctypes.CDLL(str(target))
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").split("\n")[0]
+            warnings.warn(
+                f"{_SOURCE.name}: {compiler} cannot compile it ({said}); torch's operations stand in", stacklevel=2
+            )
             return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -38,6 +38,11 @@ def together() -> Iterator[None]:
     """Inside, each operation of torch uses all cores again, within `sharing` too."""
     with _torch_threads(cores(), None):
         yield
+
+
+def one_thread() -> AbstractContextManager:
+    """Inside, everything is computed in the calling thread."""
+    return _torch_threads(1, None)
 
 
 @contextmanager

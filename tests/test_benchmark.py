@@ -41,7 +41,9 @@ def test_the_profile_adds_up(argv, monkeypatch):
     monkeypatch.setattr(benchmark_predictor, "WARM_UP", 1)
     rows = benchmark_predictor.profiled(argv, updates=2)
     assert len(rows) == 20 and 0.5 < sum(row["share"] for row in rows) <= 1.001
-    assert any("mm" in row["operation"] for row in rows[:5])
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    # two blocks of six linear layers, each with its products forward and back, are seen and counted
+    assert next(row["calls"] for row in rows if row["operation"] == "aten::mm") >= 2 * 6 * 2
 
 
 def test_parts_are_added_to_the_file(argv, tmp_path, monkeypatch):

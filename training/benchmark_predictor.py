@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sd_mini import images
 from sd_mini.data import load_captioned
+from sd_mini.threads import one_thread
 from training import launch, noise_predictor
 from training.encoded import Encoded, text_stage
 from training.flops import count_flops, measured_peak
@@ -59,30 +61,30 @@ def training_speed(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def utilisation(argv: Sequence[str], rounds: int = 30) -> dict[str, Any]:
-    """MFU of forward and backward alone, and of whole updates: counted FLOPs over the peak that is measured beside."""
-    loop, inputs = prepared(argv)
-    (learner,) = loop.learners
-    tensors = loop._on_device(inputs.passes[0])
-    flops = count_flops(learner.shown, learner.trained, inputs.passes[0])
-    dtype = torch.bfloat16 if loop.accelerator.mixed_precision == "bf16" else torch.float32
+    """MFU of forward and backward alone, and of whole updates, their batch included: the counted FLOPs over the peak
+    that is measured beside each."""
     parts: dict[str, list[float]] = {"forward_backward": [], "step": []}
-    steps = iterate(loop.steps, loop.step, loop.step + 2 * rounds + WARM_UP, loop.config.workers)
-    for number in range(rounds + WARM_UP):
-        measured_peak.cache_clear()  # beside each measurement, as the machine's pace swings
-        peak = measured_peak(loop.accelerator.device, dtype)
-        start = _now(loop)
-        with loop.accelerator.autocast():
-            losses, _ = learner.objective(**tensors)
-        loop.accelerator.backward(losses.mean())
-        middle = _now(loop)
-        learner.raw_optimizer.zero_grad()
-        given = next(steps)
-        before = _now(loop)
-        loop.update(given)
-        after = _now(loop)
-        if number >= WARM_UP:
-            parts["forward_backward"].append(flops / (middle - start) / peak)
-            parts["step"].append(flops / (after - before) / peak)
+    with prepared(argv) as loop:
+        (learner,) = loop.learners
+        tensors = loop.on_device(loop.steps[0].passes[0])
+        flops = count_flops(learner.shown, learner.trained, tensors)
+        dtype = torch.bfloat16 if loop.accelerator.mixed_precision == "bf16" else torch.float32
+        steps = iterate(loop.steps, 0, rounds + WARM_UP, loop.config.workers)
+        for number in range(rounds + WARM_UP):
+            measured_peak.cache_clear()  # as the machine's pace swings
+            peak = measured_peak(loop.accelerator.device, dtype)
+            start = _now(loop)
+            with loop.sharing_out(), loop.accelerator.autocast():
+                losses, _ = learner.objective(**tensors)
+                loop.accelerator.backward(losses.mean())
+            middle = _now(loop)
+            learner.raw_optimizer.zero_grad()
+            before = _now(loop)
+            loop.update(next(steps))
+            after = _now(loop)
+            if number >= WARM_UP:
+                parts["forward_backward"].append(flops / (middle - start) / peak)
+                parts["step"].append(flops / (after - before) / peak)
     found = {name: Spread.of(values) for name, values in parts.items()}
     print(f"{flops / 1e9:.3g} GFLOP an update; peak {peak / 1e9:.0f} GFLOP/s")
     for name, spread in found.items():
@@ -91,16 +93,17 @@ def utilisation(argv: Sequence[str], rounds: int = 30) -> dict[str, Any]:
 
 
 def profiled(argv: Sequence[str], updates: int = 10) -> list[dict[str, Any]]:
-    """Where the time of an update goes, by operation: ms an update, share, calls."""
-    loop, _ = prepared(argv)
-    steps = iterate(loop.steps, 0, WARM_UP + updates, loop.config.workers)
-    for _ in range(WARM_UP):
-        loop.update(next(steps))
-    on_gpu = loop.accelerator.device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities) as seen:
-        for _ in range(updates):
+    """Where the time of an update goes, by operation: ms an update, share, calls. The work that is shared out over
+    threads is seen where there is one: torch.profiler does not look into others."""
+    with prepared(argv) as loop, one_thread():
+        steps = iterate(loop.steps, 0, WARM_UP + updates, loop.config.workers)
+        for _ in range(WARM_UP):
             loop.update(next(steps))
+        on_gpu = loop.accelerator.device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+        with profile(activities=activities) as seen:
+            for _ in range(updates):
+                loop.update(next(steps))
     attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = sorted(seen.key_averages(), key=lambda event: -getattr(event, attribute))
     total = sum(getattr(event, attribute) for event in events) or 1
@@ -119,28 +122,31 @@ def profiled(argv: Sequence[str], updates: int = 10) -> list[dict[str, Any]]:
     return rows
 
 
-def prepared(argv: Sequence[str]) -> tuple[Loop, Any]:
-    """A loop at its start, and its first update's inputs; nothing is written to the run but caches."""
+@contextmanager
+def prepared(argv: Sequence[str]) -> Iterator[Loop]:
+    """A loop at its start; nothing is written to the run but caches. Raises ValueError for accumulated passes."""
     launched = parsed(argv)
     join_processes()
     task = noise_predictor.PredictorTask(launched.config, launched.run)
     config = launched.config.train.model_copy(update={"ema_snapshots": 0, "log_every": 10**9})
-    folder = Path(tempfile.mkdtemp()) / "noise_predictor"
-    loop = Loop(task, config, folder, Origin(time.perf_counter(), {}), [])
-    folder.mkdir()
-    loop.watch.start({}, 0)
-    return loop, loop.steps[0]
+    if config.accumulation > 1:
+        raise ValueError(f"train.accumulation {config.accumulation}: expected 1, as an update is measured in one pass")
+    with tempfile.TemporaryDirectory() as home:
+        loop = Loop(task, config, Path(home) / "noise_predictor", Origin(time.perf_counter(), {}), [])
+        loop.folder.mkdir()
+        loop.watch.start({}, 0)
+        yield loop
 
 
 def this_loop(argv: Sequence[str]) -> Iterator[float]:
-    loop, _ = prepared(argv)
     log_every = parsed(argv).config.train.log_every
-    yield 0.0
-    for inputs in iterate(loop.steps, 0, 10**6, loop.config.workers):
-        loop.update(inputs)
-        if loop.step % log_every == 0:
-            loop.log()
+    with prepared(argv) as loop:
         yield 0.0
+        for inputs in iterate(loop.steps, 0, 10**6, loop.config.workers):
+            loop.update(inputs)
+            if loop.step % log_every == 0:
+                loop.log()
+            yield 0.0
 
 
 def reference(argv: Sequence[str]) -> Iterator[float]:

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sd_mini.pipeline import Pipeline
 from training import export, noise_predictor
-from training.benchmark_predictor import parsed, prepared
+from training.benchmark_predictor import parsed, this_loop
 from training.interleaved import Spread, measure
-from training.loader import iterate
 
 PLAIN = ["--train.lr", "1e-4", "--train.muon_lr", "null", "--train.schedule", "constant", "--train.warmup_steps", "0"]
 PLAIN += ["--objective.direction", "0", "--objective.noise_draws", "1", "--objective.repa.weight", "0"]
@@ -48,61 +48,49 @@ def time_to_score(argv: Sequence[str], updates: int = 500, prompts: int = 200) -
     holds 0.9999^n of its random start after n updates; both are judged by our short one, in their favour. They are
     looked at after every time that ours took, up to AT_LEAST of them; one that has not arrived then takes longer.
     """
-    costs = _costs(argv)
-    root = Path(tempfile.mkdtemp(prefix="time_to_score-"))
     launched = parsed(argv)
     if launched.config.data.source != "shapes":
         raise ValueError(f"time_to_score: data {launched.config.data.source} has no judge; expected a config of shapes")
-    run = _trained(launched.run, root / "ours", argv, "ours", updates, updates)
-    wanted = judged(Pipeline.from_run(run), root, prompts)
-    budget = updates * costs["ours"].median
-    print(f"ours: {updates} updates, {budget:.0f} s: {100 * wanted:.1f} % of {CATEGORY} exact")
-    found: dict[str, Any] = {"score": wanted, "seconds": round(budget, 1), "updates": updates, "prompts": prompts}
-    for name, most in AT_LEAST.items():
-        each = max(1, round(budget / costs[name].median))
-        run = _trained(launched.run, root / name, argv, name, most * each, each)
-        scores, ratio = [], None
-        for times in range(1, most + 1):
-            stage = root / f"{name}-{times}"
-            export.export(run / "noise_predictor", stage, times * each)
-            parts = (run / kind / "final" for kind in ("text_encoder", "autoencoder"))
-            scores.append(judged(Pipeline.from_stages(*parts, stage), root, prompts))
-            print(f"{name}: {times * each} updates, {times} x our time: {100 * scores[-1]:.1f} %")
-            if scores[-1] >= wanted:
-                ratio = times
-                break
-        # between two looks nothing is known: it arrived after the last but one, or takes longer than all of them
-        low, high = (ratio - 1, ratio) if ratio is not None else (most, None)
-        found[f"ratio_to_{name}"] = {"low": low, "high": high, "median": low, "scores": scores}
-    shutil.rmtree(root)
+    costs = _costs(argv)
+    with tempfile.TemporaryDirectory(prefix="time_to_score-") as home:
+        root = Path(home)
+        run = _trained(launched.run, root / "ours", argv, "ours", updates, updates)
+        wanted = judged(Pipeline.from_run(run), root, prompts)
+        budget = updates * costs["ours"].median
+        print(f"ours: {updates} updates, {budget:.0f} s: {100 * wanted:.1f} % of {CATEGORY} exact")
+        found: dict[str, Any] = {"score": wanted, "seconds": round(budget, 1), "updates": updates, "prompts": prompts}
+        for name, most in AT_LEAST.items():
+            each = max(1, round(budget / costs[name].median))
+            run = _trained(launched.run, root / name, argv, name, most * each, each)
+            scores = _until(wanted, run, root, name, most, each, prompts)
+            # between two looks nothing is known: it arrived after the last but one, or takes longer than all of them
+            low, high = (len(scores) - 1, len(scores)) if scores[-1] >= wanted else (most, None)
+            found[f"ratio_to_{name}"] = {"low": low, "high": high, "median": low, "scores": scores}
     return found
+
+
+def _until(wanted: float, run: Path, root: Path, name: str, most: int, each: int, prompts: int) -> list[float]:
+    """The scores after each of at most `most` times `each` updates, up to the first that is `wanted`."""
+    scores: list[float] = []
+    while len(scores) < most and (not scores or scores[-1] < wanted):
+        updates = (len(scores) + 1) * each
+        stage = root / f"{name}-{updates}"
+        export.export(run / "noise_predictor", stage, updates)
+        parts = (run / kind / "final" for kind in ("text_encoder", "autoencoder"))
+        scores.append(judged(Pipeline.from_stages(*parts, stage), root, prompts))
+        print(f"{name}: {updates} updates, {len(scores)} x our time: {100 * scores[-1]:.1f} %")
+    return scores
 
 
 def _costs(argv: Sequence[str]) -> dict[str, Spread]:
     """Seconds an update takes by each recipe, measured in turn."""
-    loops: dict[str, Callable] = {"ours": _ours, "sit": _sit, "classical": _classical}
+    loops = {name: partial(_updates, name) for name in RECIPES}
     _, seconds = measure(loops, argv, block=10, rounds=5, warm_up=5)
     return {name: Spread.of([value / 10 for value in values]) for name, values in seconds.items()}
 
 
-def _ours(argv: Sequence[str]):
-    yield from _loop(argv, "ours")
-
-
-def _sit(argv: Sequence[str]):
-    yield from _loop(argv, "sit")
-
-
-def _classical(argv: Sequence[str]):
-    yield from _loop(argv, "classical")
-
-
-def _loop(argv: Sequence[str], name: str):
-    loop, _ = prepared([*argv, *RECIPES[name]])
-    yield 0.0
-    for inputs in iterate(loop.steps, 0, 10**6, loop.config.workers):
-        loop.update(inputs)
-        yield 0.0
+def _updates(recipe: str, argv: Sequence[str]) -> Iterator[float]:
+    yield from this_loop([*argv, *RECIPES[recipe]])
 
 
 def _trained(source: Path, run: Path, argv: Sequence[str], name: str, updates: int, every: int) -> Path:

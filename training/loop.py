@@ -90,7 +90,7 @@ class Loop:
             for learner in self.learners:
                 learner.settle_buckets(lambda learner=learner: self.accumulate(learner, self.steps[self.step]))
             self.means = means
-        with Stop(self.accelerator.num_processes) as stop, self._sharing():
+        with Stop(self.accelerator.num_processes) as stop, self.sharing_out():
             mark = time.perf_counter()
             for inputs in iterate(self.steps, self.step, config.steps, config.workers):
                 self.update(inputs)
@@ -106,10 +106,11 @@ class Loop:
 
     def update(self, inputs: StepInputs) -> None:
         """One optimizer update of each player from the global batch of this step."""
-        with self._sharing():
+        with self.sharing_out():
             self._update(inputs)
 
-    def _sharing(self) -> AbstractContextManager:
+    def sharing_out(self) -> AbstractContextManager:
+        """In which an update is made: by networks that share out their batches themselves, torch has one thread."""
         return sharing() if all(learner.is_written for learner in self.learners) else nullcontext()
 
     def _update(self, inputs: StepInputs) -> None:
@@ -136,7 +137,7 @@ class Loop:
             seed_network_draws(draws.initial_seed(), self.accelerator.device)
             with learner.exchanging(last_pass=rows is inputs.rows[-1]):
                 with self.accelerator.autocast():
-                    losses, metrics = learner.objective(**self._on_device(tensors))
+                    losses, metrics = learner.objective(**self.on_device(tensors))
                 losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
                 # a pass's part of the mean over the global batch, as DDP averages over the processes
                 part = len(losses) * self.accelerator.num_processes / self.config.batch_size
@@ -292,7 +293,8 @@ class Loop:
         self.watch.say(f"{self.step} steps in {self.seconds:.0f} s; {shown}; exported to {self.folder / 'final'}")
         self.accelerator.wait_for_everyone()
 
-    def _on_device(self, tensors: Pass) -> Pass:
+    def on_device(self, tensors: Pass) -> Pass:
+        """A pass's tensors where they are computed with."""
         device = self.accelerator.device
         if device.type == "cuda":  # a copy from memory that is not pinned would make the host wait
             resting = {name: value if value.is_cuda else value.pin_memory() for name, value in tensors.items()}
