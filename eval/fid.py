@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eval.moments import statistics
+from sd_mini.threads import one_thread
 
 Array = np.ndarray | Tensor
 _SIZES = 15  # points of the line through the distances of smaller sets
@@ -37,7 +37,8 @@ def distance_to(mean_b: Array, cov_b: Array) -> Callable[[Array, Array], float]:
         mean_a, cov_a = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_a, cov_a))
         _check(mean_a, cov_a, mean_b, cov_b)
         product = root.T @ cov_a @ root
-        with _one_thread():
+        # LAPACK's tridiagonal steps are too short to share: on a busy machine two threads took 6 times as long
+        with one_thread():
             between = _above_rounding(torch.linalg.eigvalsh(product)).sqrt().sum()
         return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * between)
 
@@ -50,7 +51,7 @@ def _root(cov: Tensor) -> Tensor:
     smallest = factor.diagonal().square().min()
     if not failed and smallest > len(cov) * torch.finfo(cov.dtype).eps * cov.diagonal().max():
         return factor
-    with _one_thread():
+    with one_thread():
         values, vectors = torch.linalg.eigh(cov)
     kept = _above_rounding(values) > 0
     return vectors[:, kept] * values[kept].sqrt()
@@ -62,17 +63,6 @@ def _above_rounding(values: Tensor) -> Tensor:
         return values
     limit = len(values) * torch.finfo(values.dtype).eps * values.max()
     return torch.where(values > limit, values, 0)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK's tridiagonal steps are too short to share: two threads on a busy machine took 6 times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> None:
@@ -94,7 +84,7 @@ def null_bias(covariance: Array, count_a: int, count_b: int) -> float:
 
     At unit covariance and N pictures each, d (d + 5) / (2 N).
     """
-    with _one_thread():
+    with one_thread():
         values = _above_rounding(torch.linalg.eigvalsh(torch.as_tensor(covariance, dtype=torch.float64)))
     values = values[values > 0]
     pairs = values[:, None] * values / (values[:, None] + values)

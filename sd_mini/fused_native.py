@@ -44,10 +44,8 @@ def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | Non
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             return ctypes.CDLL(str(target))
         except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").split("\n")[0]
-            warnings.warn(
-                f"{_SOURCE.name}: {compiler} cannot compile it ({said}); torch's operations stand in", stacklevel=2
-            )
+            said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").splitlines()[0]
+            warnings.warn(f"{compiler} cannot compile {_SOURCE.name} ({said}); torch stands in for it", stacklevel=2)
             return None
 
 

@@ -172,3 +172,13 @@ def test_copies_and_saved_folders_are_the_stock_ones(pair, written, tmp_path):
     again = PRXTransformer2DModel.from_pretrained(tmp_path)
     torch.testing.assert_close(again(**given).sample, before, rtol=0, atol=1e-5)
     torch.save(twin.state_dict(), io.BytesIO())
+
+
+def test_a_compiler_that_fails_is_named_and_torch_stands_in(pair, monkeypatch):
+    monkeypatch.setenv("CC", "false")
+    library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"false cannot compile fused_prx\.c"):
+            assert_equal(*pair, inputs(3))
+    finally:
+        library.cache_clear()

@@ -4,14 +4,13 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PRXPipeline,
-    PRXTransformer2DModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
 
 from sd_mini import noise_predictor
 from sd_mini.pipeline import Pipeline
+from training.benchmark_pipeline import stock_latents, stock_pipeline
 
 PROMPTS = ["a small red circle at the top left", "two large blue squares", "a large green cross"]
 
@@ -118,27 +117,11 @@ def test_callback_sees_each_step_and_may_change_it(pipeline):
 def test_same_latents_as_stock_prx(pipeline, tiny_run):
     """The stock PRX loop (whose guidance takes one picture at a time) on the same weights, embeddings and noise."""
     tokens, mask = pipeline.encode_prompt(PROMPTS[:1])
-    null, null_mask = pipeline._encode_negative(None, 1, 1)
     latents = torch.randn(1, *pipeline.latent_shape(32, 32), generator=seeded(0)[0])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    ours = pipeline.noise_predictor
-    network = PRXTransformer2DModel(**{k: v for k, v in ours.config.items() if not k.startswith("_")})  # no part faster
-    network.load_state_dict(ours.state_dict())
-    stock = PRXPipeline(network.eval(), scheduler, text_encoder=None, tokenizer=None, vae=None)
-    stock.set_progress_bar_config(disable=True)
-    expected = stock(
-        prompt_embeds=tokens,
-        prompt_attention_mask=mask,
-        negative_prompt_embeds=null,
-        negative_prompt_attention_mask=null_mask,
-        latents=latents,
-        num_inference_steps=5,
-        guidance_scale=3.0,
-        height=latents.shape[-2] * 8,
-        width=latents.shape[-1] * 8,
-        output_type="latent",
-        use_resolution_binning=False,
-    ).images
+    stock = stock_pipeline(pipeline, scheduler)
+    assert type(stock.transformer.blocks[0].attention.processor).__module__.startswith("diffusers")  # no part replaced
+    expected = stock_latents(stock, (tokens, mask), pipeline.null_condition(1), latents, 5, 3.0)
     ours = Pipeline(
         **pipeline.components | {"scheduler": UniPCMultistepScheduler.from_config(scheduler.config)}, resolution=32
     )

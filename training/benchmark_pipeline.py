@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel, SchedulerMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sd_mini.cli import open_pipeline
+from sd_mini.denoising import Condition
+from sd_mini.fused import stock
 from sd_mini.pipeline import Pipeline
 from training.benchmark_predictor import parsed
 from training.interleaved import Spread, ratios
@@ -32,14 +34,14 @@ def pipeline_speed(argv: Sequence[str]) -> dict[str, Any]:
     join_processes()
     tune_cpu(1)
     pipeline.set_progress_bar_config(disable=True)
-    stock = _stock(pipeline)
+    theirs = stock_pipeline(pipeline, FlowMatchEulerDiscreteScheduler())
     found: dict[str, Any] = {}
     for batch, scale in ((1, pipeline.config.default_guidance), (32, 1.0)):
         seconds = _interleaved(
             {
                 "ours": _ours(pipeline, batch, FEW, scale),
-                "stock": _theirs(stock, pipeline, batch, FEW, scale),
-                "stock, many": _theirs(stock, pipeline, batch, MANY, scale),
+                "stock": _theirs(theirs, pipeline, batch, FEW, scale),
+                "stock, many": _theirs(theirs, pipeline, batch, MANY, scale),
             }
         )
         same, equal = ratios(seconds["stock"], seconds["ours"]), ratios(seconds["stock, many"], seconds["ours"])
@@ -64,19 +66,36 @@ def pipeline_speed(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _stock(pipeline: Pipeline) -> PRXPipeline:
+def stock_pipeline(pipeline: Pipeline, scheduler: SchedulerMixin) -> PRXPipeline:
+    """diffusers' own pipeline around the stock network of the same weights. ValueError for what is no PRX on flow."""
     ours = pipeline.noise_predictor
     if not isinstance(ours, PRXTransformer2DModel) or pipeline.process.kind != "flow":
         raise ValueError(
             f"benchmark pipeline: {type(ours).__name__} predicting {pipeline.process.kind}; expected a PRX network "
             "trained on flow, whose stock pipeline there is"
         )
-    network = PRXTransformer2DModel(**{k: v for k, v in ours.config.items() if not k.startswith("_")}).eval()
-    network.load_state_dict(ours.state_dict())
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    made = PRXPipeline(network.to(ours.device), scheduler, text_encoder=None, tokenizer=None, vae=None)
+    made = PRXPipeline(stock(ours).eval(), scheduler, text_encoder=None, tokenizer=None, vae=None)
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def stock_latents(
+    made_by: PRXPipeline, condition: Condition, null: Condition, latents: Tensor, steps: int, scale: float
+) -> Tensor:
+    """Clean latents (B, C, h, w) by the stock loop, of the noise `latents`."""
+    return made_by(
+        prompt_embeds=condition[0],
+        prompt_attention_mask=condition[1],
+        negative_prompt_embeds=null[0],
+        negative_prompt_attention_mask=null[1],
+        latents=latents,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        height=latents.shape[-2] * 8,
+        width=latents.shape[-1] * 8,
+        output_type="latent",
+        use_resolution_binning=False,
+    ).images
 
 
 def _ours(pipeline: Pipeline, batch: int, steps: int, scale: float) -> Callable[[], Any]:
@@ -89,26 +108,13 @@ def _ours(pipeline: Pipeline, batch: int, steps: int, scale: float) -> Callable[
     return make
 
 
-def _theirs(stock: PRXPipeline, pipeline: Pipeline, batch: int, steps: int, scale: float) -> Callable[[], Any]:
-    (tokens, mask), latents = _given(pipeline, batch)
-    null, null_mask = pipeline.null_condition(batch)
+def _theirs(theirs: PRXPipeline, pipeline: Pipeline, batch: int, steps: int, scale: float) -> Callable[[], Any]:
+    condition, latents = _given(pipeline, batch)
+    null = pipeline.null_condition(batch)
 
     @torch.no_grad()
     def make() -> Any:
-        made = stock(
-            prompt_embeds=tokens,
-            prompt_attention_mask=mask,
-            negative_prompt_embeds=null,
-            negative_prompt_attention_mask=null_mask,
-            latents=latents,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            height=latents.shape[-2] * 8,
-            width=latents.shape[-1] * 8,
-            output_type="latent",
-            use_resolution_binning=False,
-        ).images
-        return pipeline.autoencoder.decode(made)
+        return pipeline.autoencoder.decode(stock_latents(theirs, condition, null, latents, steps, scale))
 
     return make
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sd_mini import images
 from sd_mini.data import load_captioned
+from sd_mini.fused import stock
 from sd_mini.threads import one_thread
 from training import launch, noise_predictor
 from training.encoded import Encoded, text_stage
@@ -164,9 +165,7 @@ def _plain_loop(argv: Sequence[str], cached: bool) -> Iterator[float]:
     config, train = launched.config, launched.config.train
     accelerator = Accelerator(mixed_precision=train.mixed_precision or "no")
     task = noise_predictor.PredictorTask(config, launched.run)
-    ours = task.players["noise_predictor"].objective.network
-    network = type(ours)(**{k: v for k, v in ours.config.items() if not k.startswith("_")})  # the stock one, as it is
-    network.load_state_dict(ours.state_dict())
+    network = stock(task.players["noise_predictor"].objective.network)
     rows: Dataset = _Cached(task) if cached else _Pictures(config)
     optimizer = torch.optim.AdamW(network.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     schedule = get_scheduler(train.schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=10**6)
