@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import scipy.linalg
 import torch
+from scipy.linalg.blas import dtrmm
 from torch import Tensor
 
 from eval.moments import statistics
@@ -14,6 +16,7 @@ from sd_mini.threads import one_thread
 Array = np.ndarray | Tensor
 _SIZES = 15  # points of the line through the distances of smaller sets
 _SMALLEST = 0.1  # of the whole set, the first of these points; at least 2 D pictures, below which it is no line
+_LARGE = 1024  # rows of a matrix from which on its eigenvalues are taken by all cores
 _FEWEST = 20  # pictures for a line, of however few features
 
 
@@ -36,10 +39,8 @@ def distance_to(mean_b: Array, cov_b: Array) -> Callable[[Array, Array], float]:
     def distance(mean_a: Array, cov_a: Array) -> float:
         mean_a, cov_a = (torch.as_tensor(part, dtype=torch.float64) for part in (mean_a, cov_a))
         _check(mean_a, cov_a, mean_b, cov_b)
-        product = root.T @ cov_a @ root
-        # LAPACK's tridiagonal steps are too short to share: on a busy machine two threads took 6 times as long
-        with one_thread():
-            between = _above_rounding(torch.linalg.eigvalsh(product)).sqrt().sum()
+        product = _congruent(root, cov_a)
+        between = _above_rounding(_eigenvalues(product)).sqrt().sum()
         return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * between)
 
     return distance
@@ -55,6 +56,27 @@ def _root(cov: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(cov)
     kept = _above_rounding(values) > 0
     return vectors[:, kept] * values[kept].sqrt()
+
+
+def _eigenvalues(symmetric: Tensor) -> Tensor:
+    """(D, D) => (D,), ascending.
+
+    Of a large one by SciPy's LAPACK, which shares out its products: at 2048 three fifths of torch's time on two cores,
+    and no more than that where another program keeps both busy. The steps of a small one are too short to share.
+    """
+    if len(symmetric) < _LARGE:
+        with one_thread():  # two took 6 times as long beside other programs
+            return torch.linalg.eigvalsh(symmetric)
+    return torch.from_numpy(scipy.linalg.eigvalsh(symmetric.numpy(), driver="evd", check_finite=False))
+
+
+def _congruent(root: Tensor, cov: Tensor) -> Tensor:
+    """R (D, r), symmetric C (D, D) => R^T C R. Of a large triangular R in half the products."""
+    if len(root) < _LARGE or root.shape[0] != root.shape[1] or root.triu(1).any():
+        return root.T @ cov @ root
+    upper = root.numpy().T  # BLAS counts by columns: R as it lies is R^T there
+    right = dtrmm(1.0, upper, cov.numpy().T, side=1, lower=0, trans_a=1)
+    return torch.from_numpy(dtrmm(1.0, upper, right, side=0, lower=0, overwrite_b=1))
 
 
 def _above_rounding(values: Tensor) -> Tensor:
@@ -84,8 +106,7 @@ def null_bias(covariance: Array, count_a: int, count_b: int) -> float:
 
     At unit covariance and N pictures each, d (d + 5) / (2 N).
     """
-    with one_thread():
-        values = _above_rounding(torch.linalg.eigvalsh(torch.as_tensor(covariance, dtype=torch.float64)))
+    values = _above_rounding(_eigenvalues(torch.as_tensor(covariance, dtype=torch.float64)))
     values = values[values > 0]
     pairs = values[:, None] * values / (values[:, None] + values)
     unlike = pairs.sum() - pairs.diagonal().sum()

@@ -40,13 +40,14 @@ def test_frechet_of_shifted_unit_gaussians_at_inception_s_width():
     assert frechet_distance(np.zeros(dim), np.eye(dim), np.ones(dim), np.eye(dim)) == pytest.approx(dim, rel=1e-9)
 
 
-def test_frechet_of_diagonal_gaussians_in_any_rotation():
+@pytest.mark.parametrize("dim", [16, 1100])  # of a small one by torch, of a large one by SciPy
+def test_frechet_of_diagonal_gaussians_in_any_rotation(dim):
     """|m1 - m2|^2 + sum (s1 - s2)^2."""
     draw = np.random.default_rng(1)
-    mean_a, mean_b = draw.normal(size=(2, 16))
-    std_a, std_b = draw.uniform(0.1, 1.1, (2, 16))
+    mean_a, mean_b = draw.normal(size=(2, dim))
+    std_a, std_b = draw.uniform(0.1, 1.1, (2, dim))
     expected = np.sum((mean_a - mean_b) ** 2) + np.sum((std_a - std_b) ** 2)
-    turn = np.linalg.qr(draw.normal(size=(16, 16)))[0]
+    turn = np.linalg.qr(draw.normal(size=(dim, dim)))[0]
     covs = [turn @ np.diag(std**2) @ turn.T for std in (std_a, std_b)]
     for turned in ((turn @ mean_a, covs[0], turn @ mean_b, covs[1]), (turn @ mean_b, covs[1], turn @ mean_a, covs[0])):
         assert frechet_distance(*turned) == pytest.approx(expected, rel=1e-9)
