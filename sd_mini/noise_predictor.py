@@ -69,6 +69,9 @@ def build(kind: str, network: dict[str, Any], latent_shape: tuple[int, int, int]
                 f"noise predictor: {field} is {given[field]}, but the other stages decide {value}; leave the field out"
             )
     _check_patch(given, known, latent_shape)
+    for field in ("depth", "num_layers"):  # which the classes themselves take below 1, for no blocks at all
+        if isinstance(given.get(field), int) and given[field] < 1:
+            raise ValueError(f"noise predictor: {field} is {given[field]}; expected at least 1 block")
     try:
         made = cls(**given)
         if cls not in KINDS.values():

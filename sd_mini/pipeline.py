@@ -20,7 +20,7 @@ from sd_mini.guidance import Guidance, interval
 from sd_mini.pipeline_inputs import Generators
 from sd_mini.process import Process
 from sd_mini.prompted_pipeline import PromptedPipeline
-from sd_mini.stages import Stage, atomic_folder, check_belonging, load_stage
+from sd_mini.stages import Stage, atomic_folder, check_belonging, combined_hash, file_hash, load_stage
 from sd_mini.text_encoder import TextAdapter
 from sd_mini.tiles import check_tile
 
@@ -151,6 +151,9 @@ class Pipeline(PromptedPipeline):
         """Merge the LoRA saved in `folder` into the noise predictor. Raises ValueError if it is another network's."""
         lora.load(self.noise_predictor, folder)
         lora.merge(self.noise_predictor)
+        stages = dict(self.config.stages)
+        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}
+        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
 
     @classmethod
     def from_run(cls, run: str | Path, **kwargs: Any) -> Pipeline:
@@ -248,6 +251,10 @@ class Pipeline(PromptedPipeline):
             negative_prompt_embeds,
             negative_prompt_mask,
         )
+        if autoguidance and (negative_prompt is not None or negative_prompt_embeds is not None):
+            raise ValueError(
+                "autoguidance leads away from the guide, not from a negative prompt; leave one of them out"
+            )
         if autoguidance and self.guide is None:
             raise ValueError(
                 "autoguidance: this pipeline has no guide; join one: Pipeline.from_run(RUN, guide=FOLDER), or "

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sd_mini import diffusion
-from sd_mini.config import Config
+from sd_mini.config import Config, check
 from sd_mini.diffusion import STEPS, Schedule
 
 FLOW = ("flow", "flow_x")
@@ -50,7 +50,7 @@ class Process(Config):
     def of(cls, contract: dict[str, Any]) -> Self:
         """The process that a stage's contract, or a pipeline's config, records; flow where it says nothing."""
         recorded = contract.get("objective") or {}
-        return cls(**{name: recorded[name] for name in Process.model_fields if name in recorded})
+        return check(cls, {name: recorded[name] for name in cls.model_fields if name in recorded}, "recorded objective")
 
     @property
     def is_flow(self) -> bool:

@@ -194,5 +194,7 @@ def test_an_earlier_snapshot_guides(run, tmp_path):
             for one in (joined.noise_predictor, joined.guide)
         )
     torch.testing.assert_close(made, noise - (bad + 3 * (good - bad)), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="not from a negative prompt"):
+        joined("a red circle", autoguidance=True, negative_prompt="a blue one")
     with pytest.raises(ValueError, match="autoguidance: this pipeline has no guide; join one"):
         Pipeline.from_run(run)("a red circle", autoguidance=True)

@@ -202,6 +202,8 @@ def test_a_lora_is_trained_exported_and_loaded_again(smoke_run, tmp_path):
     assert set(trained.state_dict()) == set(before.state_dict())
     pipeline = Pipeline.from_run(smoke_run)
     pipeline.load_lora(run / "noise_predictor" / "final" / "noise_predictor" / "lora")
+    assert pipeline.config.stages["noise_predictor"] != Pipeline.from_run(smoke_run).config.stages["noise_predictor"]
+    assert final.contract["parameters"] == sum(p.numel() for p in before.parameters())  # the adapters are merged
     changed = 0
     for name, tensor in trained.state_dict().items():
         torch.testing.assert_close(pipeline.noise_predictor.state_dict()[name], tensor, rtol=0, atol=1e-6)

@@ -44,6 +44,7 @@ def test_every_kind_learns_and_never_sees_padding(kind):
         ("prx", {"context_in_dim": 99}, "context_in_dim is 99, but the other stages decide 24"),
         ("unet", {"in_channels": 3}, "in_channels is 3, but the other stages decide 4"),
         ("prx", {"patch_size": 3}, "patch_size 3 does not divide"),
+        ("prx", {"depth": -1}, "depth is -1; expected at least 1 block"),
     ],
 )
 def test_networks_that_do_not_fit(kind, network, says):

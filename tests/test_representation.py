@@ -9,6 +9,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from sd_mini import noise_predictor, shapes
 from sd_mini.config import read
+from sd_mini.stages import read_contract
 from sd_mini.vision import load_tower, matcher_tower
 from tests.launching import SMOKE, launch, prepared
 from tests.networks import NETWORKS
@@ -144,6 +145,9 @@ def test_a_training_with_a_teacher(smoke_run, dino, tmp_path):
     assert launch("noise_predictor", run, *more) == 0
     lines = (run / "noise_predictor" / "metrics.jsonl").read_text()
     assert '"alignment"' in lines
-    plain = smoke_run / "noise_predictor" / "final" / "noise_predictor"
+    final = smoke_run / "noise_predictor" / "final"
+    counts = [read_contract(folder)["parameters"] for folder in (final, run / "noise_predictor" / "final")]
+    assert counts[0] == counts[1]
+    plain = final / "noise_predictor"
     names = {p.name for p in (run / "noise_predictor" / "final" / "noise_predictor").iterdir()}
     assert names == {p.name for p in plain.iterdir()}

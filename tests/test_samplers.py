@@ -211,3 +211,9 @@ def test_the_noise_that_ddpm_draws_is_the_generator_s(monkeypatch):
     process = Process(kind="epsilon", schedule="cosine")
     first, again = (sampled(process, samplers.build("ddpm", process), 5, monkeypatch, count=8) for _ in range(2))
     assert torch.equal(first, again) and math.isfinite(first.sum().item())
+
+
+def test_a_recorded_objective_that_is_damaged_is_one_line():
+    assert Process.of({"objective": {"kind": "flow", "caption_dropout": 0.1}}) == Process()
+    with pytest.raises(ValueError, match=r"^recorded objective: [^\n]*$"):
+        Process.of({"objective": {"kind": "flaw"}})

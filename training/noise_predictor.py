@@ -202,6 +202,8 @@ class PredictorTask:
 
     def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
         contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
+        # of what is exported, without a term's own projection
+        contract["parameters"] = sum(p.numel() for p in lora.merged(objective.network).parameters())
         network = exported(objective.network, self.config.network)
         stages.export(folder, "noise_predictor", {"noise_predictor": network}, contract)
 
