@@ -39,7 +39,7 @@ def read(cls: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(Path(path))
+        values = read_yaml(Path(path))
     for dotted, value in _pairs(overrides):
         _assign(values, dotted, value)
     return check(cls, values, source=str(path or "command line"))
@@ -53,7 +53,8 @@ def check(cls: type[C], values: dict[str, Any], source: str) -> C:
         raise ValueError(f"{source}: {_complaint(cls, error)}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file. Raises ValueError, one line, for one that is missing, unreadable or no mapping."""
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"config {path}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))

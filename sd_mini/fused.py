@@ -178,8 +178,8 @@ class FusedPRXAttention:
         heads, dim = attn.heads, attn.head_dim
         q, k, v = attn.img_qkv_proj(hidden_states).view(b, length, 3, heads, dim).permute(2, 0, 3, 1, 4)
         text_k, text_v = attn.txt_kv_proj(encoder_hidden_states).view(b, -1, 2, heads, dim).permute(2, 0, 3, 1, 4)
-        # the first column of each 2 x 2 rotation is (cos, sin), the same for every sample: (1, 1, L, dim / 2) complex
-        turn = torch.view_as_complex(image_rotary_emb[:1, ..., 0].contiguous())
+        # the first column of each 2 x 2 rotation is (cos, sin), the same for every sample: (1, 1, L, dim / 2, 2)
+        turn = image_rotary_emb[:1, ..., 0].contiguous()
         q, k = (_rotate(norm(x), turn) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
         mask = None
         if attention_mask is not None:
@@ -191,6 +191,12 @@ class FusedPRXAttention:
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Pairs of the last axis of x (B, H, L, D) turned by `turn` (1, 1, L, D / 2): rotary embedding, Su et al. 2021."""
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+    """Pairs of the last axis of x (B, H, L, D) turned by `turn`, (cos, sin) of (1, 1, L, D / 2): rotary embedding, Su
+    et al. 2021. As complex numbers where that is one pass; a compiler makes one pass of real ones alone."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    return turned.flatten(-2).type_as(x)

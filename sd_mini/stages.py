@@ -104,8 +104,12 @@ def model_hash(model: Any) -> str:
     """SHA-256 of how a torch module is built and of its weights."""
     import torch
 
-    config = model.config.to_json_string() if hasattr(model, "config") else ""
-    digest = hashlib.sha256(f"{model} {config}".encode())
+    config = getattr(model, "config", "")
+    if isinstance(config, dict):  # diffusers'; where it was loaded from is no part of it
+        said = json.dumps({name: value for name, value in config.items() if name[0] != "_"}, sort_keys=True)
+    else:
+        said = config.to_json_string() if config else ""
+    digest = hashlib.sha256(f"{model} {said}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

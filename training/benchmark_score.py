@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +14,7 @@ from sd_mini.pipeline import Pipeline
 from training import export, noise_predictor
 from training.benchmark_predictor import parsed, this_loop
 from training.interleaved import Spread, measure
+from training.judged import report
 
 PLAIN = ["--train.lr", "1e-4", "--train.muon_lr", "null", "--train.schedule", "constant", "--train.warmup_steps", "0"]
 PLAIN += ["--objective.direction", "0", "--objective.noise_draws", "1", "--objective.repa.weight", "0"]
@@ -108,14 +106,8 @@ def _trained(source: Path, run: Path, argv: Sequence[str], name: str, updates: i
 
 
 def judged(pipeline: Pipeline, root: Path, prompts: int) -> float:
-    """`exact` of CATEGORY over the test prompts, by the report's judge in a process of its own."""
+    """`exact` of CATEGORY over the test prompts."""
     shutil.rmtree(root / "pipeline", ignore_errors=True)
     pipeline.save(root / "pipeline")
-    out = root / f"report-{time.monotonic_ns()}"
-    argv = ["eval", str(root / "pipeline"), "--data", "shapes", "--out", str(out), "--prompts", str(prompts)]
-    argv += ["--training", "none", "--sweep"]  # the judge alone
-    done = subprocess.run([sys.executable, "-m", *argv], check=False, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise ValueError(f"python -m {' '.join(argv)} ended with exit code {done.returncode}; see above")
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return report["composition"]["test"][CATEGORY]["exact"]
+    found = report(root / "pipeline", root / f"report-{time.monotonic_ns()}", "--prompts", str(prompts))
+    return found["composition"]["test"][CATEGORY]["exact"]

@@ -9,7 +9,6 @@ On the shapes world, whose pictures can be judged.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from sd_mini.cli import Parser, whole
 from sd_mini.config import command
 from sd_mini.stages import atomic_text, read_contract
-from training import noise_predictor
+from training import judged, noise_predictor
 
 RESULTS = "compared.json"
 
@@ -38,7 +37,8 @@ def _main(argv: Sequence[str]) -> None:
         name = f"{len(rows)}-{contract['hash'][:8]}"
         run = options.out / name
         _train(options, folder, run, overrides)
-        report = _measured(options, run)
+        prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
+        report = judged.report(run, run / "report", *prompts)
         rows.append(_row(str(folder), name, contract, report))
         found = {"text_encoder": text["hash"], "steps": options.steps, "autoencoders": rows}
         atomic_text(options.out / RESULTS, json.dumps(found, indent=2) + "\n")
@@ -56,18 +56,6 @@ def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str])
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to(folder.absolute(), target_is_directory=True)
-
-
-def _measured(options: Any, run: Path) -> dict[str, Any]:
-    report = run / "report" / "report.json"
-    prompts = ["--prompts", str(options.prompts)] if options.prompts is not None else []
-    asked = ["--data", "shapes", "--sweep", "--training", "none", *prompts]  # no more than what is compared
-    argv = ["eval", str(run), "--out", str(report.parent), *asked]
-    # a process of its own, as training and evaluation do not import each other; its own error line stands for ours
-    done = subprocess.run([sys.executable, "-m", *argv], check=False)
-    if done.returncode:
-        raise ValueError(f"python -m {' '.join(argv)} ended with exit code {done.returncode}; see above")
-    return json.loads(report.read_text(encoding="utf-8"))
 
 
 def _row(folder: str, run: str, contract: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

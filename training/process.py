@@ -43,6 +43,9 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
         _check_fsdp(accelerator)
     if accelerator.device.type == "cpu":
         tune_cpu(accelerator.num_processes)
+    elif accelerator.mixed_precision == "bf16":
+        # what stays in float32, Muon's products for one, may be rounded to 10 bits: finer than bfloat16's 7
+        torch.set_float32_matmul_precision("high")
     return accelerator
 
 
