@@ -26,6 +26,7 @@ from sd_mini.cli import Parser, whole
 from sd_mini.config import Config, check, command, read, read_yaml
 from sd_mini.stages import atomic_text, read_contract
 from training import autoencoder, judged, noise_predictor
+from training.launch import parse
 
 RESULTS = "ablations.json"
 SCENES = "1000"  # the seed of the scenes that arms are judged on: others than the report's
@@ -52,7 +53,7 @@ class Arm(Config):
 
 
 def main(argv: Sequence[str]) -> None:
-    options, overrides = _parser().parse_known_args(argv)
+    options, overrides = _parser().parse_known_args(["--train.steps" if word == "--steps" else word for word in argv])
     arms = arms_of(options.arms)
     if options.only:
         unknown = set(options.only) - set(arms)
@@ -62,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     for kind in ("text_encoder", "autoencoder"):
         read_contract(options.run / kind / "final", kind)
     for arm in arms.values():  # what cannot be is said before anything is trained
-        read(noise_predictor.PredictorConfig, options.config, [*overrides, *_words(arm.noise_predictor)])
+        given = ["--config", str(options.config), "--run", str(options.out), *overrides]
+        parse(noise_predictor.PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)])
         if arm.autoencoder:
             read(autoencoder.AutoencoderConfig, _beside(options.config), _words(arm.autoencoder))
     results = options.out / RESULTS
@@ -73,17 +75,24 @@ def main(argv: Sequence[str]) -> None:
         for job in trainings(arms, seed)
         if any(f"{name}/{seed}" not in found for name in job[1])
     ]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.run / "cache").mkdir(exist_ok=True)
     cores: SimpleQueue[list[int]] = SimpleQueue()
     everything = sorted(os.sched_getaffinity(0))
     for number in range(options.jobs):
         cores.put(everything[number :: options.jobs] or everything)
+    if jobs:
+        _encode(options, overrides, arms)
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="trainings") as bar:
         running = [pool.submit(_measured, options, overrides, arms, cores, job) for job in jobs]
-        for done in as_completed(running):
-            found |= done.result()
-            options.out.mkdir(parents=True, exist_ok=True)
-            atomic_text(results, json.dumps(found, indent=2) + "\n")
-            bar.update()
+        try:
+            for done in as_completed(running):
+                found |= done.result()
+                atomic_text(results, json.dumps(found, indent=2) + "\n")
+                bar.update()
+        except ValueError:
+            pool.shutdown(cancel_futures=True)  # those that run are waited for
+            raise
     print(table(found))
     print(results)
 
@@ -100,6 +109,24 @@ def trainings(arms: dict[str, Arm], seed: int) -> list[tuple[int, list[str]]]:
     return [(seed, names) for names in alike.values()]
 
 
+def _encode(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> None:
+    """Fill the caches by a training of one update, so that no two trainings do it at once."""
+    repa = {name: value for arm in arms.values() for name, value in arm.noise_predictor.items() if ".repa." in name}
+    run = options.out / "encoding"
+    _link(options.run, run, ("text_encoder", "autoencoder", "cache"))
+    own = ["--config", str(options.config), "--run", str(run), "--log_with", "none", *overrides, *_words(repa)]
+    judged.run([["training.noise_predictor", *own, "--train.steps", "1"]], run / "log")
+
+
+def _link(source: Path, run: Path, parts: Sequence[str]) -> None:
+    """A run over another's exported stages and caches."""
+    for part in parts:
+        inner = "" if part == "cache" else "final"
+        (link := run / part / inner).parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((source / part / inner).absolute(), target_is_directory=True)
+
+
 def _measured(
     options: Any, overrides: Sequence[str], arms: dict[str, Arm], cores: SimpleQueue, job: tuple[int, list[str]]
 ) -> dict[str, dict[str, Any]]:
@@ -107,15 +134,7 @@ def _measured(
     seed, names = job
     own, run = cores.get(), options.out / f"{_slug(names[0])}-{seed}"
     arm, stages = arms[names[0]], [f"{run}", "--log_with", "none"]
-    run.mkdir(parents=True, exist_ok=True)
-    for kind in ("text_encoder", "autoencoder", "cache"):
-        if kind == "autoencoder" and arm.autoencoder:
-            continue
-        source = options.run / kind if kind == "cache" else options.run / kind / "final"
-        link = run / source.relative_to(options.run)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(source.absolute(), target_is_directory=True)
+    _link(options.run, run, ("text_encoder", "cache") if arm.autoencoder else ("text_encoder", "autoencoder", "cache"))
     programs = []
     if arm.autoencoder:
         own_stage = ["--config", str(_beside(options.config)), "--run", *stages, *_words(arm.autoencoder)]
