@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -32,8 +33,35 @@ def speed_up(network: ModelMixin) -> ModelMixin:
     if isinstance(network, PRXTransformer2DModel):
         for block in network.blocks:
             block.attention.processor = FusedPRXAttention()
-        network.forward = MethodType(_forward, network)
+        network.forward, network.read = MethodType(_forward, network), None
     return network
+
+
+@contextmanager
+def states_of(network: ModelMixin, layers: Sequence[nn.Module], number: int) -> Iterator[list[Tensor]]:
+    """Within, the list takes what layer `number` of a network gives each time that the network is called."""
+    found: list[Tensor] = []
+    if isinstance(network, PRXTransformer2DModel) and "forward" in vars(network):
+        network.read = number, found  # which keeps it written out, as a hook would not
+        try:
+            yield found
+        finally:
+            network.read = None
+        return
+    with _kept(layers[number], found):
+        yield found
+
+
+@contextmanager
+def _kept(layer: nn.Module, found: list[Tensor]) -> Iterator[None]:
+    def keep(module: nn.Module, given: Any, made: Any) -> None:
+        found.append(made[0] if isinstance(made, tuple) else made)
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def stock(network: ModelMixin) -> ModelMixin:
@@ -56,8 +84,12 @@ def _forward(
     CPU, no part replaced, hooked or compiled."""
     given = hidden_states, timestep, encoder_hidden_states, attention_mask
     if not _fits(network, given):
-        return type(network).forward(network, *given, attention_kwargs, return_dict)
-    output = _run(network, *given)
+        reading = nullcontext() if network.read is None else _kept(network.blocks[network.read[0]], network.read[1])
+        with reading:
+            return type(network).forward(network, *given, attention_kwargs, return_dict)
+    output, *states = _run(network, *given)
+    if states:
+        network.read[1].extend(states)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
@@ -88,9 +120,13 @@ def _is_stock(module: nn.Module) -> bool:
     return type(module) in _STOCK and not changed
 
 
-def _run(network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Tensor, mask: Tensor | None) -> Tensor:
-    config = network.config
-    plan = fused_prx.Plan(config.patch_size, config.depth, config.num_heads, config.time_factor, config.time_max_period)
+def _run(
+    network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Tensor, mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The velocity, and the states that are read, where some are."""
+    config, read = network.config, None if network.read is None else network.read[0]
+    own = config.patch_size, config.depth, config.num_heads, config.time_factor, config.time_max_period
+    plan = fused_prx.Plan(*own, read)
     height, width = latents.shape[-2:]
     ids = prx.get_image_ids(1, height, width, config.patch_size, latents.device)
     # the first column of each 2 x 2 rotation is (cos, sin), the same for every sample: (L, 1, d / 2) complex
@@ -103,7 +139,11 @@ def _run(network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Ten
     names, weights = zip(*network.named_parameters(), strict=True)
     if learns:
         return _Written.apply(call, names, given, *weights)
-    return torch.cat([output for output, _ in _parts(call, names, given, weights)])
+    return _joined([outputs for outputs, _ in _parts(call, names, given, weights)])
+
+
+def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(pieces) for pieces in zip(*parts, strict=True))
 
 
 def _part(
@@ -115,7 +155,7 @@ def _part(
     t: Tensor,
     prompt: Tensor,
     mask: Tensor | None,
-) -> tuple[Tensor, Callable[[Tensor], fused_prx.Weights]]:
+) -> tuple[tuple[Tensor, ...], Callable[..., fused_prx.Weights] | None]:
     return fused_prx.forward(w, plan, between(mask), latents, t, prompt, learns)
 
 
@@ -125,18 +165,19 @@ class _Written(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: Callable, names: tuple[str, ...], given: tuple[Tensor | None, ...], *weights: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         outputs, backs = zip(*_parts(call, names, given, weights), strict=True)
-        ctx.names, ctx.backs, ctx.sizes = names, backs, [len(output) for output in outputs]
-        return torch.cat(outputs)
+        ctx.names, ctx.backs, ctx.sizes = names, backs, [len(part[0]) for part in outputs]
+        return _joined(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         backs, ctx.backs = ctx.backs, None
         if backs is None:
             raise RuntimeError("the written PRX keeps nothing for a second backward pass through the same forward")
-        grads = shared([partial(back, part) for back, part in zip(backs, gradient.split(ctx.sizes), strict=True)])
+        parts = zip(*(gradient.split(ctx.sizes) for gradient in gradients), strict=True)
+        grads = shared([partial(back, *part) for back, part in zip(backs, parts, strict=True)])
         total, *others = ([of[name] for name in ctx.names] for of in grads)
 
         def add(start: int) -> None:
@@ -150,7 +191,7 @@ class _Written(torch.autograd.Function):
 
 def _parts(
     call: Callable, names: Sequence[str], given: tuple[Tensor | None, ...], weights: Sequence[Tensor]
-) -> list[tuple[Tensor, Callable]]:
+) -> list[tuple[tuple[Tensor, ...], Callable]]:
     """The forward pass in as many parts of the batch as there are threads to share it: their outputs, and ways back."""
     w = dict(zip(names, (p.detach().contiguous() for p in weights), strict=True))
     threads, n = cores(), len(given[0])

@@ -31,6 +31,8 @@ class Plan:
     heads: int
     time_factor: float
     max_period: int
+    read: int | None = None
+    """the block whose output is given beside the velocity"""
 
 
 class Between(Protocol):
@@ -60,36 +62,42 @@ class Between(Protocol):
 
 def forward(
     w: Weights, plan: Plan, between: Between, latents: Tensor, timesteps: Tensor, prompt: Tensor, learns: bool = True
-) -> tuple[Tensor, Callable[[Tensor], Weights] | None]:
-    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w); its gradient => the weights'.
+) -> tuple[tuple[Tensor, ...], Callable[..., Weights] | None]:
+    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w), and with `plan.read` what that
+    block gave (n, L, D); their gradients => the weights'.
 
     Without `learns` there is no way back, and nothing is kept for it.
     """
     x, in_back = _linear(w, "img_in", _patches(latents, plan.patch))
     text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1))
     time, time_back = _time(w, plan, timesteps)
-    backs = []
+    backs, states = [], []
     for number in range(plan.depth):
         x, back = _block(w, f"blocks.{number}", between, x, text, time)
+        if number == plan.read:
+            states.append(x.view(len(latents), -1, x.shape[1]))
         if learns:
             backs.append(back)
         del back
     out, last_back = _last(w, between, x, time)
+    outputs = _picture(out, plan.patch, latents.shape), *states
     if not learns:
-        return _picture(out, plan.patch, latents.shape), None
+        return outputs, None
 
-    def back(gradient: Tensor) -> Weights:
+    def back(gradient: Tensor, of_states: Tensor | None = None) -> Weights:
         grads: Weights = {}
         dx, dtime = last_back(grads, _patches(gradient, plan.patch))
         dtext = torch.zeros_like(text)
-        for block in reversed(backs):
+        for number, block in reversed(list(enumerate(backs))):
+            if number == plan.read and of_states is not None:
+                dx += of_states.reshape(dx.shape)
             dx = block(grads, dx, dtext, dtime)
         time_back(grads, dtime)
         in_back(grads, dx, to_input=False)
         text_back(grads, dtext, to_input=False)
         return grads
 
-    return _picture(out, plan.patch, latents.shape), back
+    return outputs, back
 
 
 def _patches(picture: Tensor, p: int) -> Tensor:

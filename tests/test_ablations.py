@@ -44,7 +44,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(smoke_run, tmp_path, 
 
 def test_the_table_has_means_spreads_and_what_a_seed_gained_over_its_own_base():
     def row(one):
-        return {column: one for column in ablations.COLUMNS} | {"loss": 0.5}
+        return dict.fromkeys(ablations.COLUMNS, one) | {"loss": 0.5}
 
     found = {"base/0": row(0.5), "base/1": row(0.7), "more/0": row(0.6), "more/1": row(0.9), "alone/7": row(0.25)}
     _, base, more, alone = ablations.table(found).splitlines()

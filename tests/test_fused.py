@@ -33,6 +33,41 @@ def written(monkeypatch):
     return lambda: len(runs)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_states_that_are_read_and_their_gradient(pair, written, monkeypatch, native, number):
+    """A loss of the velocity and of a block's states together, against a hook on the stock network's block."""
+    if not native:
+        monkeypatch.setattr(fused, "library", lambda *shape: None)
+    ours, stock = pair
+    given, states = inputs(17), []
+    stock.blocks[number].register_forward_hook(lambda module, args, made: states.append(made))
+    with fused.states_of(ours, list(ours.blocks), number) as found:
+        outputs = [network(**given).sample for network in (ours, stock)]
+    assert written() == 1 and ours.read is None
+    torch.testing.assert_close(found, states, rtol=1e-5, atol=1e-5)
+    a, b = torch.randn_like(outputs[0]), torch.randn_like(states[0])
+    for output, read in zip(outputs, (*found, *states), strict=True):
+        ((output * a).sum() + (read * b).sum()).backward()
+    for own, other in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), fused.states_of(ours, list(ours.blocks), number) as found:
+        ours(**given)
+    torch.testing.assert_close(found[0], states[0].detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_states_of_a_network_that_is_not_written_out(pair):
+    """In float64 it runs as diffusers wrote it: the same list, by a hook that is gone afterwards."""
+    ours, stock = (network.double() for network in pair)
+    given = {name: value if name == "attention_mask" else value.double() for name, value in inputs(2).items()}
+    states = []
+    stock.blocks[1].register_forward_hook(lambda module, args, made: states.append(made))
+    with fused.states_of(ours, list(ours.blocks), 1) as found:
+        ours(**given), stock(**given)
+    torch.testing.assert_close(found, states)
+    assert not ours.blocks[1]._forward_hooks
+
+
 def inputs(n, side=8):
     mask = torch.rand(n, 6) < 0.6
     return {
@@ -154,7 +189,8 @@ def test_a_training_shares_its_cores_where_all_that_is_trained_is_written(pair):
     ours, stock = pair
     assert players._is_written(torch.nn.Sequential(ours))
     assert not players._is_written(stock)
-    assert not players._is_written(torch.nn.ModuleList([ours, torch.nn.Linear(2, 2)]))
+    assert players._is_written(torch.nn.ModuleList([ours, torch.nn.Linear(2, 2)]))  # as a term's projection
+    assert not players._is_written(torch.nn.ModuleList([ours, torch.nn.Linear(200, 200)]))
     hooked(ours)
     assert not players._is_written(ours)
 

@@ -9,13 +9,14 @@ from transformers import Dinov2Config, Dinov2Model
 
 from sd_mini import noise_predictor, shapes
 from sd_mini.config import read
+from sd_mini.fused import states_of
 from sd_mini.stages import read_contract
 from sd_mini.vision import load_tower, matcher_tower
-from tests.launching import SMOKE, launch, prepared
+from tests.launching import SMOKE, launch, lines, prepared
 from tests.networks import NETWORKS
 from training.noise_predictor import PredictorConfig, PredictorTask
 from training.predictor_losses import Objective, ObjectiveConfig
-from training.representation import Alignment, RepaConfig, layers_of, read_from, weights_at
+from training.representation import Alignment, RepaConfig, layers_of, weights_at
 
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
 
@@ -89,6 +90,12 @@ def test_the_matcher_s_own_tower(smoke_run):
     torch.testing.assert_close(pooled, matcher.tower(pixels())[0], rtol=0, atol=1e-6)
 
 
+def test_a_training_with_stage_1_s_own_tower_as_its_teacher(smoke_run, tmp_path):
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    assert launch("noise_predictor", run, "--objective.repa.weight", "0.5", "--steps", "2") == 0
+    assert all(line["alignment"] > 0 for line in lines(run / "noise_predictor") if "loss" in line)
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("spatial", [True, False])
 def test_alignment_is_the_cosine_of_each_patch_and_reaches_the_network(kind, spatial):
@@ -102,7 +109,7 @@ def test_alignment_is_the_cosine_of_each_patch_and_reaches_the_network(kind, spa
     features, tokens = torch.randn(2, 12, 4, 4, generator=draws), torch.randn(2, 6, 24, generator=draws)
     given = (latents, noise, torch.tensor([0.2, 0.8]), tokens, torch.ones(2, 6, dtype=torch.bool))
     losses, metrics = objective(*given, features, torch.full((2,), 0.5))
-    with read_from(layers_of(network)[alignment.number]) as found:
+    with states_of(network, layers_of(network), alignment.number) as found:
         errors = plain(*given)[0]
     assert kind == "unet" or alignment.number == 0  # a third of three blocks
     projected = alignment.projection(found[0] if found[0].ndim == 4 else found[0].mT.unflatten(2, (4, 4)))

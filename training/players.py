@@ -19,6 +19,8 @@ from training.ema import PowerEMA, nearest_width
 from training.optimizer import OptimizerConfig
 from training.sharding import own_part, part_like, whole
 
+_MOSTLY = 0.9  # of the trained numbers: what a term's own projection may be beside them
+
 
 @dataclass(frozen=True)
 class Player:
@@ -214,9 +216,10 @@ class Learner:
 
 
 def _is_written(module: nn.Module) -> bool:
-    """Whether all that is trained is in networks that share out their batches themselves."""
-    trained = {id(p) for p in module.parameters() if p.requires_grad}
-    return trained <= {id(p) for part in module.modules() if fused.is_written(part) for p in part.parameters()}
+    """Whether what is trained, but a term's own projection, is in networks that share out their batches themselves."""
+    trained = {id(p): p.numel() for p in module.parameters() if p.requires_grad}
+    written = {id(p) for part in module.modules() if fused.is_written(part) for p in part.parameters()}
+    return sum(n for p, n in trained.items() if p in written) >= _MOSTLY * sum(trained.values())
 
 
 def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import diffusion, noise_predictor
+from sd_mini.fused import states_of
 from sd_mini.process import Process, TimeConfig
-from training.representation import Alignment, RepaConfig, layers_of, read_from
+from training.representation import Alignment, RepaConfig, layers_of
 
 
 class ObjectiveConfig(TimeConfig):
@@ -56,7 +57,7 @@ class Objective(nn.Module):
         config, hidden = self.config, None
         given = (latents, noise, timesteps, prompt_embeds, prompt_mask)
         if self.alignment is not None:
-            with read_from(layers_of(self.network)[self.alignment.number]) as found:
+            with states_of(self.network, layers_of(self.network), self.alignment.number) as found:
                 answer, target = answer_and_target(self.network, config, *given)
             hidden = found[-1]
         else:

@@ -6,8 +6,6 @@ projection, and features that are normalised over the picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +117,6 @@ def hidden_width(network: Any) -> int:
     if "num_attention_heads" in config and "attention_head_dim" in config and "block_out_channels" not in config:
         return config.num_attention_heads * config.attention_head_dim
     return config.block_out_channels[-1]
-
-
-@contextmanager
-def read_from(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, the list takes what `layer` gives each time that it is called."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, given: Any, made: Any) -> None:
-        found.append(made[0] if isinstance(made, tuple) else made)
-
-    handle = layer.register_forward_hook(keep)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def weights_at(step: int, steps: int, count: int, config: RepaConfig) -> Tensor:
