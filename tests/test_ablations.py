@@ -57,10 +57,13 @@ def test_the_table_has_means_spreads_and_what_a_seed_gained_over_its_own_base():
 def test_each_arm_is_trained_and_judged_and_a_second_start_finds_it_done(smoke_run, tmp_path, capsys):
     started = [tmp_path / "arms.yaml", smoke_run, tmp_path, "--seeds", "0", "--steps", "2"]
     assert run(*started) == 0
-    found = json.loads((tmp_path / "out" / "ablations.json").read_text())
+    found = json.loads((tmp_path / "out" / "ablations.json").read_text())["rows"]
     assert set(found) == {"base/0", "no guidance/0", "direction/0"}
     assert all(0 <= row[column] <= 1 for row in found.values() for column in ablations.COLUMNS)
     assert found["base/0"]["loss"] == found["no guidance/0"]["loss"] != found["direction/0"]["loss"]
     before = capsys.readouterr().out
     assert run(*started) == 0
     assert capsys.readouterr().out == before
+    assert run(*started[:-1], "3") == 2 and "arms of another recipe" in capsys.readouterr().err
+    assert run(*started, text=ARMS.replace("0.5", "0.6")) == 2
+    assert "'direction' changed something else there" in capsys.readouterr().err

@@ -60,41 +60,61 @@ def main(argv: Sequence[str]) -> None:
         if unknown:
             raise ValueError(f"--only {min(unknown)!r}: expected arms of {options.arms}: {', '.join(arms)}")
         arms = {name: arm for name, arm in arms.items() if name in options.only}
-    for kind in ("text_encoder", "autoencoder"):
-        read_contract(options.run / kind / "final", kind)
-    for arm in arms.values():  # what cannot be is said before anything is trained
-        given = ["--config", str(options.config), "--run", str(options.out), *overrides]
-        parse(noise_predictor.PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)])
-        if arm.autoencoder:
-            read(autoencoder.AutoencoderConfig, _beside(options.config), _words(arm.autoencoder))
-    results = options.out / RESULTS
-    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    found = _found(options, _recipe(options, overrides, arms), arms)
     jobs = [
         job
         for seed in options.seeds
         for job in trainings(arms, seed)
-        if any(f"{name}/{seed}" not in found for name in job[1])
+        if any(f"{name}/{seed}" not in found["rows"] for name in job[1])
     ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.run / "cache").mkdir(exist_ok=True)
-    cores: SimpleQueue[list[int]] = SimpleQueue()
-    everything = sorted(os.sched_getaffinity(0))
-    for number in range(options.jobs):
-        cores.put(everything[number :: options.jobs] or everything)
     if jobs:
         _encode(options, overrides, arms)
+    cores: SimpleQueue[list[int] | None] = SimpleQueue()
+    everything = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for number in range(options.jobs):
+        cores.put(everything[number :: options.jobs] or None)
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="trainings") as bar:
         running = [pool.submit(_measured, options, overrides, arms, cores, job) for job in jobs]
         try:
             for done in as_completed(running):
-                found |= done.result()
-                atomic_text(results, json.dumps(found, indent=2) + "\n")
+                found["rows"] |= done.result()
+                atomic_text(options.out / RESULTS, json.dumps(found, indent=2) + "\n")
                 bar.update()
         except ValueError:
             pool.shutdown(cancel_futures=True)  # those that run are waited for
             raise
-    print(table(found))
-    print(results)
+    print(table(found["rows"]))
+    print(options.out / RESULTS)
+
+
+def _recipe(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> dict[str, Any]:
+    """What all arms change one thing of. Raises ValueError for an arm or a stage that cannot be, before any trains."""
+    given = ["--config", str(options.config), "--run", str(options.out), *overrides]
+    for arm in arms.values():
+        parse(noise_predictor.PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)])
+        if arm.autoencoder:
+            read(autoencoder.AutoencoderConfig, _beside(options.config), _words(arm.autoencoder))
+    kinds = ("text_encoder", "autoencoder")
+    stages = {kind: read_contract(options.run / kind / "final", kind)["hash"] for kind in kinds}
+    config = parse(noise_predictor.PredictorConfig, "noise_predictor", given).config
+    return {**stages, "noise_predictor": config.model_dump(mode="json")}
+
+
+def _found(options: Any, recipe: dict[str, Any], arms: dict[str, Arm]) -> dict[str, Any]:
+    """What is measured already. Raises ValueError where that is of another recipe, or of another arm of that name."""
+    results = options.out / RESULTS
+    if not results.is_file():
+        return {"recipe": recipe, "rows": {}}
+    found = json.loads(results.read_text(encoding="utf-8"))
+    if found["recipe"] != recipe:
+        raise ValueError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
+    for key, row in found["rows"].items():
+        name = key.rsplit("/", 1)[0]
+        if name in arms and row["arm"] != arms[name].model_dump():
+            raise ValueError(
+                f"{results}: {name!r} changed something else there; give it another name, or another --out"
+            )
+    return found
 
 
 def arms_of(path: Path) -> dict[str, Arm]:
@@ -113,6 +133,7 @@ def _encode(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> Non
     """Fill the caches by a training of one update, so that no two trainings do it at once."""
     repa = {name: value for arm in arms.values() for name, value in arm.noise_predictor.items() if ".repa." in name}
     run = options.out / "encoding"
+    (options.run / "cache").mkdir(exist_ok=True)
     _link(options.run, run, ("text_encoder", "autoencoder", "cache"))
     own = ["--config", str(options.config), "--run", str(run), "--log_with", "none", *overrides, *_words(repa)]
     judged.run([["training.noise_predictor", *own, "--train.steps", "1"]], run / "log")
@@ -153,7 +174,7 @@ def _measured(
     return rows
 
 
-def _judged(run: Path, arm: Arm, name: str, cores: Sequence[int]) -> dict[str, Any]:
+def _judged(run: Path, arm: Arm, name: str, cores: Sequence[int] | None) -> dict[str, Any]:
     joined = [["sd_mini", "export", str(run), "--out", str(run / name)]]
     if arm.guide is not None:
         early = str(run / f"early-{arm.guide}")
@@ -165,7 +186,7 @@ def _judged(run: Path, arm: Arm, name: str, cores: Sequence[int]) -> dict[str, A
     contract = read_contract(run / "noise_predictor" / "final", "noise_predictor")
     composition = report["composition"]
     scores = {column: composition[split][category]["exact"] for column, (split, category) in COLUMNS.items()}
-    return {**scores, "loss": contract["scores"]["loss"], "seconds": contract["seconds"]}
+    return {"arm": arm.model_dump(), **scores, "loss": contract["scores"]["loss"], "seconds": contract["seconds"]}
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ from training.loader import Pass, StepInputs, Steps, iterate
 from training.means import Means
 from training.pace import Pace
 from training.players import Learner, Speed
-from training.process import Stop, joined_rows, make_accelerator, seed_network_draws, share
+from training.process import Stop, joined_rows, make_accelerator, rounded_products, seed_network_draws, share
 from training.task import Origin, Task, TrainConfig, export_record, mean_scores
 from training.watch import MEASURE, Watch
 
@@ -111,7 +111,10 @@ class Loop:
 
     def sharing_out(self) -> AbstractContextManager:
         """In which an update is made: by networks that share out their batches themselves, torch has one thread."""
-        return sharing() if all(learner.is_written for learner in self.learners) else nullcontext()
+        if all(learner.is_written for learner in self.learners):
+            return sharing()
+        on_gpu, half = self.accelerator.device.type == "cuda", self.accelerator.mixed_precision == "bf16"
+        return rounded_products() if on_gpu and half else nullcontext()
 
     def _update(self, inputs: StepInputs) -> None:
         self.finite.check()
