@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -78,8 +79,33 @@ def test_row_numbers_that_are_none_are_refused(tmp_path, encoder, ids):
 @pytest.mark.parametrize(("count", "shards"), [(5, 1), (13, 3), (160, 32), (161, 27), (1000, 32)])
 def test_no_more_than_32_shards(tmp_path, encoder, count, shards):
     rows = cache.encode(tmp_path, {}, count, lambda rows: {"x": rows_of(rows)["number"]}, "rows")
-    assert len(list(home_of(tmp_path).glob("?????"))) == shards
+    assert len(list(home_of(tmp_path).glob("0????"))) == shards
     assert rows["x"][np.arange(count)].tolist() == list(range(count))
+
+
+BESIDE = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from training import cache
+cache.MIN_SHARD_ROWS, folder, own, other = 4, *map(Path, sys.argv[1:])
+def encode_rows(rows):
+    own.touch()
+    while not other.exists():  # so that both have found all shards missing before one of them writes
+        time.sleep(0.01)
+    return {"x": np.arange(rows.start, rows.stop)}
+print(cache.encode(folder, {}, 40, encode_rows, "rows", chunk=2)["x"][np.arange(40)].tolist() == list(range(40)))
+"""
+
+
+def test_two_that_begin_at_once_do_not_spoil_each_other_s_shards(tmp_path):
+    marks = [str(tmp_path / "a"), str(tmp_path / "b")]
+    argv = [sys.executable, "-c", BESIDE, str(tmp_path / "cache")]
+    both = [
+        subprocess.Popen([*argv, *order], stdout=subprocess.PIPE, text=True) for order in (marks, list(reversed(marks)))
+    ]
+    assert [(one.communicate(timeout=120)[0], one.returncode) for one in both] == [("True\n", 0)] * 2
+    assert len(list(home_of(tmp_path / "cache").glob("0????"))) == 10
 
 
 def test_the_same_key_is_read_in_silence_and_another_is_encoded(tmp_path, encoder, capsys):
@@ -124,7 +150,7 @@ def test_killed_it_goes_on_at_the_first_missing_shard(tmp_path, encoder):
     encode_rows, asked = encoder
     assert apart(die_in_row_7, tmp_path / "a") == -signal.SIGKILL
     home = home_of(tmp_path / "a")
-    assert {p.name for p in home.iterdir()} == {"key.json", "00000", ".00001.partial"}
+    assert {p.name for p in home.iterdir()} == {".lock", "key.json", "00000", ".00001.partial"}
     assert 0 < (home / ".00001.partial" / "thirds.npy").stat().st_size < 5 * 2 * WIDTH
     before = written(home / "00000")
     cache.encode(tmp_path / "a", {}, 13, encode_rows, "rows", chunk=1)
@@ -248,7 +274,7 @@ def test_values_that_would_be_lost_are_refused(tmp_path, encoder, case):
     with pytest.raises(ValueError, match=message) as refused:
         cache.encode(tmp_path, {}, 13, encode_rows, "rows", dtype, chunk=5)
     assert "\n" not in str(refused.value) and str(refused.value).startswith("rows: x")
-    assert {p.name for p in home_of(tmp_path).iterdir()} == {"key.json", "00000"}
+    assert {p.name for p in home_of(tmp_path).iterdir()} == {".lock", "key.json", "00000"}
     if case in ("overflow", "too small"):
         kept = cache.encode(tmp_path, {}, 13, encode_rows, "rows", "float32", chunk=5)["x"]
         assert kept[[7]] == np.float32(value)

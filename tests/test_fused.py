@@ -39,10 +39,13 @@ def test_the_states_that_are_read_and_their_gradient(pair, written, monkeypatch,
     """A loss of the velocity and of a block's states together, against a hook on the stock network's block."""
     if not native:
         monkeypatch.setattr(fused, "library", lambda *shape: None)
+    elif library(2, 16, 16, 6) is None:
+        missing("no C compiler (cc); apt-get install gcc")
+    monkeypatch.setattr(fused, "cores", lambda: 2)  # so that the batch is cut
     ours, stock = pair
     given, states = inputs(17), []
     stock.blocks[number].register_forward_hook(lambda module, args, made: states.append(made))
-    with fused.states_of(ours, list(ours.blocks), number) as found:
+    with fused.states_of(ours, ours.blocks[number]) as found:
         outputs = [network(**given).sample for network in (ours, stock)]
     assert written() == 1 and ours.read is None
     torch.testing.assert_close(found, states, rtol=1e-5, atol=1e-5)
@@ -51,7 +54,7 @@ def test_the_states_that_are_read_and_their_gradient(pair, written, monkeypatch,
         ((output * a).sum() + (read * b).sum()).backward()
     for own, other in zip(ours.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), fused.states_of(ours, list(ours.blocks), number) as found:
+    with torch.no_grad(), fused.states_of(ours, ours.blocks[number]) as found:
         ours(**given)
     torch.testing.assert_close(found[0], states[0].detach(), rtol=1e-5, atol=1e-5)
 
@@ -62,7 +65,7 @@ def test_the_states_of_a_network_that_is_not_written_out(pair):
     given = {name: value if name == "attention_mask" else value.double() for name, value in inputs(2).items()}
     states = []
     stock.blocks[1].register_forward_hook(lambda module, args, made: states.append(made))
-    with fused.states_of(ours, list(ours.blocks), 1) as found:
+    with fused.states_of(ours, ours.blocks[1]) as found:
         ours(**given), stock(**given)
     torch.testing.assert_close(found, states)
     assert not ours.blocks[1]._forward_hooks

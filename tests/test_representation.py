@@ -109,7 +109,7 @@ def test_alignment_is_the_cosine_of_each_patch_and_reaches_the_network(kind, spa
     features, tokens = torch.randn(2, 12, 4, 4, generator=draws), torch.randn(2, 6, 24, generator=draws)
     given = (latents, noise, torch.tensor([0.2, 0.8]), tokens, torch.ones(2, 6, dtype=torch.bool))
     losses, metrics = objective(*given, features, torch.full((2,), 0.5))
-    with states_of(network, layers_of(network), alignment.number) as found:
+    with states_of(network, layers_of(network)[alignment.number]) as found:
         errors = plain(*given)[0]
     assert kind == "unet" or alignment.number == 0  # a third of three blocks
     projected = alignment.projection(found[0] if found[0].ndim == 4 else found[0].mT.unflatten(2, (4, 4)))

@@ -2,9 +2,9 @@
 
 python -m training.ablations ARMS.yaml --config FILE --run RUN --out FOLDER [--seeds 0 1 2] [--jobs 2] [--field value]
 
-RUN is a finished run on shapes, whose stages 1 and 2 all arms share. ARMS.yaml maps an arm's name to what it changes;
-`base`, which changes nothing, is among them. All make as many updates of as many samples. `--jobs` trainings run side
-by side, each on its own share of the cores. Killed, the same command goes on where it stopped.
+RUN is a finished run on shapes, whose stages 1 and 2 the arms share. ARMS.yaml maps an arm's name to what it changes;
+gains are over the one called `base`. All make as many updates of as many samples. `--jobs` trainings run side by side,
+each on its own share of the cores. Killed, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from tqdm.auto import tqdm
 from sd_mini.cli import Parser, whole
 from sd_mini.config import Config, check, command, read, read_yaml
 from sd_mini.stages import atomic_text, read_contract
-from training import autoencoder, judged, noise_predictor
+from training import judged
+from training.autoencoder import AutoencoderConfig
 from training.launch import parse
+from training.noise_predictor import PredictorConfig
 
 RESULTS = "ablations.json"
 SCENES = "1000"  # the seed of the scenes that arms are judged on: others than the report's
@@ -53,72 +55,48 @@ class Arm(Config):
 
 
 def main(argv: Sequence[str]) -> None:
-    options, overrides = _parser().parse_known_args(["--train.steps" if word == "--steps" else word for word in argv])
+    options, overrides = _parser().parse_known_args(argv)
+    if options.steps is not None:
+        overrides += ["--train.steps", str(options.steps)]
     arms = arms_of(options.arms)
-    if options.only:
-        unknown = set(options.only) - set(arms)
-        if unknown:
-            raise ValueError(f"--only {min(unknown)!r}: expected arms of {options.arms}: {', '.join(arms)}")
-        arms = {name: arm for name, arm in arms.items() if name in options.only}
-    found = _found(options, _recipe(options, overrides, arms), arms)
+    kept = _kept(arms)
+    recipe = _recipe(options, overrides, arms)
+    if unknown := set(options.only or []) - set(arms):
+        raise ValueError(f"--only {min(unknown)!r}: expected arms of {options.arms}: {', '.join(arms)}")
+    shares = _shares(options.jobs)
+    arms = {name: arm for name, arm in arms.items() if options.only is None or name in options.only}
+    found = _found(options.out / RESULTS, recipe, arms)
     jobs = [
         job
-        for seed in options.seeds
+        for seed in dict.fromkeys(options.seeds)
         for job in trainings(arms, seed)
         if any(f"{name}/{seed}" not in found["rows"] for name in job[1])
     ]
-    if jobs:
-        _encode(options, overrides, arms)
-    cores: SimpleQueue[list[int] | None] = SimpleQueue()
-    everything = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for number in range(options.jobs):
-        cores.put(everything[number :: options.jobs] or None)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.run / "cache").mkdir(exist_ok=True)
+    atomic_text(options.out / RESULTS, json.dumps(found, indent=2) + "\n")
+    given = options, [*overrides, *kept], arms, shares
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="trainings") as bar:
-        running = [pool.submit(_measured, options, overrides, arms, cores, job) for job in jobs]
+        running = [pool.submit(_measured, *given, job) for job in jobs]
         try:
             for done in as_completed(running):
                 found["rows"] |= done.result()
                 atomic_text(options.out / RESULTS, json.dumps(found, indent=2) + "\n")
                 bar.update()
-        except ValueError:
-            pool.shutdown(cancel_futures=True)  # those that run are waited for
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that run are waited for
             raise
     print(table(found["rows"]))
     print(options.out / RESULTS)
 
 
-def _recipe(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> dict[str, Any]:
-    """What all arms change one thing of. Raises ValueError for an arm or a stage that cannot be, before any trains."""
-    given = ["--config", str(options.config), "--run", str(options.out), *overrides]
-    for arm in arms.values():
-        parse(noise_predictor.PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)])
-        if arm.autoencoder:
-            read(autoencoder.AutoencoderConfig, _beside(options.config), _words(arm.autoencoder))
-    kinds = ("text_encoder", "autoencoder")
-    stages = {kind: read_contract(options.run / kind / "final", kind)["hash"] for kind in kinds}
-    config = parse(noise_predictor.PredictorConfig, "noise_predictor", given).config
-    return {**stages, "noise_predictor": config.model_dump(mode="json")}
-
-
-def _found(options: Any, recipe: dict[str, Any], arms: dict[str, Arm]) -> dict[str, Any]:
-    """What is measured already. Raises ValueError where that is of another recipe, or of another arm of that name."""
-    results = options.out / RESULTS
-    if not results.is_file():
-        return {"recipe": recipe, "rows": {}}
-    found = json.loads(results.read_text(encoding="utf-8"))
-    if found["recipe"] != recipe:
-        raise ValueError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
-    for key, row in found["rows"].items():
-        name = key.rsplit("/", 1)[0]
-        if name in arms and row["arm"] != arms[name].model_dump():
-            raise ValueError(
-                f"{results}: {name!r} changed something else there; give it another name, or another --out"
-            )
-    return found
-
-
 def arms_of(path: Path) -> dict[str, Arm]:
-    return {name: check(Arm, changes, f"{path}: {name}") for name, changes in read_yaml(path).items()}
+    """Raises ValueError for a file without arms, and for names that are no text or too much alike."""
+    arms = {name: check(Arm, changes, f"{path}: {name}") for name, changes in read_yaml(path).items()}
+    slugs = [_slug(name) for name in arms if isinstance(name, str)]
+    if not arms or len(set(slugs)) < len(arms):
+        raise ValueError(f"{path}: expected arms, by names that differ in more than punctuation; got {list(arms)}")
+    return arms
 
 
 def trainings(arms: dict[str, Arm], seed: int) -> list[tuple[int, list[str]]]:
@@ -129,62 +107,102 @@ def trainings(arms: dict[str, Arm], seed: int) -> list[tuple[int, list[str]]]:
     return [(seed, names) for names in alike.values()]
 
 
-def _encode(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> None:
-    """Fill the caches by a training of one update, so that no two trainings do it at once."""
-    repa = {name: value for arm in arms.values() for name, value in arm.noise_predictor.items() if ".repa." in name}
-    run = options.out / "encoding"
-    (options.run / "cache").mkdir(exist_ok=True)
-    _link(options.run, run, ("text_encoder", "autoencoder", "cache"))
-    own = ["--config", str(options.config), "--run", str(run), "--log_with", "none", *overrides, *_words(repa)]
-    judged.run([["training.noise_predictor", *own, "--train.steps", "1"]], run / "log")
+def _kept(arms: dict[str, Arm]) -> list[str]:
+    """Options by which every training keeps what an arm is guided by."""
+    for name, arm in arms.items():
+        if (arm.guide is not None) != ("--autoguidance" in arm.eval):
+            raise ValueError(
+                f"arm {name!r}: expected guide and eval: [--autoguidance, ...] together; it has one of them"
+            )
+    guides = {arm.guide for arm in arms.values() if arm.guide is not None}
+    if len(guides) > 1:
+        raise ValueError(f"guide: expected one update for all arms, whose averages are kept; got {sorted(guides)}")
+    return [
+        word for step in guides for word in ("--train.checkpoint_every", str(step), "--train.keep_every", str(step))
+    ]
 
 
-def _link(source: Path, run: Path, parts: Sequence[str]) -> None:
-    """A run over another's exported stages and caches."""
-    for part in parts:
-        inner = "" if part == "cache" else "final"
-        (link := run / part / inner).parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to((source / part / inner).absolute(), target_is_directory=True)
+def _recipe(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> dict[str, Any]:
+    """What all arms change one thing of. Raises ValueError for an arm's fields or a stage that cannot be."""
+    given = ["--config", str(options.config), "--run", str(options.out), *overrides]
+    of_autoencoder = None
+    for name, arm in arms.items():
+        steps = parse(PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)]).config.train.steps
+        if arm.guide is not None and arm.guide > steps:
+            raise ValueError(f"arm {name!r}: guide {arm.guide}: expected at most {steps}, the updates of a training")
+        if arm.autoencoder:
+            read(AutoencoderConfig, _beside(options.config), _words(arm.autoencoder))
+            of_autoencoder = read(AutoencoderConfig, _beside(options.config)).model_dump(mode="json")
+    kinds = ("text_encoder", "autoencoder")
+    stages = {kind: read_contract(options.run / kind / "final", kind)["hash"] for kind in kinds}
+    config = parse(PredictorConfig, "noise_predictor", given).config.model_dump(mode="json")
+    return {"stages": stages, "noise_predictor": config, "autoencoder": of_autoencoder}
+
+
+def _shares(jobs: int) -> SimpleQueue[list[int] | None]:
+    """The cores of each job; none where the system does not let them be chosen."""
+    everything = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
+    if jobs > len(everything):
+        raise ValueError(f"--jobs {jobs}: expected at most one for each of {len(everything)} cores")
+    shares: SimpleQueue[list[int] | None] = SimpleQueue()
+    for number in range(jobs):
+        shares.put(None if everything[0] is None else everything[number::jobs])
+    return shares
+
+
+def _found(results: Path, recipe: dict[str, Any], arms: dict[str, Arm]) -> dict[str, Any]:
+    """What is measured already. Raises ValueError where that is of another recipe, or of another arm of that name."""
+    if not results.is_file():
+        return {"recipe": recipe, "rows": {}}
+    found = json.loads(results.read_text(encoding="utf-8"))
+    if found["recipe"] != recipe:
+        raise ValueError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
+    for key, row in found["rows"].items():
+        name = key.rsplit("/", 1)[0]
+        if name in arms and row["arm"] != arms[name].model_dump():
+            raise ValueError(f"{results}: {name!r} changed something else there; rename it, or give another --out")
+    return found
 
 
 def _measured(
-    options: Any, overrides: Sequence[str], arms: dict[str, Arm], cores: SimpleQueue, job: tuple[int, list[str]]
+    options: Any, overrides: Sequence[str], arms: dict[str, Arm], shares: SimpleQueue, job: tuple[int, list[str]]
 ) -> dict[str, dict[str, Any]]:
     """Train once and judge each of the arms it serves: NAME/SEED => scores."""
-    seed, names = job
-    own, run = cores.get(), options.out / f"{_slug(names[0])}-{seed}"
-    arm, stages = arms[names[0]], [f"{run}", "--log_with", "none"]
-    _link(options.run, run, ("text_encoder", "cache") if arm.autoencoder else ("text_encoder", "autoencoder", "cache"))
-    programs = []
-    if arm.autoencoder:
-        own_stage = ["--config", str(_beside(options.config)), "--run", *stages, *_words(arm.autoencoder)]
-        programs.append(["training.autoencoder", *own_stage])
-    guides = [arms[name].guide for name in names if arms[name].guide is not None]
-    kept = [word for step in guides for word in ("--train.checkpoint_every", step, "--train.keep_every", step)]
-    changed = [*overrides, *_words(arm.noise_predictor), *map(str, kept), "--train.seed", str(seed)]
-    programs.append(["training.noise_predictor", "--config", str(options.config), "--run", *stages, *changed])
-    rows = {}
+    cores = shares.get()
     try:
-        judged.run(programs, run / "log", own)
-        for name in names:
-            rows[f"{name}/{seed}"] = _judged(run, arms[name], _slug(name), own)
+        (seed, names), arm = job, arms[job[1][0]]
+        run = options.out / f"{_slug(names[0])}-{seed}"
+        # latents of its own go into a cache of its own
+        for part in ["text_encoder/final"] + ["autoencoder/final", "cache"] * (not arm.autoencoder):
+            (link := run / part).parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to((options.run / part).absolute(), target_is_directory=True)
+        own = ["--run", str(run), "--log_with", "none", "--train.seed", str(seed)]
+        stages = [["training.noise_predictor", "--config", str(options.config), *own, *overrides]]
+        stages[0] += _words(arm.noise_predictor)
+        if arm.autoencoder:
+            beside = str(_beside(options.config))
+            stages.insert(0, ["training.autoencoder", "--config", beside, *own, *_words(arm.autoencoder)])
+        judged.run(stages, run / "log", cores)
+        return {f"{name}/{seed}": _judged(run, name, arms[name], cores) for name in names}
     finally:
-        cores.put(own)
-    return rows
+        shares.put(cores)
 
 
-def _judged(run: Path, arm: Arm, name: str, cores: Sequence[int] | None) -> dict[str, Any]:
-    joined = [["sd_mini", "export", str(run), "--out", str(run / name)]]
+def _judged(run: Path, name: str, arm: Arm, cores: Sequence[int] | None) -> dict[str, Any]:
+    out = run / "arms" / _slug(name)
+    out.mkdir(parents=True, exist_ok=True)
+    joined = [["sd_mini", "export", str(run), "--out", str(out / "pipeline")]]
     if arm.guide is not None:
-        early = str(run / f"early-{arm.guide}")
-        stage = str(run / "noise_predictor")
-        joined = [["training.export", stage, "--out", early, "--step", str(arm.guide)], [*joined[0], "--guide", early]]
-    judged.run(joined, run / f"{name}-export.log", cores)
-    asked, log = ["--seed", SCENES, *arm.eval], run / f"{name}-report.log"
-    report = judged.report(run / name, run / f"{name}-report", *asked, log=log, cores=cores)
+        early = ["--out", str(out / "early"), "--step", str(arm.guide)]
+        joined = [
+            ["training.export", str(run / "noise_predictor"), *early],
+            [*joined[0], "--guide", str(out / "early")],
+        ]
+    judged.run(joined, out / "export.log", cores)
+    asked, log = ["--seed", SCENES, *arm.eval], out / "eval.log"
+    composition = judged.report(out / "pipeline", out / "report", *asked, log=log, cores=cores)["composition"]
     contract = read_contract(run / "noise_predictor" / "final", "noise_predictor")
-    composition = report["composition"]
     scores = {column: composition[split][category]["exact"] for column, (split, category) in COLUMNS.items()}
     return {"arm": arm.model_dump(), **scores, "loss": contract["scores"]["loss"], "seconds": contract["seconds"]}
 
@@ -230,6 +248,7 @@ def _parser() -> Parser:
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs; the same command goes on in it")
     parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0, 1, 2], help="of stage 3 (0 1 2)")
     parser.add_argument("--jobs", type=whole(1), default=1, help="trainings side by side (%(default)s)")
+    parser.add_argument("--steps", type=whole(1), help="updates of a training; the config's own if left out")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the arms")
     return parser
 

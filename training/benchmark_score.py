@@ -109,5 +109,6 @@ def judged(pipeline: Pipeline, root: Path, prompts: int) -> float:
     """`exact` of CATEGORY over the test prompts."""
     shutil.rmtree(root / "pipeline", ignore_errors=True)
     pipeline.save(root / "pipeline")
-    found = report(root / "pipeline", root / f"report-{time.monotonic_ns()}", "--prompts", str(prompts))
+    out = root / f"report-{time.monotonic_ns()}"
+    found = report(root / "pipeline", out, "--prompts", str(prompts), log=root / "eval.log")
     return found["composition"]["test"][CATEGORY]["exact"]

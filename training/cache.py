@@ -3,7 +3,8 @@
 HOME, a cache's folder, is named by a hash of all that decides its content (the stage, the data, the number format), so
 an edited picture or another autoencoder gets another cache; HOME/key.json says what was hashed. HOME/00003/ is a shard:
 NAME.npy for each array, and manifest.json with their SHA-256. A shard appears whole or not at all, and is checked each
-time the cache is opened: what is missing or damaged is encoded again, the rest is kept.
+time the cache is opened: what is missing or damaged is encoded again, the rest is kept. Of several trainings that begin
+at once one writes, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, groupby
 from math import ceil, sqrt
 from operator import itemgetter
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 
 from sd_mini.config import check_choice
 from sd_mini.stages import atomic_folder, combined_hash, file_hash
+from training.process import only_writer
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch visits them all, and each costs it some microseconds
@@ -117,24 +119,38 @@ def encode(
     shards = {home / f"{i:05d}": range(a, min(a + step, count)) for i, a in enumerate(range(0, count, step))}
     missing = _missing(shards, title)
     own = dict(list(missing.items())[processes.process_index :: processes.num_processes])
-    work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in own.items() for a in r[::chunk])
+    done: set[Path] = set()  # by another training meanwhile
+    undone = ((path, rows) for path, rows in own.items() if path not in done)
+    work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in undone for a in r[::chunk])
     first = next(work, None)  # encoded before anything is written: it tells how much room a row takes
     if first is not None:
         say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
     processes.wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
-    if first is not None:
-        if loud:  # cut short, it is written again, as then shards are missing too
-            home.mkdir(parents=True, exist_ok=True)
-            (home / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        with tqdm(total=sum(map(len, own.values())), desc=title, unit="row", disable=not loud, mininterval=1) as bar:
-            for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
-                _write_shard(path, shards[path], pieces, title, dtype, bar)
-    processes.wait_for_everyone()
+    with _alone(home, key) if missing and loud else nullcontext():
+        processes.wait_for_everyone()
+        if first is not None:
+            done |= {path for path, rows in own.items() if path.exists() and not _complaint(path, rows)}
+            total = sum(len(rows) for path, rows in own.items() if path not in done)
+            with tqdm(total=total, desc=title, unit="row", disable=not loud, mininterval=1) as bar:
+                for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
+                    if path not in done:
+                        _write_shard(path, shards[path], pieces, title, dtype, bar)
+        processes.wait_for_everyone()
     opened = _open(shards)
     if missing:
         said = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
         say(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
     return opened
+
+
+@contextmanager
+def _alone(home: Path, key: dict[str, object]) -> Iterator[None]:
+    """Hold the folder against other trainings, which wait, and write down whose rows it has."""
+    home.mkdir(parents=True, exist_ok=True)
+    with only_writer(home, wait=True):
+        # cut short, it is written again, as then shards are missing too
+        (home / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield
 
 
 def say(line: str) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def report(
 ) -> dict[str, Any]:
     """report.json of a pipeline folder or a run, without sweep and copies: what recipes are compared by.
 
-    Its own error line stands for ours. Raises ValueError where it ends with one.
+    Raises ValueError where it ends with an error.
     """
     asked = ["--data", "shapes", "--sweep", "--training", "none", *options]  # no more than what is compared
     run([["eval", str(pipeline), "--out", str(out), *asked]], log, cores)
@@ -24,21 +25,22 @@ def report(
 
 
 def run(programs: Sequence[Sequence[str]], log: Path | None = None, cores: Sequence[int] | None = None) -> None:
-    """`python -m` of each in turn, in one process, with what it prints in `log`, on these cores alone.
+    """`python -m` of each in turn, in one process, on these cores alone; what it prints goes to `log`, if given.
 
-    Raises ValueError, with the last line printed, where one ends with another exit code than 0.
+    Raises ValueError where one ends with another exit code than 0: its own last line where there is a log.
     """
     words = [word for program in programs for word in ("--", *program)][1:]
-    environment: Mapping[str, str] = os.environ
-    if cores is not None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     argv = [sys.executable, "-m", "training.chain", *words]
-    with open(log or os.devnull, "w", encoding="utf-8") as file:
-        done = subprocess.Popen(argv, stdout=file, stderr=file if log else None, env=environment)
-        if cores is not None:
-            os.sched_setaffinity(done.pid, cores)
-        code = done.wait()
+    environment = dict(os.environ) if cores is None else {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    with log.open("w", encoding="utf-8") if log is not None else nullcontext() as file:
+        child = subprocess.Popen(argv, stdout=file, stderr=file, env=environment)
+        try:
+            if cores is not None:
+                os.sched_setaffinity(child.pid, cores)
+            code = child.wait()
+        finally:
+            child.kill()  # of an interrupted parent; one that has ended is left alone
     if code:
-        lines = log.read_text(encoding="utf-8").split("\n") if log is not None else []
-        said = next((f"; {log} ends with: {line}" for line in reversed(lines) if line), "")
-        raise ValueError(f"python -m {' '.join(argv[3:])} ended with exit code {code}{said or '; see above'}")
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log is not None else []
+        said = next((f"{log} ends with: {line}" for line in reversed(lines) if line.strip()), "see above")
+        raise ValueError(f"python {' '.join(argv[1:])} ended with exit code {code}; {said}")

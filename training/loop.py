@@ -106,15 +106,13 @@ class Loop:
 
     def update(self, inputs: StepInputs) -> None:
         """One optimizer update of each player from the global batch of this step."""
-        with self.sharing_out():
+        half = self.accelerator.mixed_precision == "bf16"
+        with self.sharing_out(), rounded_products() if half else nullcontext():
             self._update(inputs)
 
     def sharing_out(self) -> AbstractContextManager:
         """In which an update is made: by networks that share out their batches themselves, torch has one thread."""
-        if all(learner.is_written for learner in self.learners):
-            return sharing()
-        on_gpu, half = self.accelerator.device.type == "cuda", self.accelerator.mixed_precision == "bf16"
-        return rounded_products() if on_gpu and half else nullcontext()
+        return sharing() if all(learner.is_written for learner in self.learners) else nullcontext()
 
     def _update(self, inputs: StepInputs) -> None:
         self.finite.check()

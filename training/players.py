@@ -19,7 +19,7 @@ from training.ema import PowerEMA, nearest_width
 from training.optimizer import OptimizerConfig
 from training.sharding import own_part, part_like, whole
 
-_MOSTLY = 0.9  # of the trained numbers: what a term's own projection may be beside them
+_MOSTLY = 0.9  # of the trained numbers; the rest may be a term's own projection, on one core
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Learner:
 
 
 def _is_written(module: nn.Module) -> bool:
-    """Whether what is trained, but a term's own projection, is in networks that share out their batches themselves."""
+    """Whether nine tenths of what is trained, at least, is in networks that share out their batches themselves."""
     trained = {id(p): p.numel() for p in module.parameters() if p.requires_grad}
     written = {id(p) for part in module.modules() if fused.is_written(part) for p in part.parameters()}
     return sum(n for p, n in trained.items() if p in written) >= _MOSTLY * sum(trained.values())

@@ -57,7 +57,7 @@ class Objective(nn.Module):
         config, hidden = self.config, None
         given = (latents, noise, timesteps, prompt_embeds, prompt_mask)
         if self.alignment is not None:
-            with states_of(self.network, layers_of(self.network), self.alignment.number) as found:
+            with states_of(self.network, layers_of(self.network)[self.alignment.number]) as found:
                 answer, target = answer_and_target(self.network, config, *given)
             hidden = found[-1]
         else:

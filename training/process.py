@@ -121,10 +121,11 @@ def seed_network_draws(seed: int, device: torch.device) -> None:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process: two trainings in one would spoil each other's checkpoints.
+def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for this process: two in one would spoil each other's files.
 
-    Raises ValueError where another process holds it. The lock is the kernel's, so it ends with the process.
+    Where another process holds it, `wait` until it does no more, or raise ValueError. The lock is the kernel's, so it
+    ends with the process.
     """
     if os.name != "posix":
         yield
@@ -133,7 +134,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{folder}: another process is training here; wait for it, stop it, or give another --run"
