@@ -41,7 +41,10 @@ def torchrun(stage, run, *more):
     return subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+# the stage whose batch holds the most, and, with more time, the others
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage != "noise_predictor")) for stage in STAGES]
+)
 def test_every_step_sees_the_same(smoke_run, tmp_path, stage):
     """Ids, noise, timesteps, captions and their dropout, augmentation: a hash of every row of every global batch."""
     options = ["--steps", "6", "--train.trace", "true", "--train.checkpoint_every", "2"]
@@ -162,7 +165,7 @@ def children_of(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("policy", ["NO_WRAP", "TRANSFORMER_BASED_WRAP"])
+@pytest.mark.parametrize("policy", [pytest.param("NO_WRAP", marks=pytest.mark.slow), "TRANSFORMER_BASED_WRAP"])
 def test_fsdp2_trains_saves_resumes_and_exports_the_same_stage(smoke_run, tmp_path, policy):
     """Muon and all: sharded over two ranks, killed, resumed, and gone on with by a single process."""
     stage, more = "noise_predictor", ["--steps", "8", "--train.checkpoint_every", "2", "--train.log_every", "1"]
@@ -184,7 +187,10 @@ def test_fsdp2_trains_saves_resumes_and_exports_the_same_stage(smoke_run, tmp_pa
     assert checkpoint.newest(two / stage / "checkpoints")[1] == []
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("text_encoder", 2), ("text_encoder", 3), ("autoencoder", 3)])
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [pytest.param("text_encoder", 2, marks=pytest.mark.slow), ("text_encoder", 3), ("autoencoder", 3)],
+)
 def test_killed_on_several_ranks_equals_straight_through(tmp_path, stage, ranks):
     more = ["--steps", "8", "--train.checkpoint_every", "3", "--train.log_every", "4", "--train.valid_every", "3"]
     codes, said = launch_apart(stage, tmp_path / "straight", *more, ranks=ranks)
