@@ -10,6 +10,4 @@ def missing(what: str) -> NoReturn:
     """What only the system's packages bring: a failure where `.ci/run` installs them, else skipped with their name."""
     if os.environ.get("CI"):
         pytest.fail(what)
-    pytest.skip(
-        what
-    )  # never under CI, where it fails; elsewhere a package that is not installed is no fault of the code
+    pytest.skip(what)  # not under CI, where it fails: elsewhere a missing system package is no fault of the code

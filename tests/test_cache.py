@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -81,31 +80,6 @@ def test_no_more_than_32_shards(tmp_path, encoder, count, shards):
     rows = cache.encode(tmp_path, {}, count, lambda rows: {"x": rows_of(rows)["number"]}, "rows")
     assert len(list(home_of(tmp_path).glob("0????"))) == shards
     assert rows["x"][np.arange(count)].tolist() == list(range(count))
-
-
-BESIDE = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from training import cache
-cache.MIN_SHARD_ROWS, folder, own, other = 4, *map(Path, sys.argv[1:])
-def encode_rows(rows):
-    own.touch()
-    while not other.exists():  # so that both have found all shards missing before one of them writes
-        time.sleep(0.01)
-    return {"x": np.arange(rows.start, rows.stop)}
-print(cache.encode(folder, {}, 40, encode_rows, "rows", chunk=2)["x"][np.arange(40)].tolist() == list(range(40)))
-"""
-
-
-def test_two_that_begin_at_once_do_not_spoil_each_other_s_shards(tmp_path):
-    marks = [str(tmp_path / "a"), str(tmp_path / "b")]
-    argv = [sys.executable, "-c", BESIDE, str(tmp_path / "cache")]
-    both = [
-        subprocess.Popen([*argv, *order], stdout=subprocess.PIPE, text=True) for order in (marks, list(reversed(marks)))
-    ]
-    assert [(one.communicate(timeout=120)[0], one.returncode) for one in both] == [("True\n", 0)] * 2
-    assert len(list(home_of(tmp_path / "cache").glob("0????"))) == 10
 
 
 def test_the_same_key_is_read_in_silence_and_another_is_encoded(tmp_path, encoder, capsys):

@@ -173,10 +173,8 @@ def _measured(
         (seed, names), arm = job, arms[job[1][0]]
         run = options.out / f"{_slug(names[0])}-{seed}"
         # latents of its own go into a cache of its own
-        for part in ["text_encoder/final"] + ["autoencoder/final", "cache"] * (not arm.autoencoder):
-            (link := run / part).parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to((options.run / part).absolute(), target_is_directory=True)
+        parts = ["text_encoder/final"] + ["autoencoder/final", "cache"] * (not arm.autoencoder)
+        judged.link(run, {part: options.run / part for part in parts})
         own = ["--run", str(run), "--log_with", "none", "--train.seed", str(seed)]
         stages = [["training.noise_predictor", "--config", str(options.config), *own, *overrides]]
         stages[0] += _words(arm.noise_predictor)

@@ -14,7 +14,7 @@ from sd_mini.pipeline import Pipeline
 from training import export, noise_predictor
 from training.benchmark_predictor import parsed, this_loop
 from training.interleaved import Spread, measure
-from training.judged import report
+from training.judged import link, report
 
 PLAIN = ["--train.lr", "1e-4", "--train.muon_lr", "null", "--train.schedule", "constant", "--train.warmup_steps", "0"]
 PLAIN += ["--objective.direction", "0", "--objective.noise_draws", "1", "--objective.repa.weight", "0"]
@@ -93,10 +93,7 @@ def _updates(recipe: str, argv: Sequence[str]) -> Iterator[float]:
 
 def _trained(source: Path, run: Path, argv: Sequence[str], name: str, updates: int, every: int) -> Path:
     """A run over the same stages 1 and 2, trained by that recipe, with a checkpoint after every so many updates."""
-    for kind in ("text_encoder", "autoencoder"):
-        (run / kind).mkdir(parents=True)
-        (run / kind / "final").symlink_to((source / kind / "final").absolute(), target_is_directory=True)
-    (run / "cache").symlink_to((source / "cache").absolute(), target_is_directory=True)
+    link(run, {part: source / part for part in ("text_encoder/final", "autoencoder/final", "cache")})
     own = [*argv, *RECIPES[name], "--steps", str(updates)]
     own[own.index("--run") + 1] = str(run)
     never = ["--train.valid_every", str(updates), "--train.preview_every", str(updates)]

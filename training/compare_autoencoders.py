@@ -51,11 +51,7 @@ def _train(options: Any, autoencoder: Path, run: Path, overrides: Sequence[str])
     stages = ["--autoencoder", str(autoencoder.absolute()), "--text_encoder", str(options.text_encoder.absolute())]
     argv = ["--config", str(options.config), "--run", str(run), "--steps", str(options.steps), *stages, *overrides]
     noise_predictor.main(argv)
-    for kind, folder in (("autoencoder", autoencoder), ("text_encoder", options.text_encoder)):
-        link = run / kind / "final"  # a run like any other, so that it can be joined, measured and looked at
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(folder.absolute(), target_is_directory=True)
+    judged.link(run, {"autoencoder/final": autoencoder, "text_encoder/final": options.text_encoder})
 
 
 def _row(folder: str, run: str, contract: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What `python -m eval` says of a pipeline on shapes, in a process of its own: training and eval import no other."""
+"""Recipes side by side: runs over shared stages, judged by `python -m eval` in a process of its own, as training and
+eval import no other."""
 
 from __future__ import annotations
 
@@ -6,10 +7,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+
+def link(run: Path, parts: Mapping[str, Path]) -> None:
+    """A run over what others have made, like any other to whoever joins, measures or looks at it: "STAGE/final" or
+    "cache" => the folder that stands for it."""
+    for part, source in parts.items():
+        (own := run / part).parent.mkdir(parents=True, exist_ok=True)
+        if not own.is_symlink():
+            own.symlink_to(source.absolute(), target_is_directory=True)
 
 
 def report(
@@ -38,8 +48,10 @@ def run(programs: Sequence[Sequence[str]], log: Path | None = None, cores: Seque
             if cores is not None:
                 os.sched_setaffinity(child.pid, cores)
             code = child.wait()
-        finally:
-            child.kill()  # of an interrupted parent; one that has ended is left alone
+        except BaseException:
+            child.terminate()  # upon which a training saves
+            child.wait()
+            raise
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log is not None else []
         said = next((f"{log} ends with: {line}" for line in reversed(lines) if line.strip()), "see above")
