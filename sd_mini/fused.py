@@ -157,7 +157,7 @@ def _part(
     prompt: Tensor,
     mask: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], Callable[..., fused_prx.Weights] | None]:
-    return fused_prx.forward(w, plan, between(mask), latents, t, prompt, learns)
+    return fused_prx.forward(w, plan, between(mask), latents, t, prompt, mask, learns)
 
 
 class _Written(torch.autograd.Function):

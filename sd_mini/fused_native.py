@@ -61,7 +61,7 @@ class NativeBetween:
     def __init__(self, code: ctypes.CDLL, heads: int, turn: Tensor, mask: Tensor | None):
         self.code, self.heads, self.length = code, heads, len(turn)
         self.cos, self.sin = (part.reshape(self.length, -1).contiguous() for part in (turn.real, turn.imag))
-        self.mask = mask.contiguous() if mask is not None else None
+        self.mask = mask
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Back]:
         n, step = ctypes.c_long(len(shift)), ctypes.c_long(shift.stride(0))
@@ -97,10 +97,11 @@ class NativeBetween:
         return y, back
 
     def attended(self, w: Weights, name: str, qkv: Tensor, kv: Tensor) -> tuple[Tensor, Back]:
-        n, words, width = len(qkv) // self.length, len(kv) // (len(qkv) // self.length), qkv.shape[1] // 3
+        n, width = len(qkv) // self.length, qkv.shape[1] // 3
+        words, first = self._words(n, len(kv))
         norms = [f"{name}.norm_{which}.weight" for which in ("q", "k", "added_k")]
         weights = torch.stack([w[norm] for norm in norms])
-        given = ctypes.c_long(n), *_at(qkv, kv, weights, self.cos, self.sin, self.mask)
+        given = ctypes.c_long(n), *_at(qkv, kv, weights, self.cos, self.sin, first)
         keys, queries = -(-(words + self.length) // 4) * 4, -(-self.length // 16) * 16  # as they are padded there
         probs, y = qkv.new_empty(n, self.heads, keys, queries), qkv.new_empty(len(qkv), width)
         self.code.attend(*given, *_at(probs, y))
@@ -111,8 +112,14 @@ class NativeBetween:
             grads.update(zip(norms, dweights, strict=True))
             return dqkv, dkv
 
-        back.kept = qkv, kv, weights, self  # `given` holds no more than where they are
+        back.kept = qkv, kv, weights, first, self  # `given` holds no more than where they are
         return y, back
+
+    def _words(self, n: int, rows: int) -> tuple[int, Tensor]:
+        """How many prompt tokens a sample has at most, and (n + 1,) int64: the row of `kv` where each one's begin."""
+        if self.mask is None:
+            return rows // n, torch.arange(n + 1) * (rows // n)
+        return self.mask.shape[1], torch.nn.functional.pad(self.mask.sum(1).cumsum(0), (1, 0))
 
 
 def _at(*tensors: Tensor | None) -> list[ctypes.c_void_p]:

@@ -86,28 +86,24 @@ static inline void turned_back(
 
 typedef struct {
     float q[LP * D], k[SP * D], v[SP * D], qx[LP * D], kx[SP * D], qf[LP], kf[SP];
-    int place[S], count; /* the keys that are seen, in their order: prompt tokens by the mask, and all of the picture */
+    int count; /* of keys: the prompt's that are seen, and all of the picture */
 } Head;
 
-/* queries, keys and values of head h of one sample; qkv (L, 3, W), kv (T, 2, W), w: the three norms' weights (3, D) */
+/* queries, keys and values of head h of one sample; qkv (L, 3, W), kv (words, 2, W), w: the three norms' weights (3, D) */
 static void read_head(
     Head *a, int h, const float *qkv, const float *kv, const float *w, const float *cs, const float *sn,
-    const unsigned char *mask) {
+    int words) {
     const float scale = 1 / sqrtf((float)D);
     int m = 0;
-    for (int t = 0; t < T; t++)
-        if (!mask || mask[t]) {
-            a->place[m] = t;
-            a->kf[m] = unit(kv + t * 2 * W + h * D, a->kx + m * D);
-            turned(a->kx + m * D, w + 2 * D, 0, 0, 1, a->k + m * D);
-            memcpy(a->v + m * D, kv + t * 2 * W + W + h * D, D * sizeof(float));
-            m++;
-        }
+    for (; m < words; m++) {
+        a->kf[m] = unit(kv + m * 2 * W + h * D, a->kx + m * D);
+        turned(a->kx + m * D, w + 2 * D, 0, 0, 1, a->k + m * D);
+        memcpy(a->v + m * D, kv + m * 2 * W + W + h * D, D * sizeof(float));
+    }
     for (int l = 0; l < L; l++, m++) {
         const float *x = qkv + l * 3 * W + h * D;
         a->qf[l] = unit(x, a->qx + l * D);
         turned(a->qx + l * D, w, cs + l * D / 2, sn + l * D / 2, scale, a->q + l * D);
-        a->place[m] = T + l;
         a->kf[m] = unit(x + W, a->kx + m * D);
         turned(a->kx + m * D, w + D, cs + l * D / 2, sn + l * D / 2, 1, a->k + m * D);
         memcpy(a->v + m * D, x + 2 * W, D * sizeof(float));
@@ -123,16 +119,17 @@ static void across(const float *x, float *y) { /* (LP, D) => (D, LP) */
         for (int l = 0; l < LP; l++) y[j * LP + l] = x[l * D + j];
 }
 
-/* qkv (n, L, 3, W), kv (n, T, 2, W), mask (n, T) or null => out (n, L, W); probs (n, H, SP, LP) is for the way back */
+/* qkv (n, L, 3, W), kv (R, 2, W), of which sample s has the rows from first[s] to first[s + 1], at most T => out
+   (n, L, W); probs (n, H, SP, LP) is for the way back */
 void attend(
     long n, const float *qkv, const float *kv, const float *w, const float *cs, const float *sn,
-    const unsigned char *mask, float *probs, float *out) {
+    const long long *first, float *probs, float *out) {
     Head a;
     float qt[D * LP], y[LP * D];
     for (long s = 0; s < n; s++)
         for (int h = 0; h < H; h++) {
             float *p = probs + (s * H + h) * SP * LP;
-            read_head(&a, h, qkv + s * L * 3 * W, kv + s * T * 2 * W, w, cs, sn, mask ? mask + s * T : 0);
+            read_head(&a, h, qkv + s * L * 3 * W, kv + first[s] * 2 * W, w, cs, sn, first[s + 1] - first[s]);
             across(a.q, qt);
             product(a.count, D, LP / 16, a.k, D, 1, qt, p);
             float most[LP], sum[LP];
@@ -149,21 +146,20 @@ void attend(
         }
 }
 
-/* dout (n, L, W) => dqkv (n, L, 3, W), dkv (n, T, 2, W), dw (3, D) */
+/* dout (n, L, W) => dqkv (n, L, 3, W), dkv (R, 2, W), dw (3, D) */
 void attend_back(
     long n, const float *qkv, const float *kv, const float *w, const float *cs, const float *sn,
-    const unsigned char *mask, const float *probs, const float *dout, float *dqkv, float *dkv, float *dw) {
+    const long long *first, const float *probs, const float *dout, float *dqkv, float *dkv, float *dw) {
     Head a;
     const float scale = 1 / sqrtf((float)D);
     float d[LP * D], dt[D * LP], ds[SP * LP], dv[SP * D], dq[LP * D], dk[SP * D];
     memset(dw, 0, 3 * D * sizeof(float));
-    memset(dkv, 0, n * T * 2 * W * sizeof(float));
     memset(d, 0, sizeof d);
     for (long s = 0; s < n; s++)
         for (int h = 0; h < H; h++) {
             const float *p = probs + (s * H + h) * SP * LP;
-            float *back = dqkv + s * L * 3 * W + h * D, *text = dkv + s * T * 2 * W + h * D;
-            read_head(&a, h, qkv + s * L * 3 * W, kv + s * T * 2 * W, w, cs, sn, mask ? mask + s * T : 0);
+            float *back = dqkv + s * L * 3 * W + h * D, *text = dkv + first[s] * 2 * W + h * D;
+            read_head(&a, h, qkv + s * L * 3 * W, kv + first[s] * 2 * W, w, cs, sn, first[s + 1] - first[s]);
             for (int l = 0; l < L; l++) memcpy(d + l * D, dout + (s * L + l) * W + h * D, D * sizeof(float));
             across(d, dt);
             product(a.count, D, LP / 16, a.v, D, 1, dt, ds);
@@ -184,7 +180,7 @@ void attend_back(
                 memcpy(back + l * 3 * W + 2 * W, dv + m * D, D * sizeof(float));
             }
             for (int m = 0; m < a.count - L; m++) {
-                float *to = text + a.place[m] * 2 * W;
+                float *to = text + m * 2 * W;
                 turned_back(dk + m * D, a.kx + m * D, a.kf[m], w + 2 * D, 0, 0, 1, dw + 2 * D, to);
                 memcpy(to + W, dv + m * D, D * sizeof(float));
             }

@@ -2,7 +2,8 @@
 
 Each part takes tensors and gives its output and a function `back` from the output's gradient to those of its inputs,
 which also puts the weights' gradients into the dict it is given. Rows are picture tokens, samples one after the other.
-Names: n samples, L picture and T prompt tokens of each, D the width, H heads of d columns. What lies between the matrix
+Names: n samples, L picture and T prompt tokens of each, R of these seen by any (padding is left out), D the width, H
+heads of d columns. What lies between the matrix
 products is either torch's (`fused_torch`) or C (`fused_native`).
 """
 
@@ -54,22 +55,29 @@ class Between(Protocol):
         ...
 
     def attended(self, w: Weights, name: str, qkv: Tensor, kv: Tensor) -> tuple[Tensor, Back]:
-        """qkv (n L, 3 D), kv (n T, 2 D) => (n L, D): every picture token attends to its prompt and its picture.
+        """qkv (n L, 3 D), kv (R, 2 D) => (n L, D): every picture token attends to its prompt and its picture.
 
         back(grads, dy) gives the gradients of qkv and kv."""
         ...
 
 
 def forward(
-    w: Weights, plan: Plan, between: Between, latents: Tensor, timesteps: Tensor, prompt: Tensor, learns: bool = True
+    w: Weights,
+    plan: Plan,
+    between: Between,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompt: Tensor,
+    mask: Tensor | None,
+    learns: bool = True,
 ) -> tuple[tuple[Tensor, ...], Callable[..., Weights] | None]:
-    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E) => velocity (n, C, h, w), and with `plan.read` what that
+    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E), mask (n, T) bool => velocity (n, C, h, w), and with `plan.read` what that
     block gave (n, L, D); their gradients => the weights'.
 
     Without `learns` there is no way back, and nothing is kept for it.
     """
     x, in_back = _linear(w, "img_in", _patches(latents, plan.patch))
-    text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1))
+    text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1) if mask is None else prompt[mask])
     time, time_back = _time(w, plan, timesteps)
     backs, states = [], []
     for number in range(plan.depth):
@@ -186,7 +194,7 @@ def _mlp(w: Weights, name: str, between: Between, x: Tensor) -> tuple[Tensor, Ba
 
 
 def _attention(w: Weights, name: str, between: Between, x: Tensor, text: Tensor) -> tuple[Tensor, Back]:
-    """Picture tokens x (n L, D) attend to prompt tokens (n T, D) and to each other."""
+    """Picture tokens x (n L, D) attend to prompt tokens (R, D) and to each other."""
     qkv, qkv_back = _linear(w, f"{name}.img_qkv_proj", x)
     kv, kv_back = _linear(w, f"{name}.txt_kv_proj", text)
     attended, attended_back = between.attended(w, name, qkv, kv)

@@ -18,7 +18,7 @@ class TorchBetween:
     """`turn` (L, 1, d / 2): the rotations as complex numbers; `mask` (n, T) bool: the prompt tokens that are seen."""
 
     def __init__(self, heads: int, turn: Tensor, mask: Tensor | None):
-        self.heads, self.turn, self.bias = heads, turn, None
+        self.heads, self.turn, self.mask, self.bias = heads, turn, mask, None
         if mask is not None:
             bias = torch.zeros(len(mask), 1, mask.shape[1] + len(turn))
             bias[..., : mask.shape[1]].masked_fill_(~mask[:, None], -torch.inf)
@@ -62,6 +62,8 @@ class TorchBetween:
         heads, turn, length = self.heads, self.turn, len(self.turn)
         width = qkv.shape[1] // 3
         d, n = width // heads, len(qkv) // length
+        if self.mask is not None:
+            kv = kv.new_zeros(*self.mask.shape, 2 * width).index_put_((self.mask,), kv)
         qkv, kv = qkv.view(n, length, 3, heads, d), kv.view(n, -1, 2, heads, d)
         words = kv.shape[1]
         queries, (keys, values) = qkv.new_empty(n, heads, length, d), qkv.new_empty(2, n, heads, words + length, d)
@@ -88,7 +90,7 @@ class TorchBetween:
             text_k_back(grads, dkeys[:, :, :words], dkv[:, :, 0])
             dqkv[:, :, 2].copy_(dvalues[:, :, words:].transpose(1, 2))
             dkv[:, :, 1].copy_(dvalues[:, :, :words].transpose(1, 2))
-            return dqkv.view(-1, 3 * width), dkv.view(-1, 2 * width)
+            return dqkv.view(-1, 3 * width), dkv.view(-1, 2 * width) if self.mask is None else dkv.view(n, words, -1)[self.mask]
 
         return attended, back
 

@@ -15,6 +15,7 @@ from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
 from tests.launching import error_line, launch
 from tests.test_open_clip import save_model
+from training import side_by_side
 from training.batches import Batch, batch_ids
 from training.partial import merged, thaw
 from training.text_config import TextConfig
@@ -116,13 +117,32 @@ def test_the_plain_projection_learns_and_teaches_nobody(task):
     """Its loss reaches its own weights alone, and without it the others' gradients are the same."""
     objective = task.players["text_encoder"].objective.eval()
     inputs = task.inputs(make_batch(task))
-    hidden = objective.hidden({k: v for k, v in inputs.items() if k.endswith("_0")})
-    seen = objective.matcher(inputs["pictures"]).vector
-    loss = objective._probe(seen, hidden, inputs["shared"], inputs["text_places"], inputs["positive"])
-    loss.sum().backward()
+    encoded = objective._encoded({k: v for k, v in inputs.items() if k.endswith("_0")}, inputs["pictures"])
+    objective._probe(encoded["seen"], encoded["projected"], inputs["positive"]).sum().backward()
     reached = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached and all(name.startswith("matcher.projection.") for name in reached)
     objective.zero_grad()
+
+
+PLAIN = ["--loss.late", "0", "--loss.layout", "0", "--loss.twin", "0"]
+FROZEN = ["--encoder.name", "{bert}", "--cache_dtype", "float32"]
+
+
+@pytest.mark.parametrize("words", [[], PLAIN, FROZEN, [*FROZEN, "--encoder_2.max_length", "20"]])
+def test_a_pass_in_parts_is_the_whole_pass(tmp_path, pretrained, monkeypatch, words):
+    """Each core's share of the texts without the padding that these do not need, and the losses of each core's
+    pictures, are the numbers of one pass; of an encoder that is trained, of a frozen one, of both together."""
+    more = ["--loss.infonce", "0.5", *(word.format(**pretrained) for word in words)]
+    objective = (task := make_task(tmp_path, *more)).players["text_encoder"].objective
+    inputs, found = task.inputs(make_batch(task)), []
+    for cores in (1, 3):
+        monkeypatch.setattr(side_by_side, "cores", lambda cores=cores: cores)
+        assert objective.shares_out == (cores > 1)
+        losses, metrics = objective(**inputs)
+        losses.mean().backward()
+        found.append((losses.detach(), metrics, {n: p.grad for n, p in objective.named_parameters()}))
+        objective.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_word_vectors_stay_the_words_identity(task):

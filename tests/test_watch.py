@@ -123,6 +123,23 @@ def test_flops_of_a_linear_layer_and_of_what_is_frozen():
     assert all(p.grad is None for p in module.parameters())
 
 
+def test_prompts_count_as_long_as_they_are_and_not_their_padding():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 16)
+
+        def forward(self, prompt_embeds, prompt_mask):
+            return self.layer(prompt_embeds).sum((1, 2)), {}
+
+    mask = torch.arange(6) < torch.tensor([[1], [4], [2], [3]])  # 2.5 tokens on average
+    inputs, module = {"prompt_embeds": torch.randn(4, 6, 8), "prompt_mask": mask}, Reads()
+    names = [name for name, _ in module.named_parameters()]
+    assert flops.count_flops(module, names, inputs) == 2 * (2 * 10 * 8 * 16)  # forward, and the weight's gradient
+    inputs["prompt_mask"] = mask | True
+    assert flops.count_flops(module, names, inputs) == 2 * (2 * 24 * 8 * 16)
+
+
 def test_the_peak_is_a_speed_this_machine_can_have():
     assert 1e9 < flops.measured_peak(torch.device("cpu"), torch.float32) < 1e14
 

@@ -6,6 +6,7 @@ The peak is measured, not read from a data sheet: a large matrix product in this
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Container
 from functools import lru_cache
@@ -18,10 +19,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from sd_mini.threads import together
 
 
+_BY_WORD = ("prompt_embeds", "prompt_mask")  # what stage 3 is given a token
+
+
 def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
     """FLOPs of one forward and backward pass of `objective(**inputs)`: products and convolutions, 2 for each
-    multiply-add. `trained` names the parameters that get a gradient. Fake tensors stand for all of them, so nothing is
-    computed and no memory is taken."""
+    multiply-add. `trained` names the parameters that get a gradient. Prompts count as long as they are on average by
+    their `prompt_mask`: padding need not be computed."""
+    mask = inputs.get("prompt_mask")
+    if mask is None:
+        return _of_shapes(objective, trained, inputs)
+    seen = float(mask.sum(1).double().mean())
+    shorter, longer = max(1, math.floor(seen)), max(1, math.ceil(seen))
+    below, above = (
+        _of_shapes(objective, trained, {**inputs, **{name: inputs[name][:, :length] for name in _BY_WORD}})
+        for length in (shorter, longer)
+    )
+    return round(below + (above - below) * max(0.0, seen - shorter))
+
+
+def _of_shapes(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
+    """Fake tensors stand for all of them, so nothing is computed and no memory is taken."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         parts: dict[int, Tensor] = {
             id(p): nn.Parameter(_fake(p), requires_grad=name in trained) for name, p in objective.named_parameters()

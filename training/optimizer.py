@@ -22,6 +22,8 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _MOMENTUM = 0.95  # Nesterov's
 
+Groups = list[tuple[dict[str, Any], list[nn.Parameter]]]
+
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """(N, m, n) => the nearest semi-orthogonal matrices up to singular values within about [0.7, 1.2], in their dtype.
@@ -91,10 +93,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         parts = _parts([p for _, trained in groups for p in trained])
-        shared([partial(self._step, [(g, trained[k::parts]) for g, trained in groups]) for k in range(parts)])
+        shared([partial(self._step, share) for share in _shares(groups, parts)])
         return loss
 
-    def _step(self, groups: list[tuple[dict[str, Any], list[nn.Parameter]]]) -> None:
+    def _step(self, groups: Groups) -> None:
         for group, trained in groups:
             if trained and group["muon"]:
                 self._muon(group, trained)
@@ -142,6 +144,26 @@ def _parts(trained: list[nn.Parameter]) -> int:
     process waits for another in it."""
     plain = all(p.device.type == "cpu" and own_part(p) is p for p in trained)
     return cores() if plain else 1
+
+
+def _shares(groups: Groups, parts: int) -> list[Groups]:
+    """Each group's parameters in so many parts of about the same work, the largest given out first."""
+    shares: list[Groups] = [[(group, []) for group, _ in groups] for _ in range(parts)]
+    work = [0] * parts
+    costs = [(_cost(group, p), number, p) for number, (group, trained) in enumerate(groups) for p in trained]
+    for cost, number, parameter in sorted(costs, key=lambda each: -each[0]):
+        least = work.index(min(work))
+        work[least] += cost
+        shares[least][number][1].append(parameter)
+    return shares
+
+
+def _cost(group: dict[str, Any], parameter: nn.Parameter) -> int:
+    """About how many multiplications an update of it takes."""
+    if not group["muon"]:
+        return 10 * parameter.numel()
+    small, large = sorted((len(parameter), parameter.numel() // len(parameter)))
+    return small**2 * (4 * _ITERATIONS * small + 2 * large)
 
 
 def build(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:

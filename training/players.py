@@ -216,7 +216,10 @@ class Learner:
 
 
 def _is_written(module: nn.Module) -> bool:
-    """Whether nine tenths of what is trained, at least, is in networks that share out their batches themselves."""
+    """Whether the passes share out their batches themselves: all of the objective's, or those of networks that hold
+    nine tenths of what is trained."""
+    if getattr(module, "shares_out", False):
+        return True
     trained = {id(p): p.numel() for p in module.parameters() if p.requires_grad}
     written = {id(p) for part in module.modules() if fused.is_written(part) for p in part.parameters()}
     return sum(n for p, n in trained.items() if p in written) >= _MOSTLY * sum(trained.values())

@@ -13,9 +13,10 @@ from torch.nn.functional import normalize, pad
 
 from sd_mini.config import Config
 from sd_mini.encoders import Encoder, Hidden, Tokens
-from sd_mini.retrieval import Matcher, Said, Seen, late_scores
+from sd_mini.retrieval import Matcher, late_scores
 from sd_mini.text_encoder import TextStage
 from training.process import is_shared
+from training.side_by_side import parts_of, side_by_side
 
 # Adam takes steps of the same length for any weight; so small, it does not count in the gradient's norm
 _PROBE_WEIGHT = 1e-3
@@ -118,6 +119,11 @@ class Objective(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([10.0, 10.0]).log())
         self.bias = nn.Parameter(torch.tensor([-10.0, -10.0]))
 
+    @property
+    def shares_out(self) -> bool:
+        """Whether a pass is made in a part for each core."""
+        return parts_of(self, 2) > 1
+
     def encoder(self, number: int) -> Encoder | None:
         """Encoder `number` as it is now in this module; none if it is not one of those that are trained."""
         if str(number) not in self.encoders:
@@ -145,6 +151,9 @@ class Objective(nn.Module):
         text_places: Tensor,
         positive: Tensor,
         shared: Tensor,
+        picture_places: Tensor | None = None,
+        shared_pictures: Tensor | None = None,
+        true_of: Tensor | None = None,
         **texts: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """pictures (b, ...) as the matcher takes them; thumbnails (b, 3, 8, 8); own (b,): the number of each picture's
@@ -153,54 +162,137 @@ class Objective(nn.Module):
         has it; shared (n,): those of them that go to all processes, and text_places (T,) where they then stand, see
         `of_all`. For InfoNCE also picture_places (B,) and shared_pictures, the same for pictures, and true_of (b, B)
         bool: of which pictures each one's caption is true."""
-        hidden = self.hidden(texts)
-        encoded, null = self.adapter(hidden), self.adapter.null(1)
-        seen, said = self.matcher(pictures), self.matcher.texts(self.adapter, encoded)
-        vectors = of_all(said.vector[shared], text_places)
-        scale, metrics = self.log_scale[0].exp(), {}
-        logits = seen.vector @ vectors.T * scale + self.bias[0]
-        # saying nothing is true of every picture: that is what trains the null condition
-        nothing = seen.vector @ normalize(null.pooled, dim=-1).T * scale + self.bias[0]
-        all_positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
-        siglip = siglip_losses(torch.cat([logits, nothing], dim=1), all_positive)
-        losses = self.weights.siglip * siglip + self._probe(seen.vector, hidden, shared, text_places, positive)
-        metrics["siglip"] = siglip.mean()
+        encoded = self._encoded(texts, pictures)
+        common = {name: of_all(encoded[name][shared], text_places) for name in ("vector", "projected")}
+        rows = {"seen": encoded["seen"], "own": own, "twin": twin, "positive": positive}
         if self.matcher.is_late:
-            by_words = self._late(seen, said, shared, text_places)
-            late = siglip_losses(by_words, positive)
-            losses, metrics["late"] = losses + self.weights.late * late, late.mean()
-        if self.weights.twin:
-            both = logits + by_words if self.matcher.is_late else logits
-            against = twin_losses(both.gather(1, own[:, None]), both.gather(1, twin[:, None]))
-            losses, metrics["twin"] = losses + self.weights.twin * against, against.mean()
-        if self.weights.infonce:
-            pictures = of_all(seen.vector[texts["shared_pictures"]], texts["picture_places"])
-            back = said.vector[here[own]] @ pictures.T * scale
-            infonce = (infonce_losses(logits, positive) + infonce_losses(back, texts["true_of"])) / 2
-            losses, metrics["infonce"] = losses + self.weights.infonce * infonce, infonce.mean()
+            common |= self._words_of_all(encoded, shared, text_places)
+            rows["cells"] = encoded["cells"]
         if self.layout is not None:
-            guess = self.layout(encoded.tokens[here[own]], encoded.mask[here[own]])
-            layout = (guess - thumbnails).square().mean((1, 2, 3))
-            losses, metrics["layout"] = losses + self.weights.layout * layout, layout.mean()
-        best = logits.argmax(1, keepdim=True)
-        metrics["in_batch_accuracy"] = positive.gather(1, best).float().mean()
-        return losses, metrics
+            common |= {"tokens": encoded["tokens"], "mask": encoded["mask"]}
+            rows |= {"thumbnails": thumbnails, "text": here[own]}
+        if true_of is not None:
+            common["all_seen"] = of_all(encoded["seen"][shared_pictures], picture_places)
+            rows |= {"said": encoded["vector"][here[own]], "true_of": true_of}
+        count = parts_of(self, len(pictures))
+        parts = zip(*(value.tensor_split(count) for value in rows.values()), strict=True)
+        found = side_by_side(
+            self._terms, [dict(zip(rows, part, strict=True)) for part in parts], common, self._trained()
+        )
+        terms = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        return terms.pop("losses"), {name: values.mean() for name, values in terms.items()}
 
-    def _late(self, seen: Seen, said: Said, shared: Tensor, text_places: Tensor) -> Tensor:
-        """Logits (b, T) from the words of all processes' texts, which are filled up to the whole length on the way."""
-        missing = self.adapter.length - said.mask.shape[1] if is_shared() else 0
-        words = pad(said.words[shared], (0, 0, 0, missing))
-        mask = pad(said.mask[shared], (0, missing)).to(words.dtype)
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _encoded(self, texts: dict[str, Tensor], pictures: Tensor) -> dict[str, Tensor]:
+        """What the texts and the pictures are to each other. Each core takes a share of both, of the texts those of
+        like lengths, as far as these go."""
+        masks = [texts[f"mask_{i}"] for i in range(len(self.adapter.inputs))]
+        lengths = torch.stack([mask.sum(1) for mask in masks]).sum(0)
+        count = parts_of(self, min(len(lengths), len(pictures)))
+        if count == 1:
+            return self._of_texts(texts) | self._of_pictures(pictures)
+        shares = even_shares(lengths, count)
+        parts = [
+            {"pictures": part, **_cut({name: value[share] for name, value in texts.items()}, len(masks))}
+            for share, part in zip(shares, pictures.tensor_split(count), strict=True)
+        ]
+        found = side_by_side(
+            lambda pictures, **texts: self._of_texts(texts) | self._of_pictures(pictures), parts, {}, self._trained()
+        )
+        whole = [mask.shape[1] for mask in masks]
+        for made, part in zip(found, parts, strict=True):
+            own = [part[f"mask_{i}"].shape[1] for i in range(len(masks))]
+            made |= {name: _filled_up(made[name], own, whole) for name in ("tokens", "mask", "words") if name in made}
+        order = torch.cat(shares).argsort()  # back to the one in which the texts came
+        joined = {name: torch.cat([made[name] for made in found]) for name in found[0]}
+        return {name: x if name in ("seen", "cells") else x[order] for name, x in joined.items()}
+
+    def _of_texts(self, texts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        hidden = self.hidden(texts)
+        encoded = self.adapter(hidden)
+        vector, words, mask = self.matcher.texts(self.adapter, encoded)
+        # the plain projection reads what the encoder says, and teaches it nothing
+        still = [Hidden(h.states.detach(), h.words.detach(), h.mask, h.pooled.detach()) for h in hidden]
+        found = {"tokens": encoded.tokens, "mask": mask, "vector": vector, "projected": self.matcher.project(still)}
+        return found if words is None else found | {"words": words}
+
+    def _of_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
+        vector, cells = self.matcher(pictures)
+        return {"seen": vector} if cells is None else {"seen": vector, "cells": cells}
+
+    def _terms(
+        self,
+        vector: Tensor,
+        projected: Tensor,
+        seen: Tensor,
+        own: Tensor,
+        twin: Tensor,
+        positive: Tensor,
+        **more: Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses (b,) of some pictures against all texts, and what they are the sum of."""
+        scale = self.log_scale[0].exp()
+        logits = seen @ vector.T * scale + self.bias[0]
+        # saying nothing is true of every picture: that is what trains the null condition
+        nothing = seen @ normalize(self.adapter.null(1).pooled, dim=-1).T * scale + self.bias[0]
+        all_positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
+        terms = {"siglip": siglip_losses(torch.cat([logits, nothing], dim=1), all_positive)}
+        losses = self.weights.siglip * terms["siglip"] + self._probe(seen, projected, positive)
+        both = logits
+        if "cells" in more:
+            late = late_scores(more["cells"], more["words"], more["word_mask"])
+            by_words = late * self.log_scale[1].exp() + self.bias[1]
+            both, terms["late"] = logits + by_words, siglip_losses(by_words, positive)
+        if self.weights.twin:
+            terms["twin"] = twin_losses(both.gather(1, own[:, None]), both.gather(1, twin[:, None]))
+        if "true_of" in more:
+            back = more["said"] @ more["all_seen"].T * scale
+            terms["infonce"] = (infonce_losses(logits, positive) + infonce_losses(back, more["true_of"])) / 2
+        if "text" in more:
+            guess = self.layout(more["tokens"][more["text"]], more["mask"][more["text"]])
+            terms["layout"] = (guess - more["thumbnails"]).square().mean((1, 2, 3))
+        for name in ("late", "twin", "infonce", "layout"):
+            if name in terms:
+                losses = losses + getattr(self.weights, name) * terms[name]
+        best = logits.argmax(1, keepdim=True)
+        terms["in_batch_accuracy"] = positive.gather(1, best)[:, 0].float()
+        return {"losses": losses, **terms}
+
+    def _probe(self, seen: Tensor, projected: Tensor, positive: Tensor) -> Tensor:
+        """What the plain projection learns by, beside the rest: (b,)."""
+        logits = seen.detach() @ projected.T * self.log_scale[0].detach().exp() + self.bias[0].detach()
+        return _PROBE_WEIGHT * siglip_losses(logits, positive)
+
+    def _words_of_all(self, encoded: Mapping[str, Tensor], shared: Tensor, text_places: Tensor) -> dict[str, Tensor]:
+        """The words of all processes' texts, which are filled up to the whole length on the way."""
+        words, mask = encoded["words"], encoded["mask"]
+        missing = self.adapter.length - mask.shape[1] if is_shared() else 0
+        words = pad(words[shared], (0, 0, 0, missing))
+        mask = pad(mask[shared], (0, missing)).to(words.dtype)
         flat = of_all(torch.cat([words.flatten(1), mask], dim=1), text_places)
         width = words[0].numel()
-        scores = late_scores(seen.cells, flat[:, :width].unflatten(1, words.shape[1:]), flat[:, width:])
-        return scores * self.log_scale[1].exp() + self.bias[1]
+        return {"words": flat[:, :width].unflatten(1, words.shape[1:]), "word_mask": flat[:, width:]}
 
-    def _probe(
-        self, seen: Tensor, hidden: list[Hidden], shared: Tensor, text_places: Tensor, positive: Tensor
-    ) -> Tensor:
-        """The plain projection learns beside the rest, from what the encoder says, and teaches nobody: (b,)."""
-        still = [Hidden(h.states.detach(), h.words.detach(), h.mask, h.pooled.detach()) for h in hidden]
-        vectors = of_all(self.matcher.project(still)[shared], text_places)
-        logits = seen.detach() @ vectors.T * self.log_scale[0].detach().exp() + self.bias[0].detach()
-        return _PROBE_WEIGHT * siglip_losses(logits, positive)
+
+def even_shares(lengths: Tensor, count: int) -> list[Tensor]:
+    """(T,) tokens of each text => their numbers in `count` shares of about as many tokens, like lengths together."""
+    order = lengths.argsort(stable=True)
+    reached = lengths[order].cumsum(0)
+    edges = [int(torch.searchsorted(reached, reached[-1] * i / count)) for i in range(1, count)]
+    most = len(lengths) - count  # so that each has at least one
+    return list(order.tensor_split([min(max(edge, i), most + i) for i, edge in enumerate(edges, 1)]))
+
+
+def _cut(texts: dict[str, Tensor], encoders: int) -> dict[str, Tensor]:
+    """Without the padding that none of these texts needs. What an encoder pools has no length."""
+    longest = {str(i): int(texts[f"mask_{i}"].sum(1).max()) for i in range(encoders)}
+    lengths = {name: longest[name.rsplit("_", 1)[1]] for name in texts if not name.startswith("pooled_")}
+    return {name: value[:, : lengths[name]] if name in lengths else value for name, value in texts.items()}
+
+
+def _filled_up(values: Tensor, lengths: list[int], whole: list[int]) -> Tensor:
+    """(T, sum of the encoders' `lengths`, ...) => (T, sum of `whole`, ...), each encoder's part filled up by zeros."""
+    parts = zip(values.split(lengths, dim=1), lengths, whole, strict=True)
+    return torch.cat([pad(x, (0, 0) * (x.ndim - 2) + (0, full - own)) for x, own, full in parts], dim=1)
