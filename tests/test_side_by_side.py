@@ -55,6 +55,10 @@ def attention_that_drops(network):
     network[0].attention_dropout = 0.1
 
 
+def normed_by_the_batch(network):
+    network.append(nn.BatchNorm1d(2))
+
+
 def hooked(network):
     network[0].register_forward_hook(lambda *given: None)
 
@@ -71,7 +75,9 @@ def checkpointed(network):
     network[0].gradient_checkpointing = True
 
 
-@pytest.mark.parametrize("change", [dropping, attention_that_drops, hooked, compiled, halved, checkpointed])
+@pytest.mark.parametrize(
+    "change", [dropping, attention_that_drops, normed_by_the_batch, hooked, compiled, halved, checkpointed]
+)
 def test_what_would_come_out_otherwise_stays_whole(two_cores, change):
     network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))
     assert parts_of(network, 8) == 2 and parts_of(network, 1) == 1

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sd_mini.threads import together
 
-
 _BY_WORD = ("prompt_embeds", "prompt_mask")  # what stage 3 is given a token
 
 

@@ -28,9 +28,10 @@ def parts_of(module: nn.Module, rows: int) -> int:
 
 
 def _is_bound(module: nn.Module) -> bool:
-    """By random numbers, hooks or a compiler of its own to see the whole batch at once."""
+    """By random numbers, statistics of the batch, hooks or a compiler to see the whole batch at once."""
     rates = [value for name, value in vars(module).items() if "drop" in name or name == "p"]
     drops = module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
+    drops |= module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return bool(drops or hooked or module._compiled_call_impl or getattr(module, "gradient_checkpointing", False))
 
