@@ -71,8 +71,8 @@ def forward(
     mask: Tensor | None,
     learns: bool = True,
 ) -> tuple[tuple[Tensor, ...], Callable[..., Weights] | None]:
-    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E), mask (n, T) bool => velocity (n, C, h, w), and with `plan.read` what that
-    block gave (n, L, D); their gradients => the weights'.
+    """latents (n, C, h, w), timesteps (n,), prompt (n, T, E), mask (n, T) bool => velocity (n, C, h, w), and with
+    `plan.read` what that block gave (n, L, D); their gradients => the weights'.
 
     Without `learns` there is no way back, and nothing is kept for it.
     """

@@ -90,7 +90,8 @@ class TorchBetween:
             text_k_back(grads, dkeys[:, :, :words], dkv[:, :, 0])
             dqkv[:, :, 2].copy_(dvalues[:, :, words:].transpose(1, 2))
             dkv[:, :, 1].copy_(dvalues[:, :, :words].transpose(1, 2))
-            return dqkv.view(-1, 3 * width), dkv.view(-1, 2 * width) if self.mask is None else dkv.view(n, words, -1)[self.mask]
+            dkv = dkv.view(-1, 2 * width) if self.mask is None else dkv.view(n, words, -1)[self.mask]
+            return dqkv.view(-1, 3 * width), dkv
 
         return attended, back
 
