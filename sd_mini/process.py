@@ -99,7 +99,7 @@ class Process(Config):
         return alphas / (1 - alphas)
 
 
-Weighting = Literal["none", "min_snr", "cosmap"]
+Weighting = Literal["none", "min_snr", "cosmap", "log"]
 
 
 class TimeConfig(Process):
@@ -114,7 +114,8 @@ class TimeConfig(Process):
     shift: float = Field(1.0, gt=0)
     """above 1 trains more on the noisy end"""
     weighting: Weighting = "none"
-    """of the losses: min_snr (Min-SNR-gamma), cosmap (Stable Diffusion 3's)"""
+    """of the losses: min_snr (Min-SNR-gamma), cosmap (Stable Diffusion 3's); log takes each sample's logarithm instead,
+    so that all count alike, whatever their noise level and however much there is in their pictures"""
     min_snr_gamma: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")
@@ -135,7 +136,7 @@ class TimeConfig(Process):
         return self.times(drawn)
 
     def weights(self, timesteps: Tensor) -> Tensor | None:
-        """(B,) weights of the squared errors; None where all are 1."""
+        """(B,) weights of the squared errors; None where time gives none."""
         if self.weighting == "cosmap":
             return diffusion.cosmap_weights(timesteps)
         if self.weighting == "min_snr":

@@ -8,7 +8,7 @@ from tests.launching import SMOKE
 from tests.networks import NETWORKS
 from training.batches import Batch
 from training.noise_predictor import PredictorConfig, PredictorTask
-from training.predictor_losses import Objective, ObjectiveConfig
+from training.predictor_losses import Objective, ObjectiveConfig, log_losses
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -62,6 +62,23 @@ def test_a_weight_on_the_direction_adds_it_to_the_squared_error():
         both, metrics = Objective(network, ObjectiveConfig(direction=0.5))(*given)
     assert not nothing and metrics["error"].item() == pytest.approx(plain.mean().item())
     assert both.mean().item() == pytest.approx(plain.mean().item() + 0.5 * metrics["direction"].item(), rel=1e-5)
+
+
+def test_under_the_logarithm_every_sample_counts_alike():
+    """Its gradient is each sample's own over that one's error; what is logged as the error stays the squared one."""
+    torch.manual_seed(0)
+    network = noise_predictor.build("prx", NETWORKS["prx"], (4, 8, 8), 24)
+    latents = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 3.0])[:, None, None, None]
+    given = (latents, torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 6, 24))
+    given = (*given, torch.ones(2, 6, dtype=torch.bool))
+    errors, _ = Objective(network, ObjectiveConfig())(*given)
+    losses, metrics = Objective(network, ObjectiveConfig(weighting="log"))(*given)
+    torch.testing.assert_close(losses.exp(), errors)
+    assert metrics["error"].item() == pytest.approx(errors.mean().item())
+    weights = [p for p in network.parameters() if p.requires_grad]
+    by_hand = torch.autograd.grad((errors / errors.detach()).sum(), weights, allow_unused=True)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), weights, allow_unused=True), by_hand)
+    assert log_losses(torch.zeros(1)).isfinite()
 
 
 def test_of_several_draws_a_sample_s_noise_is_the_nearest(halfway, tmp_path):

@@ -16,7 +16,7 @@ from training.predictor_losses import Objective, ObjectiveConfig, answer_and_tar
 
 KINDS = ("flow", "flow_x", "epsilon", "v_prediction", "sample")
 SCHEDULES = (None, "linear", "scaled_linear", "cosine")
-DENSITIES, WEIGHTINGS = ("uniform", "logit_normal", "mode"), ("none", "min_snr", "cosmap")
+DENSITIES, WEIGHTINGS = ("uniform", "logit_normal", "mode"), ("none", "min_snr", "cosmap", "log")
 NETWORK = {"patch_size": 2, "hidden_size": 16, "num_heads": 1, "depth": 1, "mlp_ratio": 1.0, "axes_dim": [8, 8]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -66,6 +67,8 @@ class Objective(nn.Module):
         losses, weights, metrics = errors, config.weights(timesteps), {}
         if weights is not None:
             losses = weights * errors
+        if config.weighting == "log":
+            losses = log_losses(errors)
         if config.direction:
             direction = diffusion.direction_losses(answer, target)
             losses, metrics["direction"] = losses + config.direction * direction, direction.mean()
@@ -75,6 +78,13 @@ class Objective(nn.Module):
         if losses is not errors:
             metrics["error"] = errors.mean()
         return losses, metrics
+
+
+def log_losses(errors: Tensor) -> Tensor:
+    """Mean squared errors (B,) => their logarithms: what is left of the likelihood of a Gaussian whose variance is not
+    known (Kendall et al. 2018, eq. 5) once each sample is given its best. Karras et al. 2024 (EDM2) learn one for each
+    noise level."""
+    return errors.clamp(min=torch.finfo(errors.dtype).tiny).log()
 
 
 def answer_and_target(
