@@ -16,11 +16,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-# what a user runs one by one, in one process, as each start costs several seconds of imports, but for stage 2, which runs
-# beside stage 1; each goes on where an interrupted one stopped, and leaves a finished stage alone
+# what a user runs one by one, in one process, as each start costs several seconds of imports; each goes on where an
+# interrupted one stopped, and leaves a finished stage alone
 demo: $(READY)
 	$(BIN)/python -m training.chain \
-	  training.autoencoder --config $(RECIPE)/autoencoder.yaml --run $(RUN) --beside \
+	  training.autoencoder --config $(RECIPE)/autoencoder.yaml --run $(RUN) -- \
 	  training.text_encoder --config $(RECIPE)/text_encoder.yaml --run $(RUN) -- \
 	  training.noise_predictor --config $(RECIPE)/noise_predictor.yaml --run $(RUN) -- \
 	  sd_mini export $(RUN) -- \

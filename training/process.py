@@ -71,10 +71,9 @@ def _check_fsdp(accelerator: Accelerator) -> None:
 
 
 def follow_launcher() -> None:
-    """When `accelerate launch` is told to stop it dies without a word to us, as a chain that is killed does: let the
-    kernel pass that on as SIGTERM."""
+    """When `accelerate launch` is told to stop it dies without a word to us: let the kernel pass that on as SIGTERM."""
     parent = Path(f"/proc/{os.getppid()}/cmdline")
-    if parent.is_file() and any(name in parent.read_bytes() for name in (b"accelerate", b"training.chain")):
+    if parent.is_file() and b"accelerate" in parent.read_bytes():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
