@@ -106,3 +106,17 @@ def test_muon_gets_the_blocks_matrices_and_nothing_else():
 def test_muon_without_a_matrix_to_train_is_refused():
     with pytest.raises(ValueError, match=r"train.muon_lr 0\.02: expected a network with linear layers or convolutions"):
         optimizer.build(nn.Sequential(nn.Linear(4, 4)), OptimizerConfig(muon_lr=0.02))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_parts_of_an_update_hold_each_parameter_once_and_about_as_much_work(parts):
+    """Groups of one matrix, as stage 1 has many, do not all go to the first part."""
+    shapes = [(32, 16), (16, 16), (48, 16), (16, 48), (64, 16), (16, 64), (20, 16), (16, 20)]
+    groups = [({"muon": True}, [nn.Parameter(torch.zeros(shape))]) for shape in shapes]
+    groups.append(({"muon": False}, [nn.Parameter(torch.zeros(16)) for _ in range(5)]))
+    shares = optimizer._shares(groups, parts)
+    found = [id(p) for share in shares for _, trained in share for p in trained]
+    assert sorted(found) == sorted(id(p) for _, trained in groups for p in trained)
+    work = [sum(optimizer._cost(group, p) for group, trained in share for p in trained) for share in shares]
+    dearest = max(optimizer._cost(group, p) for group, trained in groups for p in trained)
+    assert max(work) - min(work) <= dearest
