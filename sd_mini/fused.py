@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -82,7 +84,7 @@ def _forward(
     return_dict: bool = True,
 ) -> tuple[Tensor, ...] | Transformer2DModelOutput:
     """PRXTransformer2DModel.forward, written out where network and inputs are what that was written for: float32 on a
-    CPU, no part replaced, hooked or compiled."""
+    CPU, or that under autocast to bfloat16; no part replaced, hooked or compiled."""
     given = hidden_states, timestep, encoder_hidden_states, attention_mask
     if not _fits(network, given):
         reading = nullcontext() if network.read is None else _kept(network.blocks[network.read[0]], network.read[1])
@@ -98,7 +100,22 @@ def _fits(network: PRXTransformer2DModel, given: Iterable[Tensor | None]) -> boo
     latents, timestep, prompt, _ = given
     plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for x in (latents, prompt))
     samples = timestep.ndim == 1 and len(timestep) == len(latents) == len(prompt)
-    return plain and samples and not torch.is_autocast_enabled("cpu") and is_written(network)
+    return plain and samples and is_written(network) and (not _is_cast() or _has_half(network, latents, prompt))
+
+
+def _is_cast() -> bool:
+    return torch.is_autocast_enabled("cpu")
+
+
+def _has_half(network: PRXTransformer2DModel, latents: Tensor, prompt: Tensor) -> bool:
+    """Whether what is cast can be written out: to bfloat16, by the code in C alone."""
+    return torch.get_autocast_dtype("cpu") == torch.bfloat16 and _code(network, latents, prompt) is not None
+
+
+def _code(network: PRXTransformer2DModel, latents: Tensor, prompt: Tensor) -> ctypes.CDLL | None:
+    config = network.config
+    length = math.prod(latents.shape[-2:]) // config.patch_size**2
+    return library(config.num_heads, config.hidden_size // config.num_heads, length, prompt.shape[1], _is_cast())
 
 
 def is_written(network: nn.Module) -> bool:
@@ -125,22 +142,25 @@ def _run(
     network: PRXTransformer2DModel, latents: Tensor, t: Tensor, prompt: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The velocity, and the states that are read, where some are."""
-    config, read = network.config, None if network.read is None else network.read[0]
+    config, read, half = network.config, None if network.read is None else network.read[0], _is_cast()
     own = config.patch_size, config.depth, config.num_heads, config.time_factor, config.time_max_period
-    plan = fused_prx.Plan(*own, read)
+    plan = fused_prx.Plan(*own, read, half)
     height, width = latents.shape[-2:]
     ids = prx.get_image_ids(1, height, width, config.patch_size, latents.device)
     # the first column of each 2 x 2 rotation is (cos, sin), the same for every sample: (L, 1, d / 2) complex
     turn = torch.view_as_complex(network.pe_embedder(ids)[0, 0, ..., 0].contiguous())[:, None]
-    code = library(config.num_heads, config.hidden_size // config.num_heads, len(turn), prompt.shape[1])
-    kind = TorchBetween if code is None else partial(NativeBetween, code)
+    code = _code(network, latents, prompt)
+    kind = TorchBetween if code is None else partial(NativeBetween, code, half)
     given = latents, t, prompt, None if mask is None else mask.bool()
     learns = torch.is_grad_enabled()
     call = partial(_part, plan, partial(kind, config.num_heads, turn), learns)
     names, weights = zip(*network.named_parameters(), strict=True)
-    if learns:
-        return _Written.apply(call, names, given, *weights)
-    return _joined([outputs for outputs, _ in _parts(call, names, given, weights)])
+    with torch.autocast("cpu", enabled=False):
+        if learns:
+            output, *states = _Written.apply(call, names, given, *weights)
+        else:
+            output, *states = _joined([outputs for outputs, _ in _parts(call, names, given, weights)])
+    return output.bfloat16() if half else output, *states
 
 
 def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -173,6 +193,7 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         backs, ctx.backs = ctx.backs, None
         if backs is None:

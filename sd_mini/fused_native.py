@@ -27,8 +27,9 @@ _FLAGS += ["-fno-signed-zeros", "-freciprocal-math"]
 
 
 @lru_cache(maxsize=16)
-def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | None:
-    """For that many heads of so many columns, picture and prompt tokens; none where it cannot be had.
+def library(heads: int, head: int, length: int, words: int, half: bool = False) -> ctypes.CDLL | None:
+    """For that many heads of so many columns, picture and prompt tokens; none where it cannot be had. `half`: around
+    products in bfloat16.
 
     It cannot without a C compiler (`cc`, or what CC names), or with one that fails, which is warned of; for heads whose
     width 16 does not divide, and for more tokens than a head's scratch has room for on a thread's stack.
@@ -37,6 +38,7 @@ def library(heads: int, head: int, length: int, words: int) -> ctypes.CDLL | Non
     if compiler is None or head % 16 or _scratch(head, length, words) > _STACK:
         return None
     shape = [f"-D{name}={value}" for name, value in zip("HDLT", (heads, head, length, words), strict=True)]
+    shape += ["-DHALF"] * half
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "prx.so"
         command = [compiler, *shape, *_FLAGS, str(_SOURCE), "-o", str(target), "-lm"]
@@ -56,20 +58,23 @@ def _scratch(head: int, length: int, words: int) -> int:
 
 
 class NativeBetween:
-    """`turn` (L, 1, d / 2): the rotations as complex numbers; `mask` (n, T) bool: the prompt tokens that are seen."""
+    """`turn` (L, 1, d / 2): the rotations as complex numbers; `mask` (n, T) bool: the prompt tokens that are seen;
+    `half`: what the code was compiled for."""
 
-    def __init__(self, code: ctypes.CDLL, heads: int, turn: Tensor, mask: Tensor | None):
+    def __init__(self, code: ctypes.CDLL, half: bool, heads: int, turn: Tensor, mask: Tensor | None):
         self.code, self.heads, self.length = code, heads, len(turn)
+        self.dtype = torch.bfloat16 if half else torch.float32
         self.cos, self.sin = (part.reshape(self.length, -1).contiguous() for part in (turn.real, turn.imag))
         self.mask = mask
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Back]:
         n, step = ctypes.c_long(len(shift)), ctypes.c_long(shift.stride(0))
-        stats, y = x.new_empty(len(x), 2), torch.empty_like(x)
+        stats, y = x.new_empty(len(x), 2), torch.empty_like(x, dtype=self.dtype)
         self.code.modulate(n, *_at(x, shift, scale), step, *_at(stats, y))
 
         def back(dy: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor) -> None:
-            self.code.modulate_back(n, *_at(x, stats, scale), step, *_at(dy, dx, dshift, dscale))
+            own = dy.to(self.dtype)
+            self.code.modulate_back(n, *_at(x, stats, scale), step, *_at(own, dx, dshift, dscale))
 
         return y, back
 
@@ -103,7 +108,7 @@ class NativeBetween:
         weights = torch.stack([w[norm] for norm in norms])
         given = ctypes.c_long(n), *_at(qkv, kv, weights, self.cos, self.sin, first)
         keys, queries = -(-(words + self.length) // 4) * 4, -(-self.length // 16) * 16  # as they are padded there
-        probs, y = qkv.new_empty(n, self.heads, keys, queries), qkv.new_empty(len(qkv), width)
+        probs, y = weights.new_empty(n, self.heads, keys, queries), qkv.new_empty(len(qkv), width)
         self.code.attend(*given, *_at(probs, y))
 
         def back(grads: Weights, dy: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
    Compiled for one shape: H heads of D columns, L picture and T prompt tokens. D is a multiple of 16. Within a head the
    columns of queries and keys are put into another order, first halves of the rotated pairs and then second ones,
-   which no product of two of them notices. All floats are float32, all matrices row by row. */
+   which no product of two of them notices. All matrices are row by row, and P, what the products take and give, is
+   float32, or with HALF bfloat16: whatever is summed up is float32. */
 #include <math.h>
 #include <string.h>
 
@@ -11,6 +12,37 @@
 #define LP ((L + 15) / 16 * 16)
 #define SP ((S + 3) / 4 * 4)
 #define EPS 1e-6f
+
+#ifdef HALF
+typedef unsigned short P;
+
+static inline float wide(P x) {
+    unsigned bits = (unsigned)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline P narrow(float x) { /* to the nearest, of two as near to the even one; NaN stays NaN */
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    unsigned rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return x == x ? rounded : 0x7fc0;
+}
+#else
+typedef float P;
+
+static inline float wide(P x) { return x; }
+static inline P narrow(float x) { return x; }
+#endif
+
+static inline void widen(const P *x, float *y) {
+    for (int j = 0; j < D; j++) y[j] = wide(x[j]);
+}
+
+static inline void narrowed(const float *x, P *y) {
+    for (int j = 0; j < D; j++) y[j] = narrow(x[j]);
+}
 
 typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
 
@@ -50,11 +82,12 @@ static inline __attribute__((always_inline)) void product(
 }
 
 /* x (D) to root mean square 1; the factor */
-static inline float unit(const float *x, float *y) {
+static inline float unit(const P *x, float *y) {
     float squares = 0;
-    for (int j = 0; j < D; j++) squares += x[j] * x[j];
+    widen(x, y);
+    for (int j = 0; j < D; j++) squares += y[j] * y[j];
     float factor = 1 / sqrtf(squares / D + EPS);
-    for (int j = 0; j < D; j++) y[j] = x[j] * factor;
+    for (int j = 0; j < D; j++) y[j] *= factor;
     return factor;
 }
 
@@ -70,7 +103,7 @@ static inline void turned(const float *x, const float *w, const float *cs, const
 /* the gradient dy of what `turned` and `unit` gave => that of x, and of the weight, which is added */
 static inline void turned_back(
     const float *dy, const float *x, float factor, const float *w, const float *cs, const float *sn, float scale,
-    float *dw, float *dx) {
+    float *dw, P *dx) {
     float d[D], along = 0;
     for (int i = 0; i < D / 2; i++) {
         float a = scale * dy[i], b = scale * dy[i + D / 2];
@@ -81,7 +114,7 @@ static inline void turned_back(
         dw[j] += d[j] * x[j];
         along += d[j] * x[j] * w[j];
     }
-    for (int j = 0; j < D; j++) dx[j] = factor * (d[j] * w[j] - x[j] * (along / D));
+    for (int j = 0; j < D; j++) dx[j] = narrow(factor * (d[j] * w[j] - x[j] * (along / D)));
 }
 
 typedef struct {
@@ -91,22 +124,22 @@ typedef struct {
 
 /* queries, keys and values of head h of one sample; qkv (L, 3, W), kv (words, 2, W), w: the three norms' weights (3, D) */
 static void read_head(
-    Head *a, int h, const float *qkv, const float *kv, const float *w, const float *cs, const float *sn,
+    Head *a, int h, const P *qkv, const P *kv, const float *w, const float *cs, const float *sn,
     int words) {
     const float scale = 1 / sqrtf((float)D);
     int m = 0;
     for (; m < words; m++) {
         a->kf[m] = unit(kv + m * 2 * W + h * D, a->kx + m * D);
         turned(a->kx + m * D, w + 2 * D, 0, 0, 1, a->k + m * D);
-        memcpy(a->v + m * D, kv + m * 2 * W + W + h * D, D * sizeof(float));
+        widen(kv + m * 2 * W + W + h * D, a->v + m * D);
     }
     for (int l = 0; l < L; l++, m++) {
-        const float *x = qkv + l * 3 * W + h * D;
+        const P *x = qkv + l * 3 * W + h * D;
         a->qf[l] = unit(x, a->qx + l * D);
         turned(a->qx + l * D, w, cs + l * D / 2, sn + l * D / 2, scale, a->q + l * D);
         a->kf[m] = unit(x + W, a->kx + m * D);
         turned(a->kx + m * D, w + D, cs + l * D / 2, sn + l * D / 2, 1, a->k + m * D);
-        memcpy(a->v + m * D, x + 2 * W, D * sizeof(float));
+        widen(x + 2 * W, a->v + m * D);
     }
     a->count = m;
     memset(a->q + L * D, 0, (LP - L) * D * sizeof(float));
@@ -122,8 +155,8 @@ static void across(const float *x, float *y) { /* (LP, D) => (D, LP) */
 /* qkv (n, L, 3, W), kv (R, 2, W), of which sample s has the rows from first[s] to first[s + 1], at most T => out
    (n, L, W); probs (n, H, SP, LP) is for the way back */
 void attend(
-    long n, const float *qkv, const float *kv, const float *w, const float *cs, const float *sn,
-    const long long *first, float *probs, float *out) {
+    long n, const P *qkv, const P *kv, const float *w, const float *cs, const float *sn, const long long *first,
+    float *probs, P *out) {
     Head a;
     float qt[D * LP], y[LP * D];
     for (long s = 0; s < n; s++)
@@ -142,14 +175,14 @@ void attend(
             for (int m = 0; m < a.count; m++)
                 for (int l = 0; l < LP; l++) p[m * LP + l] *= sum[l];
             product(L, a.count, D / 16, p, 1, LP, a.v, y);
-            for (int l = 0; l < L; l++) memcpy(out + (s * L + l) * W + h * D, y + l * D, D * sizeof(float));
+            for (int l = 0; l < L; l++) narrowed(y + l * D, out + (s * L + l) * W + h * D);
         }
 }
 
 /* dout (n, L, W) => dqkv (n, L, 3, W), dkv (R, 2, W), dw (3, D) */
 void attend_back(
-    long n, const float *qkv, const float *kv, const float *w, const float *cs, const float *sn,
-    const long long *first, const float *probs, const float *dout, float *dqkv, float *dkv, float *dw) {
+    long n, const P *qkv, const P *kv, const float *w, const float *cs, const float *sn, const long long *first,
+    const float *probs, const P *dout, P *dqkv, P *dkv, float *dw) {
     Head a;
     const float scale = 1 / sqrtf((float)D);
     float d[LP * D], dt[D * LP], ds[SP * LP], dv[SP * D], dq[LP * D], dk[SP * D];
@@ -158,9 +191,9 @@ void attend_back(
     for (long s = 0; s < n; s++)
         for (int h = 0; h < H; h++) {
             const float *p = probs + (s * H + h) * SP * LP;
-            float *back = dqkv + s * L * 3 * W + h * D, *text = dkv + first[s] * 2 * W + h * D;
+            P *back = dqkv + s * L * 3 * W + h * D, *text = dkv + first[s] * 2 * W + h * D;
             read_head(&a, h, qkv + s * L * 3 * W, kv + first[s] * 2 * W, w, cs, sn, first[s + 1] - first[s]);
-            for (int l = 0; l < L; l++) memcpy(d + l * D, dout + (s * L + l) * W + h * D, D * sizeof(float));
+            for (int l = 0; l < L; l++) widen(dout + (s * L + l) * W + h * D, d + l * D);
             across(d, dt);
             product(a.count, D, LP / 16, a.v, D, 1, dt, ds);
             float along[LP];
@@ -177,12 +210,12 @@ void attend_back(
                 int m = a.count - L + l;
                 turned_back(dq + l * D, a.qx + l * D, a.qf[l], w, c, e, scale, dw, back + l * 3 * W);
                 turned_back(dk + m * D, a.kx + m * D, a.kf[m], w + D, c, e, 1, dw + D, back + l * 3 * W + W);
-                memcpy(back + l * 3 * W + 2 * W, dv + m * D, D * sizeof(float));
+                narrowed(dv + m * D, back + l * 3 * W + 2 * W);
             }
             for (int m = 0; m < a.count - L; m++) {
-                float *to = text + m * 2 * W;
+                P *to = text + m * 2 * W;
                 turned_back(dk + m * D, a.kx + m * D, a.kf[m], w + 2 * D, 0, 0, 1, dw + 2 * D, to);
-                memcpy(to + W, dv + m * D, D * sizeof(float));
+                narrowed(dv + m * D, to + W);
             }
         }
 }
@@ -191,23 +224,27 @@ void attend_back(
 #define LINEAR 1.5957691216057308f
 #define CUBIC 0.0713548162726009f
 
-void activate(long count, const float *restrict x, const float *restrict up, float *restrict y) {
-    for (long i = 0; i < count; i++) y[i] = x[i] * up[i] / (1 + power(-x[i] * (LINEAR + CUBIC * x[i] * x[i])));
+void activate(long count, const P *restrict inner, const P *restrict up, P *restrict y) {
+    for (long i = 0; i < count; i++) {
+        float x = wide(inner[i]);
+        y[i] = narrow(x * wide(up[i]) / (1 + power(-x * (LINEAR + CUBIC * x * x))));
+    }
 }
 
 void activate_back(
-    long count, const float *restrict x, const float *restrict up, const float *restrict dy, float *restrict dx,
-    float *restrict dup) {
+    long count, const P *restrict inner, const P *restrict up, const P *restrict dy, P *restrict dinner,
+    P *restrict dup) {
     for (long i = 0; i < count; i++) {
-        float square = x[i] * x[i], share = 1 / (1 + power(-x[i] * (LINEAR + CUBIC * square)));
-        dup[i] = dy[i] * x[i] * share;
-        dx[i] = dy[i] * up[i] * share * (1 + x[i] * (1 - share) * (LINEAR + 3 * CUBIC * square));
+        float x = wide(inner[i]), d = wide(dy[i]);
+        float square = x * x, share = 1 / (1 + power(-x * (LINEAR + CUBIC * square)));
+        dup[i] = narrow(d * x * share);
+        dinner[i] = narrow(d * wide(up[i]) * share * (1 + x * (1 - share) * (LINEAR + 3 * CUBIC * square)));
     }
 }
 
 /* layer norm of x (n, L, W), then y = norm * (1 + scale) + shift; both (n, W) with `step` floats from row to row;
    stats (n, L, 2): mean and 1 / deviation */
-void modulate(long n, const float *x, const float *shift, const float *scale, long step, float *stats, float *y) {
+void modulate(long n, const float *x, const float *shift, const float *scale, long step, float *stats, P *y) {
     for (long s = 0; s < n; s++, shift += step, scale += step)
         for (int l = 0; l < L; l++, x += W, y += W, stats += 2) {
             float mean = 0, spread = 0;
@@ -215,7 +252,7 @@ void modulate(long n, const float *x, const float *shift, const float *scale, lo
             mean /= W;
             for (int j = 0; j < W; j++) spread += (x[j] - mean) * (x[j] - mean);
             spread = 1 / sqrtf(spread / W + EPS);
-            for (int j = 0; j < W; j++) y[j] = (x[j] - mean) * spread * (1 + scale[j]) + shift[j];
+            for (int j = 0; j < W; j++) y[j] = narrow((x[j] - mean) * spread * (1 + scale[j]) + shift[j]);
             stats[0] = mean;
             stats[1] = spread;
         }
@@ -223,7 +260,7 @@ void modulate(long n, const float *x, const float *shift, const float *scale, lo
 
 /* dy (n, L, W) => what x gets is added to dx; dshift, dscale are written, `step` floats from row to row */
 void modulate_back(
-    long n, const float *x, const float *stats, const float *scale, long step, const float *dy, float *dx,
+    long n, const float *x, const float *stats, const float *scale, long step, const P *dy, float *dx,
     float *dshift, float *dscale) {
     for (long s = 0; s < n; s++, scale += step, dshift += step, dscale += step) {
         float sum[W], along[W];
@@ -232,10 +269,11 @@ void modulate_back(
         for (int l = 0; l < L; l++, x += W, dy += W, dx += W, stats += 2) {
             float norm[W], d[W], mean = 0, slope = 0;
             for (int j = 0; j < W; j++) {
+                float own = wide(dy[j]);
                 norm[j] = (x[j] - stats[0]) * stats[1];
-                d[j] = dy[j] * (1 + scale[j]);
-                sum[j] += dy[j];
-                along[j] += dy[j] * norm[j];
+                d[j] = own * (1 + scale[j]);
+                sum[j] += own;
+                along[j] += own * norm[j];
                 mean += d[j];
                 slope += d[j] * norm[j];
             }
@@ -247,21 +285,21 @@ void modulate_back(
 }
 
 /* y = x + gate * made, all (n, L, W), gate (n, W) with `step` floats from row to row */
-void gated(long n, const float *x, const float *gate, long step, const float *made, float *y) {
+void gated(long n, const float *x, const float *gate, long step, const P *made, float *y) {
     for (long s = 0; s < n; s++, gate += step)
         for (int l = 0; l < L; l++, x += W, made += W, y += W)
-            for (int j = 0; j < W; j++) y[j] = x[j] + gate[j] * made[j];
+            for (int j = 0; j < W; j++) y[j] = x[j] + gate[j] * wide(made[j]);
 }
 
 void gated_back(
-    long n, const float *dy, const float *gate, long step, const float *made, float *dmade, float *dgate) {
+    long n, const float *dy, const float *gate, long step, const P *made, P *dmade, float *dgate) {
     for (long s = 0; s < n; s++, gate += step, dgate += step) {
         float sum[W];
         memset(sum, 0, sizeof sum);
         for (int l = 0; l < L; l++, dy += W, made += W, dmade += W)
             for (int j = 0; j < W; j++) {
-                dmade[j] = dy[j] * gate[j];
-                sum[j] += dy[j] * made[j];
+                dmade[j] = narrow(dy[j] * gate[j]);
+                sum[j] += dy[j] * wide(made[j]);
             }
         memcpy(dgate, sum, sizeof sum);
     }

@@ -34,6 +34,8 @@ class Plan:
     max_period: int
     read: int | None = None
     """the block whose output is given beside the velocity"""
+    half: bool = False
+    """the blocks' products of tokens in bfloat16, their sums in float32; so are states, gradients and all the rest"""
 
 
 class Between(Protocol):
@@ -76,6 +78,7 @@ def forward(
 
     Without `learns` there is no way back, and nothing is kept for it.
     """
+    w = _halved(w) if plan.half else w
     x, in_back = _linear(w, "img_in", _patches(latents, plan.patch))
     text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1) if mask is None else prompt[mask])
     time, time_back = _time(w, plan, timesteps)
@@ -108,6 +111,12 @@ def forward(
     return outputs, back
 
 
+def _halved(w: Weights) -> Weights:
+    """What multiplies tokens within blocks is nearly all of the work; time, first and last layer stay as they are."""
+    many = (name for name, x in w.items() if x.ndim == 2 and name.startswith("blocks.") and ".modulation." not in name)
+    return w | {name: w[name].bfloat16() for name in many}
+
+
 def _patches(picture: Tensor, p: int) -> Tensor:
     """(n, C, h, w) => (n L, C p p)."""
     n, c, height, width = picture.shape
@@ -122,12 +131,14 @@ def _picture(rows: Tensor, p: int, shape: torch.Size) -> Tensor:
 
 
 def _linear(w: Weights, name: str, x: Tensor) -> tuple[Tensor, Back]:
-    """A linear layer on (rows, in)."""
+    """A linear layer on (rows, in), in the dtype of its weights."""
     weight, bias = w[f"{name}.weight"], w.get(f"{name}.bias")
+    x = x.to(weight.dtype)
     y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
 
     def back(grads: Weights, dy: Tensor, to_input: bool = True) -> Tensor | None:
-        grads[f"{name}.weight"] = dy.t() @ x
+        dy = dy.to(weight.dtype)
+        grads[f"{name}.weight"] = (dy.t() @ x).float()
         if bias is not None:
             grads[f"{name}.bias"] = dy.sum(0)
         return dy @ weight if to_input else None
@@ -202,8 +213,7 @@ def _attention(w: Weights, name: str, between: Between, x: Tensor, text: Tensor)
 
     def back(grads: Weights, dy: Tensor, dtext: Tensor) -> Tensor:
         dqkv, dkv = attended_back(grads, out_back(grads, dy))
-        kv_back(grads, dkv, to_input=False)
-        dtext.addmm_(dkv, w[f"{name}.txt_kv_proj.weight"])
+        dtext += kv_back(grads, dkv)
         return qkv_back(grads, dqkv)
 
     return y, back

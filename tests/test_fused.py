@@ -176,9 +176,53 @@ def test_inputs_that_are_not_what_it_was_written_for(pair, written):
     for network in pair:
         gradients += torch.autograd.grad(network(**given).sample.sum(), given["hidden_states"])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
         assert ours(**inputs(3)).sample.dtype == stock(**inputs(3)).sample.dtype
     assert not written()
+
+
+@pytest.mark.parametrize(("n", "threads"), [(3, 1), (17, 2)])
+def test_under_autocast_it_errs_no_more_than_the_stock_network(pair, written, n, threads, monkeypatch):
+    """Both against the stock network in float32: outputs and gradients, by bfloat16's products of 8 bits."""
+    if library(2, 16, 16, 6, True) is None:
+        missing("no C compiler (cc); apt-get install gcc")
+    monkeypatch.setattr(fused, "cores", lambda: threads)
+    ours, stock = pair
+    given, found = inputs(n), []
+    target = torch.randn_like(given["hidden_states"])
+    for network, cast in ((stock, False), (stock, True), (ours, True)):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            output = network(**given).sample
+            assert output.dtype == (torch.bfloat16 if cast else torch.float32)
+            (output.float() * target).sum().backward()
+        found.append([output.detach().float(), *(p.grad for p in network.parameters())])
+        assert all(p.grad.dtype == torch.float32 for p in network.parameters())
+    assert written() == 1
+    for exact, theirs, own in zip(*found, strict=True):
+        scale = exact.norm()
+        assert 1e-5 < (own - exact).norm() / scale < 0.03
+        assert (own - exact).norm() <= 1.2 * (theirs - exact).norm() + 1e-3 * scale
+
+
+def test_without_a_compiler_the_stock_network_runs_under_autocast(pair, written, monkeypatch):
+    monkeypatch.setattr(fused, "library", lambda *shape: None)
+    ours, stock = pair
+    given = inputs(3)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(ours(**given).sample, stock(**given).sample, rtol=0.02, atol=0.02)
+    assert not written()
+
+
+def test_what_is_no_number_stays_none_in_bfloat16(pair):
+    """So that a training that has come to that is stopped, as in float32."""
+    if library(2, 16, 16, 6, True) is None:
+        missing("no C compiler (cc); apt-get install gcc")
+    given = inputs(3)
+    given["hidden_states"][1, 0, 0, 0] = torch.nan
+    with torch.autocast("cpu", torch.bfloat16):
+        output = pair[0](**given).sample
+    assert output[1].isnan().all() and output[[0, 2]].isfinite().all()
 
 
 def test_a_second_backward_pass_is_refused(pair):

@@ -94,7 +94,7 @@ class Learner:
         self.raw_optimizer = raw
         raw.create_state()
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.is_written = accelerator.mixed_precision == "no" and _is_written(self.module)
+        self.is_written = accelerator.mixed_precision in ("no", "bf16") and _is_written(self.module)
         self.steps, self.ema_every, self.averaged_at = steps, ema_every, 0
         self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
