@@ -33,18 +33,27 @@ def test_orthogonalise_is_the_iteration_on_the_whole_matrix():
     torch.testing.assert_close(optimizer.orthogonalise(matrix[None])[0].double(), x, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
+def test_orthogonalise_in_bfloat16_levels_as_the_exact_one_does(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, half = optimizer.orthogonalise(matrices), optimizer.orthogonalise(matrices, half=True)
+    assert half.dtype == torch.float32 and 0 < (half - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-8, 1e8])
-def test_orthogonalise_of_the_smallest_and_largest_is_finite(scale):
+def test_orthogonalise_of_the_smallest_and_largest_is_finite(scale, half):
     matrices = scale * torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(0))
-    result = optimizer.orthogonalise(matrices)
+    result = optimizer.orthogonalise(matrices, half)
     assert result.isfinite().all() and result.abs().max() < 1
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
-def test_muon_takes_the_steps_of_torchs_own(shape):
+def test_muon_takes_the_steps_of_torchs_own(shape, half):
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = optimizer.MuonAdamW([{"params": [ours], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1)
+    a = optimizer.MuonAdamW([{"params": [ours], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1, half)
     a.create_state()
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5)
     for step in range(5):

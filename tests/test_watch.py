@@ -9,7 +9,7 @@ from torch import nn
 from sd_mini.config import read
 from tests.faults import KillAt
 from tests.launching import MAINS, SMOKE, launch, launch_apart, lines, weights
-from training import flops, loop
+from training import flops, loop, process
 from training.launch import Launch
 from training.players import Speed, _speed_up
 from training.task import Origin
@@ -196,6 +196,17 @@ def test_bfloat16_passes_over_float32_weights(smoke_run, tmp_path):
     assert losses[0] != losses[1]
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
     assert {value.dtype for value in weights(tmp_path / "half" / "noise_predictor").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_bf16": False}, "no"), ({}, "no")],
+)
+def test_precision_is_chosen_by_what_the_cpu_multiplies_in(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    cpu = torch.device("cpu")
+    assert process.chosen_precision("auto", cpu) == expected
+    assert [process.chosen_precision(asked, cpu) for asked in (None, "no", "bf16")] == [None, "no", "bf16"]
 
 
 def test_float16_is_refused(tmp_path, capsys):

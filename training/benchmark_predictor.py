@@ -29,7 +29,7 @@ from training.launch import Launch
 from training.loader import iterate
 from training.loop import Loop
 from training.predictor_losses import Objective
-from training.process import join_processes
+from training.process import chosen_precision, join_processes
 from training.task import Origin
 
 BLOCK, ROUNDS, WARM_UP = 10, 9, 5  # updates, blocks of each loop, updates before the first
@@ -63,17 +63,22 @@ def training_speed(argv: Sequence[str]) -> dict[str, Any]:
 
 def utilisation(argv: Sequence[str], rounds: int = 30) -> dict[str, Any]:
     """MFU of forward and backward alone, and of whole updates, their batch included: the counted FLOPs over the peak
-    that is measured beside each."""
+    that is measured beside each, in the dtype of the products. In bfloat16 also over float32's: how far an update goes
+    beyond what float32 could."""
     parts: dict[str, list[float]] = {"forward_backward": [], "step": []}
     with prepared(argv) as loop:
         (learner,) = loop.learners
         tensors = loop.on_device(loop.steps[0].passes[0])
         flops = count_flops(learner.shown, learner.trained, tensors)
         dtype = torch.bfloat16 if loop.accelerator.mixed_precision == "bf16" else torch.float32
+        if dtype == torch.bfloat16:
+            parts |= {f"{name}_over_float32": [] for name in list(parts)}
         steps = iterate(loop.steps, 0, rounds + WARM_UP, loop.config.workers)
         for number in range(rounds + WARM_UP):
             measured_peak.cache_clear()  # as the machine's pace swings
-            peak = measured_peak(loop.accelerator.device, dtype)
+            peaks = {"": measured_peak(loop.accelerator.device, dtype)}
+            if dtype == torch.bfloat16:
+                peaks["_over_float32"] = measured_peak(loop.accelerator.device, torch.float32)
             start = _now(loop)
             with loop.sharing_out(), loop.accelerator.autocast():
                 losses, _ = learner.objective(**tensors)
@@ -83,13 +88,13 @@ def utilisation(argv: Sequence[str], rounds: int = 30) -> dict[str, Any]:
             before = _now(loop)
             loop.update(next(steps))
             after = _now(loop)
-            if number >= WARM_UP:
-                parts["forward_backward"].append(flops / (middle - start) / peak)
-                parts["step"].append(flops / (after - before) / peak)
+            for over, peak in peaks.items() if number >= WARM_UP else ():
+                parts[f"forward_backward{over}"].append(flops / (middle - start) / peak)
+                parts[f"step{over}"].append(flops / (after - before) / peak)
     found = {name: Spread.of(values) for name, values in parts.items()}
-    print(f"{flops / 1e9:.3g} GFLOP an update; peak {peak / 1e9:.0f} GFLOP/s")
+    print(f"{flops / 1e9:.3g} GFLOP an update; peak {peaks[''] / 1e9:.0f} GFLOP/s")
     for name, spread in found.items():
-        print(f"{name:>16}: MFU {100 * spread.median:.1f} % [{100 * spread.low:.1f}, {100 * spread.high:.1f}]")
+        print(f"{name:>29}: MFU {100 * spread.median:.1f} % [{100 * spread.low:.1f}, {100 * spread.high:.1f}]")
     return {name: spread.record() for name, spread in found.items()}
 
 
@@ -163,7 +168,7 @@ def _plain_loop(argv: Sequence[str], cached: bool) -> Iterator[float]:
     encoded at every step, AdamW, clip, its scheduler, its EMA at every step, the gathered loss by `.item()`, twice."""
     launched = parsed(argv)
     config, train = launched.config, launched.config.train
-    accelerator = Accelerator(mixed_precision=train.mixed_precision or "no")
+    accelerator = Accelerator(mixed_precision=chosen_precision(train.mixed_precision, join_processes().device) or "no")
     task = noise_predictor.PredictorTask(config, launched.run)
     network = stock(task.players["noise_predictor"].objective.network)
     rows: Dataset = _Cached(task) if cached else _Pictures(config)

@@ -25,16 +25,32 @@ _MOMENTUM = 0.95  # Nesterov's
 Groups = list[tuple[dict[str, Any], list[nn.Parameter]]]
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalise(matrices: Tensor, half: bool = False) -> Tensor:
     """(N, m, n) => the nearest semi-orthogonal matrices up to singular values within about [0.7, 1.2], in their dtype.
 
-    The zeroth power of each matrix by Newton-Schulz, Jordan et al. 2024 ("Muon"); all N in one product.
+    The zeroth power of each matrix by Newton-Schulz, Jordan et al. 2024 ("Muon"); all N in one product. `half`: by
+    products in bfloat16, as there.
     """
-    a, b, c = _QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    # every step is a polynomial of x x^T from the left, so it is the small square matrices that are iterated
+    x = _levelled(x.bfloat16()).to(x.dtype) if half else _levelled_by_squares(x)
+    return x.mT if tall else x
+
+
+def _levelled(x: Tensor) -> Tensor:
+    """Each step from the matrices themselves, so that the next one mends what it is rounded by."""
+    a, b, c = _QUINTIC
+    for _ in range(_ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _levelled_by_squares(x: Tensor) -> Tensor:
+    """Every step is a polynomial of x x^T from the left, so it is the small square matrices that are iterated: a third
+    less work, and too much of small singular values lost in any coarser precision."""
+    a, b, c = _QUINTIC
     square = x @ x.mT
     unit = torch.eye(square.shape[-1], dtype=x.dtype, device=x.device)
     left = None
@@ -43,8 +59,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         left = polynomial if left is None else polynomial @ left
         if iteration < _ITERATIONS - 1:
             square = polynomial @ square @ polynomial
-    x = left @ x
-    return x.mT if tall else x
+    return left @ x
 
 
 class OptimizerConfig(Config):
@@ -66,14 +81,17 @@ class OptimizerConfig(Config):
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups that say `muon=True`, fused AdamW for the others, under one learning rate schedule.
 
-    The matrices of a Muon group are of one shape and are orthogonalised together, in float32. `torch.optim.Muon` takes
-    them one by one in bfloat16, which two CPU cores without matrix units pay for twice.
+    The matrices of a Muon group are of one shape and are orthogonalised together; `half`: by products in bfloat16, as
+    `torch.optim.Muon` does one by one.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], weight_decay: float):
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], weight_decay: float, half: bool = False
+    ):
         shared = {"lr": 1e-3, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8}
         # "fused" tells Optimizer.load_state_dict that AdamW's step count lives on the parameter's device
         super().__init__(groups, {**shared, "fused": True, "muon": False})
+        self.half = half
 
     def create_state(self) -> None:
         """Give every parameter its state. Once, when the parameters are where and how they will be trained."""
@@ -109,7 +127,8 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
         # a matrix is orthogonalised whole, so what FSDP2 has split is joined for it
-        updates = orthogonalise(torch.stack([joined(a, p).flatten(1) for a, p in zip(ahead, trained, strict=True)]))
+        matrices = torch.stack([joined(a, p).flatten(1) for a, p in zip(ahead, trained, strict=True)])
+        updates = orthogonalise(matrices, self.half)
         rows, columns = updates.shape[1:]
         # so that a tall matrix changes its outputs as much as a wide one: Jordan et al. 2024
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -166,8 +185,9 @@ def _cost(group: dict[str, Any], parameter: nn.Parameter) -> int:
     return small**2 * (4 * _ITERATIONS * small + 2 * large)
 
 
-def build(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:
-    """The optimizer of what `module` trains; with `muon_lr` the matrices of its blocks go by Muon at that rate.
+def build(module: nn.Module, config: OptimizerConfig, half: bool = False) -> MuonAdamW:
+    """The optimizer of what `module` trains; with `muon_lr` the matrices of its blocks go by Muon at that rate, `half`:
+    in bfloat16.
 
     Raises ValueError for a `muon_lr` without any such matrix.
     """
@@ -184,7 +204,7 @@ def build(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:
     taken = {id(p) for group in by_shape.values() for p in group}
     groups = [{"params": [p for p in trained if id(p) not in taken], "lr": config.lr}]
     groups += [{"params": group, "lr": muon_lr, "muon": True} for group in by_shape.values()]
-    return MuonAdamW([group for group in groups if group["params"]], config.betas, config.weight_decay)
+    return MuonAdamW([group for group in groups if group["params"]], config.betas, config.weight_decay, half)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> LambdaLR:

@@ -87,7 +87,9 @@ class Learner:
         if accelerator.is_fsdp2:
             self.shown.to("cpu")
         _speed_up(self.module, speed)
-        raw = optimizer.build(self.module, self.config)
+        # on a GPU Muon's float32 products are rounded anyhow (TF32)
+        half = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
+        raw = optimizer.build(self.module, self.config, half)
         self.schedule = optimizer.build_schedule(raw, self.config, max(1, steps - self.start))
         # under FSDP2 this shards the module in place; under DDP it wraps it
         self.objective, self.optimizer = accelerator.prepare(self.module, raw)

@@ -32,7 +32,8 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
     """Accelerate for a training in `folder`. Raises ValueError for float16, which would need a loss scaler's state."""
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
     AcceleratorState._reset_state()  # of another training in this process, which may have had another precision
-    accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with or None, project_config=project)
+    precision = chosen_precision(mixed_precision, join_processes().device)
+    accelerator = Accelerator(mixed_precision=precision, log_with=log_with or None, project_config=project)
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -44,6 +45,18 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
     if accelerator.device.type == "cpu":
         tune_cpu(accelerator.num_processes)
     return accelerator
+
+
+def chosen_precision(asked: str | None, device: torch.device) -> str | None:
+    """What was asked for, "auto" made "bf16" where `device` multiplies in it, and elsewhere "no"."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # a newer torch than the oldest that will do
+        able = any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if able else "no"
 
 
 @contextmanager

@@ -35,8 +35,9 @@ class TrainConfig(OptimizerConfig):
     """updates between two of the averages; a few more cost less time and change next to nothing"""
     ema_snapshots: int = Field(8, ge=0)
     """snapshots of the averages over the training, from which any other width can be made when it has ended"""
-    mixed_precision: Literal["no", "bf16"] | None = None
-    """precision of the passes, over float32 weights; none: what `accelerate launch` says"""
+    mixed_precision: Literal["no", "bf16", "auto"] | None = None
+    """precision of the passes, over float32 weights; auto: bf16 where the device multiplies in it; none: what
+    `accelerate launch` says"""
     compile: str | None = None
     """torch.compile backend for the networks' repeated blocks ("inductor"); none: off"""
     gradient_checkpointing: bool = False
