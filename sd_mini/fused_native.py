@@ -26,17 +26,26 @@ _FLAGS = ["-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-t
 _FLAGS += ["-fno-signed-zeros", "-freciprocal-math"]
 
 
+def compiles(head: int) -> bool:
+    """Whether there is a C compiler (`cc`, or what CC names), and heads of so many columns are what the code is for."""
+    return _compiler() is not None and head % 16 == 0
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC") or "cc")
+
+
 @lru_cache(maxsize=16)
 def library(heads: int, head: int, length: int, words: int, half: bool = False) -> ctypes.CDLL | None:
     """For that many heads of so many columns, picture and prompt tokens; none where it cannot be had. `half`: around
     products in bfloat16.
 
-    It cannot without a C compiler (`cc`, or what CC names), or with one that fails, which is warned of; for heads whose
-    width 16 does not divide, and for more tokens than a head's scratch has room for on a thread's stack.
+    It cannot without a C compiler, or with one that fails, which is warned of; for heads whose width 16 does not
+    divide, and for more tokens than a head's scratch has room for on a thread's stack.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None or head % 16 or _scratch(head, length, words) > _STACK:
+    if not compiles(head) or _scratch(head, length, words) > _STACK:
         return None
+    compiler = _compiler()
     shape = [f"-D{name}={value}" for name, value in zip("HDLT", (heads, head, length, words), strict=True)]
     shape += ["-DHALF"] * half
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,7 @@
 Each part takes tensors and gives its output and a function `back` from the output's gradient to those of its inputs,
 which also puts the weights' gradients into the dict it is given. Rows are picture tokens, samples one after the other.
 Names: n samples, L picture and T prompt tokens of each, R of these seen by any (padding is left out), D the width, H
-heads of d columns. What lies between the matrix
-products is either torch's (`fused_torch`) or C (`fused_native`).
+heads of d columns. What lies between the matrix products is either torch's (`fused_torch`) or C (`fused_native`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from sd_mini import images, lora, samplers
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
 from sd_mini.denoising import Denoising
-from sd_mini.fused import speed_up
+from sd_mini.fused import speed_up, used_for
 from sd_mini.guidance import Guidance, interval
 from sd_mini.pipeline_inputs import Generators
 from sd_mini.process import Process
@@ -274,7 +274,9 @@ class Pipeline(PromptedPipeline):
             embeds = (negative_prompt_embeds, negative_prompt_mask)
             null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict, *embeds)
         self._interrupt, latents = False, denoising.start(noise)
-        with self.progress_bar(total=len(denoising.timesteps)) as progress:
+        # what a callback computes has all of torch's threads
+        shared_out = used_for(self.noise_predictor, batch if callback_on_step_end is None else 0)
+        with self.progress_bar(total=len(denoising.timesteps)) as progress, shared_out:
             for i, t in enumerate(denoising.timesteps):
                 if self._interrupt:
                     continue

@@ -96,7 +96,7 @@ class Learner:
         self.raw_optimizer = raw
         raw.create_state()
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.is_written = accelerator.mixed_precision in ("no", "bf16") and _is_written(self.module)
+        self.is_written = _is_written(self.module, accelerator.mixed_precision == "bf16")
         self.steps, self.ema_every, self.averaged_at = steps, ema_every, 0
         self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
@@ -217,13 +217,13 @@ class Learner:
         return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
-def _is_written(module: nn.Module) -> bool:
-    """Whether the passes share out their batches themselves: all of the objective's, or those of networks that hold
-    nine tenths of what is trained."""
-    if getattr(module, "shares_out", False):
+def _is_written(module: nn.Module, half: bool = False) -> bool:
+    """Whether the passes share out their batches themselves: all of the objective's, which it does in float32, or those
+    of networks that hold nine tenths of what is trained. `half`: under autocast to bfloat16."""
+    if not half and getattr(module, "shares_out", False):
         return True
     trained = {id(p): p.numel() for p in module.parameters() if p.requires_grad}
-    written = {id(p) for part in module.modules() if fused.is_written(part) for p in part.parameters()}
+    written = {id(p) for part in module.modules() if fused.is_written(part, half) for p in part.parameters()}
     return sum(n for p, n in trained.items() if p in written) >= _MOSTLY * sum(trained.values())
 
 
