@@ -34,7 +34,7 @@ class Plan:
     read: int | None = None
     """the block whose output is given beside the velocity"""
     half: bool = False
-    """the blocks' products of tokens in bfloat16, their sums in float32; so are states, gradients and all the rest"""
+    """the blocks' products of tokens in bfloat16, summed up in float32, as which all states and updates stay"""
 
 
 class Between(Protocol):

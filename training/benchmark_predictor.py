@@ -63,21 +63,21 @@ def training_speed(argv: Sequence[str]) -> dict[str, Any]:
 
 def utilisation(argv: Sequence[str], rounds: int = 30) -> dict[str, Any]:
     """MFU of forward and backward alone, and of whole updates, their batch included: the counted FLOPs over the peak
-    that is measured beside each, in the dtype of the products. In bfloat16 also over float32's: how far an update goes
-    beyond what float32 could."""
+    that is measured beside each, in the dtype of the products. In bfloat16 on a CPU also over float32's."""
     parts: dict[str, list[float]] = {"forward_backward": [], "step": []}
     with prepared(argv) as loop:
         (learner,) = loop.learners
         tensors = loop.on_device(loop.steps[0].passes[0])
         flops = count_flops(learner.shown, learner.trained, tensors)
         dtype = torch.bfloat16 if loop.accelerator.mixed_precision == "bf16" else torch.float32
-        if dtype == torch.bfloat16:
+        beyond = dtype == torch.bfloat16 and loop.accelerator.device.type == "cpu"
+        if beyond:
             parts |= {f"{name}_over_float32": [] for name in list(parts)}
         steps = iterate(loop.steps, 0, rounds + WARM_UP, loop.config.workers)
         for number in range(rounds + WARM_UP):
             measured_peak.cache_clear()  # as the machine's pace swings
             peaks = {"": measured_peak(loop.accelerator.device, dtype)}
-            if dtype == torch.bfloat16:
+            if beyond:
                 peaks["_over_float32"] = measured_peak(loop.accelerator.device, torch.float32)
             start = _now(loop)
             with loop.sharing_out(), loop.accelerator.autocast():
