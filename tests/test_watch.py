@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -12,7 +13,7 @@ from tests.launching import MAINS, SMOKE, launch, launch_apart, lines, weights
 from training import flops, loop, process
 from training.launch import Launch
 from training.players import Speed, _speed_up
-from training.task import Origin
+from training.task import Origin, TrainConfig
 
 
 def board(folder):
@@ -207,6 +208,12 @@ def test_precision_is_chosen_by_what_the_cpu_multiplies_in(monkeypatch, has, exp
     cpu = torch.device("cpu")
     assert process.chosen_precision("auto", cpu) == expected
     assert [process.chosen_precision(asked, cpu) for asked in (None, "no", "bf16")] == [None, "no", "bf16"]
+
+
+def test_no_mixed_precision_as_yaml_reads_it():
+    assert TrainConfig(**yaml.safe_load("mixed_precision: no")).mixed_precision == "no"
+    with pytest.raises(ValueError, match="mixed_precision"):
+        TrainConfig(mixed_precision=True)
 
 
 def test_float16_is_refused(tmp_path, capsys):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from training.batches import Batch
@@ -56,6 +56,11 @@ class TrainConfig(OptimizerConfig):
     """checkpoints of steps that this divides stay for good"""
     trace: bool = False
     """write the ids and a hash of every input row of every step, to compare two runs by"""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # as YAML reads it
 
     @model_validator(mode="after")
     def _snapshots_for_the_width(self) -> Self:
