@@ -56,12 +56,13 @@ def test_the_bar_shows_speed_loss_gradient_and_utilisation(tmp_path, capsys):
     assert all(word in bar for word in ("6/6 [", "loss=", "grad=", "img/s=", "MFU="))
 
 
-def predictor_loop(smoke_run, folder):
+def predictor_loop(smoke_run, folder, **train):
     config = read(MAINS["noise_predictor"].config, SMOKE / "noise_predictor.yaml")
     stages = {name: str(smoke_run / name / "final") for name in ("text_encoder", "autoencoder")}
     task = MAINS["noise_predictor"].make_task(Launch(config.model_copy(update=stages), folder, folder / "stage"))
     (folder / "stage").mkdir(parents=True)
-    training = loop.Loop(task, config.train, folder / "stage", Origin(0.0, {}), [])
+    own = config.train.model_copy(update=train)
+    training = loop.Loop(task, own, folder / "stage", Origin(0.0, {}), [])
     training.watch.start({}, 0)
     return training
 
@@ -208,6 +209,12 @@ def test_precision_is_chosen_by_what_the_cpu_multiplies_in(monkeypatch, has, exp
     cpu = torch.device("cpu")
     assert process.chosen_precision("auto", cpu) == expected
     assert [process.chosen_precision(asked, cpu) for asked in (None, "no", "bf16")] == [None, "no", "bf16"]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_muon_multiplies_in_the_precision_of_the_passes(smoke_run, tmp_path, precision):
+    (learner,) = predictor_loop(smoke_run, tmp_path, mixed_precision=precision).learners
+    assert learner.raw_optimizer.half == (precision == "bf16")
 
 
 def test_no_mixed_precision_as_yaml_reads_it():

@@ -96,7 +96,7 @@ class Learner:
         self.raw_optimizer = raw
         raw.create_state()
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.is_written = _is_written(self.module, accelerator.mixed_precision == "bf16")
+        self.is_written = _is_written(self.module, half)
         self.steps, self.ema_every, self.averaged_at = steps, ema_every, 0
         self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
