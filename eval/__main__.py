@@ -38,6 +38,7 @@ from eval.text import TextProbe
 from sd_mini.cli import check_target
 from sd_mini.config import command
 from sd_mini.data import DataConfig
+from sd_mini.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +105,7 @@ def _question(options: argparse.Namespace, source: Maker | Lying, data: DataConf
     if options.data != SHAPES:
         return ask_captions(data, options.prompts)
     if source.resolution < MIN_SIDE:
-        raise ValueError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
+        raise UserError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
     return ask_shapes(options.prompts, options.seed or 0, source.resolution)
 
 

@@ -12,6 +12,7 @@ from eval.reconstruction import FIRST_SCENE_SEED, PROMPTS
 from sd_mini import shapes
 from sd_mini.config import check
 from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, read_contract
 
 SHAPES = "shapes"
@@ -68,9 +69,9 @@ def ask_captions(data: DataConfig, prompts: int | None) -> Question:
     rows = load(data)
     captions = [several[0] for several in rows.captions if several]
     if not captions:
-        raise ValueError(f"--data {data.source}: its pictures have no captions; expected a column 'text'")
+        raise UserError(f"--data {data.source}: its pictures have no captions; expected a column 'text'")
     if prompts is not None and prompts > len(captions):
-        raise ValueError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
+        raise UserError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
     count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
     is_apart = len(captions) - count >= 2
     reference = rows.pictures[count:] if is_apart else rows.pictures
@@ -102,12 +103,12 @@ def training_data(run: Path | None) -> CaptionedPictures | None:
     try:
         data = load(check(DataConfig, values["data"], source=str(folder / "config.yaml")))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"
         ) from None
     trained_on = read_contract(folder / "final", "noise_predictor")["data"]["fingerprint"]
     if data.fingerprint != trained_on:
-        raise ValueError(
+        raise UserError(
             f"{data.name}: is not what {folder} was trained on ({data.fingerprint[:12]}, {trained_on[:12]}); give it "
             "back its data, or --training none"
         )

@@ -21,6 +21,7 @@ import numpy as np
 
 from sd_mini.cli import Parser, whole
 from sd_mini.config import command
+from sd_mini.errors import UserError
 
 DIM = 2048
 
@@ -172,7 +173,7 @@ def _report(options: argparse.Namespace) -> None:
         for _ in range(options.repeats):
             start = time.perf_counter()
             if subprocess.run([sys.executable, *arguments], check=False, stdout=subprocess.DEVNULL).returncode:
-                raise ValueError(f"python {' '.join(arguments)} failed; see above")
+                raise UserError(f"python {' '.join(arguments)} failed; see above")
             seconds.append(time.perf_counter() - start)
         size = (out / "report.html").stat().st_size
     print(f"whole evaluation: {', '.join(f'{one:.1f}' for one in seconds)} s; report.html {size / 1e6:.2f} MB")

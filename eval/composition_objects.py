@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from sd_mini.errors import UserError
 from sd_mini.shapes_draw import area, coverage
 from sd_mini.shapes_graph import BACKGROUND, COLOURS, SHAPES, SIZES, lab
 
@@ -65,9 +66,9 @@ def check_picture(picture: np.ndarray) -> None:
     shape, dtype = getattr(picture, "shape", None), getattr(picture, "dtype", type(picture).__name__)
     square = shape is not None and len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
     if not square or dtype != np.uint8:
-        raise ValueError(f"picture: got {shape} {dtype}, expected (3, S, S) uint8: convert with sd_mini.images")
+        raise UserError(f"picture: got {shape} {dtype}, expected (3, S, S) uint8: convert with sd_mini.images")
     if shape[1] < MIN_SIDE:
-        raise ValueError(f"picture: got {shape[1]} px, expected at least {MIN_SIDE} px: draw it at a higher resolution")
+        raise UserError(f"picture: got {shape[1]} px, expected at least {MIN_SIDE} px: draw it at a higher resolution")
 
 
 def find_objects(picture: np.ndarray) -> list[FoundObject] | None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from eval import mini
 from eval.inception import load_inception
 from sd_mini import images
+from sd_mini.errors import UserError
 from sd_mini.load_encoder import load_open_clip
 from sd_mini.stages import model_hash
 from sd_mini.vision import cannot_load, open_timm, open_transformers
@@ -66,7 +67,7 @@ class Extractor:
             parts.append(self.network(part).float().cpu().numpy())
         features = np.concatenate(parts)
         if features.ndim != 2 or len(features) != len(pictures) or not np.isfinite(features).all():
-            raise ValueError(
+            raise UserError(
                 f"features {self.name}: got shape {features.shape} of {len(pictures)} pictures, or NaN in it; expected "
                 "one finite vector for each"
             )
@@ -78,7 +79,7 @@ def open_features(name: str, device: str = "cpu") -> Extractor:
     kind, _, rest = name.partition(":")
     plain, _, weights = name.partition("=")
     if name.startswith("mini="):
-        raise ValueError(f"features {name}: mini is drawn from a seed and takes no weights; expected mini alone")
+        raise UserError(f"features {name}: mini is drawn from a seed and takes no weights; expected mini alone")
     if plain == "mini":
         found = _made("mini", "FD-mini", f"bilinear, antialiased, to {mini.SIDE} px", mini.Mini())
     elif plain == "inception":
@@ -96,7 +97,7 @@ def open_features(name: str, device: str = "cpu") -> Extractor:
     elif kind == "module" and rest:
         found = _module(name, rest)
     else:
-        raise ValueError(
+        raise UserError(
             f"features {name!r}: expected mini, inception[=FILE], dinov2[=FILE], open_clip:NAME=FILE, "
             "timm:NAME[=FILE], transformers:FOLDER or module:PACKAGE.MODULE:FUNCTION"
         )
@@ -109,7 +110,7 @@ def open_all(names: Sequence[str], device: str = "cpu") -> list[Extractor]:
     """Several. Raises ValueError also where two would be called alike in a report."""
     found = [open_features(name, device) for name in names]
     if len({one.distance for one in found}) < len(found):
-        raise ValueError(f"--features {' '.join(names)}: two of them give a {found[-1].distance}; give each once")
+        raise UserError(f"--features {' '.join(names)}: two of them give a {found[-1].distance}; give each once")
     return found
 
 
@@ -153,7 +154,7 @@ def _transformers(name: str, folder: str) -> Extractor:
     try:
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever its parsers and the hub's client raise
-        raise ValueError(cannot_load(f"picture processor of {folder!r}", error)) from None
+        raise UserError(cannot_load(f"picture processor of {folder!r}", error)) from None
     transform = Transformed(network, lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0], _seen)
     return _made(name, f"FD-{Path(folder).name}", " ".join(str(processor).split()), transform)
 
@@ -170,22 +171,22 @@ def _module(name: str, place: str) -> Extractor:
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"features {name}: {error}; expected module:PACKAGE.MODULE:FUNCTION") from None
+        raise UserError(f"features {name}: {error}; expected module:PACKAGE.MODULE:FUNCTION") from None
     try:
         inspect.signature(make).bind()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"features {name}: {error}; expected a function that is called without arguments") from None
+        raise UserError(f"features {name}: {error}; expected a function that is called without arguments") from None
     network = make()
     if isinstance(network, nn.Module):
         return _made(name, f"FD-{function}", f"{place}'s own", network)
     if not callable(network):
-        raise ValueError(
+        raise UserError(
             f"features {name}: gives {type(network).__name__}, expected a function or torch.nn.Module that takes "
             "pictures"
         )
     try:
         source = inspect.getsource(inspect.getmodule(make))
     except (OSError, TypeError):
-        raise ValueError(f"features {name}: has no source to be known by; give a torch.nn.Module") from None
+        raise UserError(f"features {name}: has no source to be known by; give a torch.nn.Module") from None
     digest = hashlib.sha256(source.encode()).hexdigest()
     return Extractor(name, f"FD-{function}", digest, f"{place}'s own", network, is_pinned=False)

@@ -11,6 +11,7 @@ from scipy.linalg.blas import dtrmm
 from torch import Tensor
 
 from eval.moments import statistics
+from sd_mini.errors import UserError
 from sd_mini.threads import one_thread
 
 Array = np.ndarray | Tensor
@@ -91,12 +92,12 @@ def _check(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> None
     shapes = [tuple(part.shape) for part in (mean_a, cov_a, mean_b, cov_b)]
     (dim,) = shapes[0] if len(shapes[0]) == 1 else (None,)
     if shapes != [(dim,), (dim, dim)] * 2:
-        raise ValueError(
+        raise UserError(
             f"frechet_distance: got shapes {', '.join(map(str, shapes))}, expected (D,), (D, D), (D,), (D, D): both "
             "sets have to come from the same network"
         )
     if not all(torch.isfinite(part).all() for part in (mean_a, cov_a, mean_b, cov_b)):
-        raise ValueError("frechet_distance: got NaN or infinity in a mean or a covariance; the features are broken")
+        raise UserError("frechet_distance: got NaN or infinity in a mean or a covariance; the features are broken")
 
 
 # to second order in the sampling error of both sets: tr C for the means, and half of sum l_i l_j / (l_i + l_j), i and j
@@ -128,7 +129,7 @@ def frechet_infinity(
     features = np.asarray(features)
     count, dim = features.shape
     if count < fewest_for_a_line(dim):
-        raise ValueError(
+        raise UserError(
             f"frechet_infinity: {count} pictures are too few for a line over {dim} features; expected at least "
             f"{fewest_for_a_line(dim)}"
         )

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from eval.sources import Maker, Sampling
+from sd_mini.errors import UserError
 from sd_mini.stages import combined_hash, sync
 
 
@@ -88,7 +89,7 @@ class Kept:
             try:
                 parts.append(load_file(path)["pictures"])
             except (OSError, SafetensorError, KeyError) as error:
-                raise ValueError(f"{path}: not readable ({error}); delete it, and it is made again") from None
+                raise UserError(f"{path}: not readable ({error}); delete it, and it is made again") from None
         return np.concatenate(parts)
 
     def delete(self) -> None:

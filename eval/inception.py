@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sd_mini.errors import UserError
+
 SIDE = 299  # px
 _LAYERS = (
     "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
@@ -58,12 +60,12 @@ def load_inception(weights: str | Path | None = None) -> Inception:
 
     path = Path(weights) if weights is not None else _download(URL_INCEPTION_V3)
     if not path.is_file():
-        raise ValueError(f"inception weights {path}: no such file; fetch {URL_INCEPTION_V3}")
+        raise UserError(f"inception weights {path}: no such file; fetch {URL_INCEPTION_V3}")
     try:
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity itself would run code in a file
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except Exception as error:  # of a file that is cut or holds code, parsers raise whatever they do
-        raise ValueError(f"inception weights {path}: not readable ({' '.join(str(error).split())[:160]})") from None
+        raise UserError(f"inception weights {path}: not readable ({' '.join(str(error).split())[:160]})") from None
     return Inception(network).eval()
 
 
@@ -75,7 +77,7 @@ def _download(url: str) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix="6726825d")
     except (OSError, RuntimeError) as error:  # no network, or a file that is not the one it should be
-        raise ValueError(
+        raise UserError(
             f"inception: {url} cannot be downloaded ({error}); fetch it where there is a network and give its path"
         ) from None
     return path

@@ -12,6 +12,8 @@ from functools import cache
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from sd_mini.errors import UserError
+
 BLOCK = 512  # rows whose product is taken at once; a process that shares the work takes whole blocks
 _COARSE, _FINE = 2.0**20, 2.0**62  # grid points a unit; a sum is coarse / 2^20 + fine / 2^62
 _LARGEST = 2.0**42  # of a sum of squares; beyond it the coarse part would overflow
@@ -35,12 +37,12 @@ class Moments:
         """(n, D) floats. Raises ValueError for another shape, for what is not finite, and for what is too large."""
         features = np.asarray(features)
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise ValueError(f"features: got shape {features.shape}, expected (n, {self.dim}): use one extractor")
+            raise UserError(f"features: got shape {features.shape}, expected (n, {self.dim}): use one extractor")
         if not len(features):
             return
         largest = float(np.abs(features).max())
         if not np.isfinite(largest):
-            raise ValueError(
+            raise UserError(
                 "features: got NaN or infinity, expected finite numbers; the pictures or the network are broken"
             )
         self._grow(len(features), largest)
@@ -54,7 +56,7 @@ class Moments:
         """`count` rows more. Raises ValueError where the sums could then overflow."""
         count, largest = self.count + count, max(self.largest, largest)
         if count * largest**2 >= _LARGEST:
-            raise ValueError(f"features: {largest:.3g} is too large for exact sums over {count} rows; scale them down")
+            raise UserError(f"features: {largest:.3g} is too large for exact sums over {count} rows; scale them down")
         self.count, self.largest = count, largest
 
     def merge(self, other: Moments) -> None:
@@ -72,7 +74,7 @@ class Moments:
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """=> (D,) and (D, D), unbiased, in float64. Raises ValueError for fewer than 2 rows, which have none."""
         if self.count < 2:
-            raise ValueError(f"{self.count} pictures have no covariance; expected at least 2")
+            raise UserError(f"{self.count} pictures have no covariance; expected at least 2")
         total, covariance = [part.copy() for part in self._sum], np.empty((self.dim, self.dim))
         if len(self._tail):
             _accumulate(self._tail, total, None)

@@ -10,6 +10,7 @@ from eval.sources import Lying, Maker, Sampling
 from eval.sweep import PROMPTS as SWEEP_PROMPTS
 from eval.sweep import SCALES
 from sd_mini.cli import Parser, whole
+from sd_mini.errors import UserError
 from sd_mini.guidance import Guidance
 
 BATCH = 64
@@ -55,9 +56,9 @@ def parser() -> Parser:
 def check_data(options: argparse.Namespace) -> None:
     """Raises ValueError, the option named, for one that the data has no use for."""
     if options.data == SHAPES and options.split is not None:
-        raise ValueError(f"--split {options.split}: shapes is measured on all its splits; leave --split out")
+        raise UserError(f"--split {options.split}: shapes is measured on all its splits; leave --split out")
     if options.data != SHAPES and options.seed is not None:
-        raise ValueError(f"--seed {options.seed}: draws the scenes of shapes, {options.data} has none; leave it out")
+        raise UserError(f"--seed {options.seed}: draws the scenes of shapes, {options.data} has none; leave it out")
 
 
 def check_source(options: argparse.Namespace, source: Maker | Lying) -> None:
@@ -65,15 +66,15 @@ def check_source(options: argparse.Namespace, source: Maker | Lying) -> None:
     if isinstance(source, Lying):
         for name in _MAKING:
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name}: {source.folder} holds pictures that are made already; leave it out")
+                raise UserError(f"--{name}: {source.folder} holds pictures that are made already; leave it out")
         return
     for name, taken in _TAKEN.items():
         if getattr(options, name) is not None and taken not in source.takes:
-            raise ValueError(f"--{name}: {options.pipeline} is a pipeline that takes no {taken}; leave it out")
+            raise UserError(f"--{name}: {options.pipeline} is a pipeline that takes no {taken}; leave it out")
     if options.sweep and "guidance_scale" not in source.takes:
-        raise ValueError(f"--sweep: {options.pipeline} is a pipeline that takes no guidance_scale; leave it out")
+        raise UserError(f"--sweep: {options.pipeline} is a pipeline that takes no guidance_scale; leave it out")
     if options.sweep is not None and set(options.sweep) == {sampling(options, source).guidance.scale}:
-        raise ValueError(
+        raise UserError(
             f"--sweep {options.sweep[0]:g}: is the scale that all pictures are made with; give others beside it"
         )
 
@@ -92,9 +93,9 @@ def sampling(options: argparse.Namespace, maker: Maker) -> Sampling:
 def swept_scales(options: argparse.Namespace, maker: Maker, is_judged: bool) -> tuple[float, ...]:
     """The scales to compare. Raises ValueError where they are asked for and nothing says how well pictures fit."""
     if options.sweep and not is_judged:
-        raise ValueError(f"--sweep: nothing says how well pictures fit the captions of {options.data}; give --clip")
+        raise UserError(f"--sweep: nothing says how well pictures fit the captions of {options.data}; give --clip")
     usual = SCALES if is_judged and "guidance_scale" in maker.takes else ()
     scales = usual if options.sweep is None else tuple(options.sweep)
     if options.sweep_prompts is not None and not scales:
-        raise ValueError(f"--sweep_prompts {options.sweep_prompts}: there is no sweep; leave it out")
+        raise UserError(f"--sweep_prompts {options.sweep_prompts}: there is no sweep; leave it out")
     return scales

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sd_mini.errors import UserError
+
 _ROWS = 2048  # of each set at a time, so that no distance needs all pairs in memory
 
 
@@ -13,14 +15,14 @@ def check_pair(name: str, a: np.ndarray, b: np.ndarray, minimum: int = 1) -> tup
     """Raises ValueError, `name` first, unless both are (at least `minimum`, D) finite floats of one width D."""
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"{name}: got features of shapes {a.shape} and {b.shape}, expected (N, D) and (M, D) of one network"
         )
     if min(len(a), len(b)) < minimum:
-        raise ValueError(f"{name}: got {len(a)} and {len(b)} pictures, expected at least {minimum} of each")
+        raise UserError(f"{name}: got {len(a)} and {len(b)} pictures, expected at least {minimum} of each")
     for part in (a, b):
         if not all(np.isfinite(rows).all() for rows in strips(part)):
-            raise ValueError(f"{name}: got NaN or infinity in the features; the pictures or the network are broken")
+            raise UserError(f"{name}: got NaN or infinity in the features; the pictures or the network are broken")
     return a, b
 
 

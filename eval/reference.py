@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from eval.features import Extractor
 from eval.fid import frechet_distance
 from eval.moments import statistics
+from sd_mini.errors import UserError
 from sd_mini.stages import combined_hash, sync
 
 
@@ -54,7 +55,7 @@ def reference(extractor: Extractor, pictures: np.ndarray, cache: Path) -> Seen:
         try:
             return Seen(**load_file(path))
         except (SafetensorError, TypeError) as error:
-            raise ValueError(f"{path}: not readable ({error}); delete it, and it is made again") from None
+            raise UserError(f"{path}: not readable ({error}); delete it, and it is made again") from None
     seen = Seen.of(extractor(pictures))
     cache.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")

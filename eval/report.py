@@ -16,6 +16,7 @@ from eval.figures import part_name
 from eval.gallery import Gallery
 from eval.page import render
 from sd_mini import images
+from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, KINDS, atomic_folder, read_contract
 
 REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
@@ -103,7 +104,7 @@ def write(folder: Path, report: dict[str, Any], galleries: Sequence[Gallery], cu
 def check_finite(part: Any, place: str = REPORT) -> None:
     """Raises ValueError, the place named, for the first number in a nest of mappings and lists that is not finite."""
     if isinstance(part, float) and not math.isfinite(part):
-        raise ValueError(f"{place}: is {part}, expected a finite number; the pictures or the network are broken")
+        raise UserError(f"{place}: is {part}, expected a finite number; the pictures or the network are broken")
     named = part.items() if isinstance(part, Mapping) else enumerate(part) if isinstance(part, list | tuple) else ()
     for name, inner in named:
         check_finite(inner, f"{place}, {name}")

@@ -29,6 +29,7 @@ from eval.sources import Ours, Sampling, open_source
 from sd_mini.cli import Parser, whole
 from sd_mini.config import check, command
 from sd_mini.data import DataConfig
+from sd_mini.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def serve(options: Any, folders: TextIO, answers: TextIO) -> None:
     try:
         data = _data(options.data)
         tools, question = _tools(options, device), _question(options, data)
-    except ValueError as error:
+    except UserError as error:
         _answer({"error": " ".join(str(error).split())}, answers)
         return
     _answer({"ready": True}, answers)
@@ -57,9 +58,9 @@ def serve(options: Any, folders: TextIO, answers: TextIO) -> None:
             maker = open_source(Path(line.rstrip("\n")), None, device)
             assert isinstance(maker, Ours)
             if maker.resolution != data.resolution:
-                raise ValueError(f"the pipeline makes {maker.resolution} px, --data has {data.resolution}; give it so")
+                raise UserError(f"the pipeline makes {maker.resolution} px, --data has {data.resolution}; give it so")
             answer = {"scores": scores(maker, question, tools)}
-        except ValueError as error:
+        except UserError as error:
             answer = {"error": " ".join(str(error).split())}
         _answer(answer, answers)
 
@@ -72,7 +73,7 @@ def _data(text: str) -> DataConfig:
     try:
         values = json.loads(text)
     except ValueError:
-        raise ValueError(f'--data {text}: expected JSON, such as {{"source": "shapes"}}') from None
+        raise UserError(f'--data {text}: expected JSON, such as {{"source": "shapes"}}') from None
     return check(DataConfig, values, source="--data")
 
 

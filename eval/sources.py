@@ -18,6 +18,7 @@ from torch import nn
 from sd_mini import images
 from sd_mini.autoencoder import KINDS, Autoencoder
 from sd_mini.cli import PIPELINE_MARK, open_pipeline
+from sd_mini.errors import UserError
 from sd_mini.guidance import Guidance
 from sd_mini.load_autoencoder import wrapped
 from sd_mini.pipeline import Pipeline
@@ -87,10 +88,10 @@ class Ours:
             try:
                 self.pipeline.use_sampler(sampler)
             except ValueError as error:
-                raise ValueError(f"--sampler: {error}") from None
+                raise UserError(f"--sampler: {error}") from None
             self._describe()
         if autoguidance and self.pipeline.guide is None:
-            raise ValueError("--autoguidance: this pipeline has no guide; join one: sd-mini export RUN --guide FOLDER")
+            raise UserError("--autoguidance: this pipeline has no guide; join one: sd-mini export RUN --guide FOLDER")
 
     def _describe(self) -> None:
         """`hash` and `facts`, which the sampler is part of."""
@@ -131,13 +132,13 @@ class Stock:
         try:
             pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True).to(device)
         except Exception as error:  # whatever the libraries' parsers raise
-            raise ValueError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.folder = pipeline, folder
         known = inspect.signature(type(pipeline).__call__).parameters
         missing = {"prompt", "generator", "output_type", "num_inference_steps"} - set(known)
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: {type(pipeline).__name__} takes no {', '.join(sorted(missing))}; give a "
                 "text-to-image pipeline"
             )
@@ -164,7 +165,7 @@ class Stock:
 
     def check(self, prompts: Sequence[str]) -> None:
         if not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-            raise ValueError(f"{self.folder}: got an empty prompt, expected a text for each picture")
+            raise UserError(f"{self.folder}: got an empty prompt, expected a text for each picture")
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
         asked = {"guidance_scale": sampling.guidance.scale, "guidance_rescale": sampling.guidance.rescale}
@@ -184,7 +185,7 @@ def _own_side(pipeline: Any, folder: Path) -> int:
         cells = getattr(getattr(getattr(pipeline, network, None), "config", None), "sample_size", None)
         if isinstance(cells, int):
             return cells * getattr(pipeline, "vae_scale_factor", 1)
-    raise ValueError(f"{folder}: does not say how large its pictures are; give --resolution")
+    raise UserError(f"{folder}: does not say how large its pictures are; give --resolution")
 
 
 def text_encoders(pipeline: Any) -> list[nn.Module]:
@@ -218,17 +219,17 @@ def lying(folder: Path) -> Lying:
     """
     files = sorted(filter(_is_picture, folder.iterdir()), key=_natural)
     if not files:
-        raise ValueError(f"{folder}: no pictures here; expected pictures and {_PROMPTS} or {_METADATA}, or a pipeline")
+        raise UserError(f"{folder}: no pictures here; expected pictures and {_PROMPTS} or {_METADATA}, or a pipeline")
     files, prompts = _prompts(folder, files)
     if len(files) != len(prompts):
-        raise ValueError(f"{folder}: {len(files)} pictures and {len(prompts)} prompts, expected one prompt a picture")
+        raise UserError(f"{folder}: {len(files)} pictures and {len(prompts)} prompts, expected one prompt a picture")
     pictures = [images.decode(file) for file in files]
     for file, picture in zip(files, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             sizes = [" x ".join(map(str, p.shape[:0:-1])) for p in (picture, pictures[0])]
-            raise ValueError(f"{file}: {sizes[0]} px, but {files[0].name} {sizes[1]} px; make all of one size")
+            raise UserError(f"{file}: {sizes[0]} px, but {files[0].name} {sizes[1]} px; make all of one size")
     if pictures[0].shape[1] != pictures[0].shape[2]:
-        raise ValueError(f"{files[0]}: not square; cut the pictures to squares, as the reference pictures are")
+        raise UserError(f"{files[0]}: not square; cut the pictures to squares, as the reference pictures are")
     return Lying(folder, np.stack(pictures), prompts)
 
 
@@ -240,17 +241,17 @@ def _prompts(folder: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
     if (folder / _PROMPTS).is_file():
         return files, (folder / _PROMPTS).read_text(encoding="utf-8").splitlines()
     if not (folder / _METADATA).is_file():
-        raise ValueError(f"{folder}: {len(files)} pictures, but neither {_PROMPTS} nor {_METADATA} says what was asked")
+        raise UserError(f"{folder}: {len(files)} pictures, but neither {_PROMPTS} nor {_METADATA} says what was asked")
     rows = []
     for number, line in enumerate((folder / _METADATA).read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             rows.append((folder / row["file_name"], str(row["text"])))
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{folder / _METADATA}: line {number} is not {{file_name, text}}") from None
+            raise UserError(f"{folder / _METADATA}: line {number} is not {{file_name, text}}") from None
     named = {file for file, _ in rows}
     if named != set(files):
-        raise ValueError(f"{folder}: {len(files)} pictures and {len(rows)} prompts, expected one prompt a picture")
+        raise UserError(f"{folder}: {len(files)} pictures and {len(rows)} prompts, expected one prompt a picture")
     return [file for file, _ in rows], [text for _, text in rows]
 
 
@@ -262,7 +263,7 @@ def _class_of(index: Path) -> str | None:
     try:
         return json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{index}: not readable as JSON ({error}); save the pipeline again") from None
+        raise UserError(f"{index}: not readable as JSON ({error}); save the pipeline again") from None
 
 
 def open_source(folder: Path, resolution: int | None, device: str) -> Maker | Lying:
@@ -278,6 +279,6 @@ def open_source(folder: Path, resolution: int | None, device: str) -> Maker | Ly
         return lying(folder)
     pipeline = open_pipeline(folder).to(device)
     if resolution not in (None, pipeline.config.resolution):
-        raise ValueError(f"--resolution {resolution}: this pipeline was trained at {pipeline.config.resolution} px")
+        raise UserError(f"--resolution {resolution}: this pipeline was trained at {pipeline.config.resolution} px")
     saved = next((f for f in (folder, folder / "pipeline") if (f / PIPELINE_MARK).is_file()), None)
     return Ours(pipeline, saved)

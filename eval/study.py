@@ -19,6 +19,7 @@ import yaml
 
 from sd_mini.cli import Parser, check_target
 from sd_mini.config import command
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder, read_contract
 
 SCORES, FIGURE = "study.json", "study.svg"
@@ -51,12 +52,12 @@ def read_run(run: Path) -> dict[str, Any]:
     contracts = {kind: read_contract(run / kind / "final", kind) for kind in ("text_encoder", "noise_predictor")}
     path = run / "report" / "report.json"
     if not path.is_file():
-        raise ValueError(f"{run}: no report yet; measure it: python -m eval {run} --data ... --out {path.parent}")
+        raise UserError(f"{run}: no report yet; measure it: python -m eval {run} --data ... --out {path.parent}")
     report = json.loads(path.read_text(encoding="utf-8"))
     measured = report["protocol"].get("stages", {})
     for kind, contract in contracts.items():
         if measured.get(kind) != contract["hash"]:
-            raise ValueError(f"{path}: measures another {kind} than {run / kind / 'final'}; measure the run again")
+            raise UserError(f"{path}: measures another {kind} than {run / kind / 'final'}; measure the run again")
     found: dict[str, dict[str, float]] = {}
     for split, judged in report.get("composition", {}).items():
         found[f"exact, {split}, %"] = {k: 100 * judged["all"][n] for k, n in _ENDS.items()}
@@ -95,20 +96,20 @@ def check_alike(rows: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for fewer than two runs, for reports that do not ask the same or look by other networks that go
     by the same name, and for no score that all of them have."""
     if len(rows) < 2:
-        raise ValueError("expected at least two runs to compare")
+        raise UserError("expected at least two runs to compare")
     for row in rows[1:]:
         for name, value in row["protocol"].items():
             if value != rows[0]["protocol"][name]:
-                raise ValueError(
+                raise UserError(
                     f"{row['run']}: measured with {name} {value}, {rows[0]['run']} with {rows[0]['protocol'][name]}; "
                     "measure both alike"
                 )
         for name, value in row["networks"].items():
             if rows[0]["networks"].get(name, value) != value:
-                raise ValueError(f"{row['run']}: its {name} is by another network than {rows[0]['run']}'s; use one")
+                raise UserError(f"{row['run']}: its {name} is by another network than {rows[0]['run']}'s; use one")
     if not in_common(rows):
         each = "; ".join(f"{row['run']} has {', '.join(row['scores'])}" for row in rows)
-        raise ValueError(f"no score that all runs have ({each}); measure them by the same --features")
+        raise UserError(f"no score that all runs have ({each}); measure them by the same --features")
 
 
 def in_common(rows: Sequence[Mapping[str, Any]]) -> list[str]:

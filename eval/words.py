@@ -26,6 +26,7 @@ from sd_mini import images
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder
 
 SCORES = "words.json"
@@ -84,7 +85,7 @@ def _parser() -> Parser:
 def _pair(text: str) -> tuple[str, str]:
     word, equals, known = text.partition("=")
     if not (word and equals and known):
-        raise ValueError(f"--words {text!r}: expected WORD=KNOWN, for example kitten=cat")
+        raise UserError(f"--words {text!r}: expected WORD=KNOWN, for example kitten=cat")
     return word, known
 
 
@@ -98,11 +99,9 @@ def check_words(data: CaptionedPictures, pairs: dict[str, str], classes: dict[st
     """Raises ValueError for a word that training did hold, and for one that stands for nothing it held."""
     for word, known in pairs.items():
         if _holding(data, word).any():
-            raise ValueError(f"--words {word}={known}: {data.name} holds {word!r} itself; give words that it does not")
+            raise UserError(f"--words {word}={known}: {data.name} holds {word!r} itself; give words that it does not")
         if not classes[word].any():
-            raise ValueError(
-                f"--words {word}={known}: no caption of {data.name} holds {known!r}; give one that it does"
-            )
+            raise UserError(f"--words {word}={known}: no caption of {data.name} holds {known!r}; give one that it does")
 
 
 def scores(prompts: Sequence[str], right: Sequence[bool]) -> dict:

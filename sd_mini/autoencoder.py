@@ -9,6 +9,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ConfigMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from sd_mini.errors import UserError
 from sd_mini.small_picture import SmallPicture
 from sd_mini.tiles import in_tiles, reach_of
 
@@ -58,9 +59,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if kind not in KINDS:
-            raise ValueError(f"autoencoder: kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
+            raise UserError(f"autoencoder: kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
         if kind == "small_picture" and patch_size > 1:
-            raise ValueError(f"autoencoder: patch_size {patch_size} folds pixels, and small_picture keeps a picture; 1")
+            raise UserError(f"autoencoder: patch_size {patch_size} folds pixels, and small_picture keeps a picture; 1")
         self.network = build(kind, network_config or {}, 3 * patch_size**2)
         channels = self.latent_channels
         self.register_buffer("mean", _per_channel(latents_mean, channels, 0.0), persistent=False)
@@ -98,7 +99,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             if side <= 0 or side % self.stride:
                 below = max(side // self.stride, 1) * self.stride
                 near = f"{below} or {below + self.stride}"
-                raise ValueError(f"{name} {side}: expected a multiple of {self.stride}; the nearest are {near}")
+                raise UserError(f"{name} {side}: expected a multiple of {self.stride}; the nearest are {near}")
         return self.latent_channels, height // self.stride, width // self.stride
 
     def raw_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +153,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         Raises ValueError for a channel that carries nothing (std 0 or not finite).
         """
         if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 1e-6).all()):
-            raise ValueError(
+            raise UserError(
                 f"autoencoder: latent std a channel is {[round(s, 6) for s in std.tolist()]}; expected all above 0: "
                 "a dead channel means too many latent channels or too few training steps"
             )
@@ -170,17 +171,17 @@ def build(kind: str, network: dict[str, Any], channels: int = 3) -> nn.Module:
     network = dict.fromkeys(_CHANNEL_FIELDS[kind], channels) | network
     known = set(cls._get_init_keys(cls)) - {"self"}
     if unknown := sorted(set(network) - known):
-        raise ValueError(f"autoencoder: network field {unknown[0]!r} is unknown to {cls.__name__}")
+        raise UserError(f"autoencoder: network field {unknown[0]!r} is unknown to {cls.__name__}")
     try:
         return cls(**network)
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         shown = ", ".join(f"{k}={v}" for k, v in network.items())
-        raise ValueError(
+        raise UserError(
             f"autoencoder: {cls.__name__}({shown}) cannot be built: {error or 'widths do not fit'}"
         ) from None
 
 
 def _per_channel(values: list[float] | None, channels: int, default: float) -> Tensor:
     if values is not None and len(values) != channels:
-        raise ValueError(f"autoencoder: {len(values)} latent statistics for {channels} latent channels")
+        raise UserError(f"autoencoder: {len(values)} latent statistics for {channels} latent channels")
     return torch.tensor(values if values is not None else [default] * channels).view(1, channels, 1, 1)

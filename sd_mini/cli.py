@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sd_mini.config import command
+from sd_mini.errors import UserError
 from sd_mini.inspection import PIPELINE_MARK, inspect, read_json
 from sd_mini.stages import CONTRACT, KINDS, read_contract
 
@@ -30,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` shows what is expected")
+        raise UserError(f"{message}; `{self.prog} --help` shows what is expected")
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -119,7 +120,7 @@ def open_pipeline(folder: Path) -> Pipeline:
     try:
         pipeline = Pipeline.from_run(folder) if saved is None else Pipeline.from_pretrained(saved)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{saved or folder}: cannot be loaded: {error}; join it again: sd-mini export RUN") from error
+        raise UserError(f"{saved or folder}: cannot be loaded: {error}; join it again: sd-mini export RUN") from error
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -129,7 +130,7 @@ def _check_current(run: Path, saved: Path) -> None:
     for kind in KINDS:
         final = run / kind / "final"
         if (final / CONTRACT).is_file() and read_contract(final, kind)["hash"] != joined.get(kind):
-            raise ValueError(
+            raise UserError(
                 f"{saved}: was joined from another {kind} than {final}; join it again: sd-mini export {run}"
             )
 
@@ -137,11 +138,11 @@ def _check_current(run: Path, saved: Path) -> None:
 def _check_run(folder: Path) -> None:
     """Raises ValueError unless `folder` is a run with all three stages exported."""
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{folder}: no such folder; expected a run folder, or a pipeline folder ({PIPELINE_MARK} in it)"
         )
     if not any((folder / kind).is_dir() for kind in KINDS):
-        raise ValueError(
+        raise UserError(
             f"{folder}: neither a pipeline folder (no {PIPELINE_MARK}) nor a run folder (no {', '.join(KINDS)}); "
             "give one of these"
         )
@@ -166,9 +167,9 @@ def check_target(folder: Path, mark: str) -> Path:
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise ValueError(f"--out {folder}: {nearest} is a file, expected a folder; give another name")
+        raise UserError(f"--out {folder}: {nearest} is a file, expected a folder; give another name")
     if nearest == folder and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise ValueError(f"--out {folder}: holds other files (no {mark}) and would be replaced; give a new folder")
+        raise UserError(f"--out {folder}: holds other files (no {mark}) and would be replaced; give a new folder")
     return folder
 
 
@@ -208,16 +209,14 @@ def _check_picture_file(path: Path) -> str:
     from PIL import Image
 
     if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: no folder {path.parent}; make it, or give another")
+        raise UserError(f"--out {path}: no folder {path.parent}; make it, or give another")
     if path.is_dir():
-        raise ValueError(f"--out {path}: is a folder, expected a picture file such as {path / 'picture.png'}")
+        raise UserError(f"--out {path}: is a folder, expected a picture file such as {path / 'picture.png'}")
     picture_format = Image.registered_extensions().get(path.suffix.lower(), "none")
     try:
         Image.new("RGB", (16, 16)).save(io.BytesIO(), picture_format)
     except (KeyError, OSError, ValueError):  # no such format; one that Pillow only reads; one without colours
-        raise ValueError(
-            f"--out {path}: Pillow writes no {path.suffix or 'file without an ending'}; use .png"
-        ) from None
+        raise UserError(f"--out {path}: Pillow writes no {path.suffix or 'file without an ending'}; use .png") from None
     return picture_format
 
 

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sd_mini.errors import UserError
+
 C = TypeVar("C", bound="Config")
 
 
@@ -50,20 +52,20 @@ def check(cls: type[C], values: dict[str, Any], source: str) -> C:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{source}: {_complaint(cls, error)}") from None
+        raise UserError(f"{source}: {_complaint(cls, error)}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The fields of a YAML file. Raises ValueError, one line, for one that is missing, unreadable or no mapping."""
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"config {path}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))
+        raise UserError(f"config {path}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"config {path}: expected fields with values, got a {type(values).__name__}")
+        raise UserError(f"config {path}: expected fields with values, got a {type(values).__name__}")
     return values
 
 
@@ -73,16 +75,16 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     while rest:
         name = rest.pop(0)
         if not name.startswith("--") or name == "--":
-            raise ValueError(f"argument {name!r}: expected --field value or --field.inner value")
+            raise UserError(f"argument {name!r}: expected --field value or --field.inner value")
         name, equals, text = name[2:].partition("=")
         if not equals:
             if not rest:
-                raise ValueError(f"--{name}: expected a value after it")
+                raise UserError(f"--{name}: expected a value after it")
             text = rest.pop(0)
         try:
             pairs.append((name, yaml.safe_load(text)))
         except yaml.YAMLError:
-            raise ValueError(f"--{name}: the value {text!r} is not readable as YAML") from None
+            raise UserError(f"--{name}: the value {text!r} is not readable as YAML") from None
     return pairs
 
 
@@ -91,7 +93,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     for parent in parents:
         inner = values.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise ValueError(f"--{dotted}: {parent} is {inner!r}, which has no inner fields")
+            raise UserError(f"--{dotted}: {parent} is {inner!r}, which has no inner fields")
         values = inner
     values[last] = value
 
@@ -120,13 +122,13 @@ def _fields_at(cls: Any, where: Sequence[str]) -> set[str]:
 
 
 def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run `main(argv)` as a command line: the user's mistake (ValueError) is one line on stderr and exit code 2.
+    """Run `main(argv)` as a command line: a UserError is one line on stderr and exit code 2.
 
-    `SD_MINI_TRACEBACK=1` lets the exception through, for whoever looks for a fault of ours.
+    Any other exception is our fault and keeps its traceback. `SD_MINI_TRACEBACK=1` lets a UserError through, too.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
-    except ValueError as error:
+    except UserError as error:
         if os.environ.get("SD_MINI_TRACEBACK"):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -137,4 +139,4 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raises ValueError where `value` is not one of `choices`, naming both."""
     known = tuple(choices)
     if value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {known}: use one of these")
+        raise UserError(f"{name}: got {value!r}, expected one of {known}: use one of these")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
+from sd_mini.errors import UserError
 from sd_mini.texts import check_text
 
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
@@ -97,10 +98,10 @@ def load(config: DataConfig) -> CaptionedPictures:
         return _load_shapes(config)
     table = _open(config)
     if not len(table):
-        raise ValueError(f"data.source: {config.source!r} has no rows in split {config.split!r}; give a filled one")
+        raise UserError(f"data.source: {config.source!r} has no rows in split {config.split!r}; give a filled one")
     if config.count is not None:
         if config.count > len(table):
-            raise ValueError(
+            raise UserError(
                 f"data.count: got {config.count}, but {config.source!r} split {config.split!r} has {len(table)} rows;"
                 " ask for fewer, or leave it out to read them all"
             )
@@ -118,7 +119,7 @@ def load_captioned(train: DataConfig, valid: DataConfig) -> tuple[CaptionedPictu
     parts = load(train), load(valid)
     for name, part in zip(("data", "valid"), parts, strict=True):
         if not all(part.captions):
-            raise ValueError(
+            raise UserError(
                 f"{name}: {part.name} has no captions, expected a text for each picture; see {name}.text_column"
             )
     return parts
@@ -127,11 +128,11 @@ def load_captioned(train: DataConfig, valid: DataConfig) -> tuple[CaptionedPictu
 def check_alike(train: DataConfig, valid: DataConfig) -> None:
     """Raises ValueError where the pictures measured on could not stand for those trained on."""
     if train.resolution != valid.resolution:
-        raise ValueError(
+        raise UserError(
             f"data.resolution is {train.resolution}, valid.resolution {valid.resolution}; give both the same"
         )
     if (train.source == "shapes") != (valid.source == "shapes"):
-        raise ValueError(
+        raise UserError(
             f"data.source is {train.source!r}, valid.source {valid.source!r}; give both, from the same data"
         )
 
@@ -156,7 +157,7 @@ def _load_shapes(config: DataConfig) -> CaptionedPictures:
 def _check_split(config: DataConfig, known: Iterable[str]) -> None:
     known = list(known)
     if config.split not in known:
-        raise ValueError(f"data.split: {config.source!r} has no split {config.split!r}; it has {', '.join(known)}")
+        raise UserError(f"data.split: {config.source!r} has no split {config.split!r}; it has {', '.join(known)}")
 
 
 def _open(config: DataConfig) -> datasets.Dataset:
@@ -167,9 +168,9 @@ def _open(config: DataConfig) -> datasets.Dataset:
     if path.is_dir():
         return _open_folder(path, config)
     if path.exists():
-        raise ValueError(f"data.source: {config.source!r} is neither a folder nor a .parquet file; give one of these")
+        raise UserError(f"data.source: {config.source!r} is neither a folder nor a .parquet file; give one of these")
     if path.suffix == ".parquet" or not _HUB_NAME.fullmatch(config.source):
-        raise ValueError(f"data.source: {config.source!r}: no such file or folder; mend the path, or give 'shapes'")
+        raise UserError(f"data.source: {config.source!r}: no such file or folder; mend the path, or give 'shapes'")
     with _reading(f"{config.source!r}, which is no file or folder here, from the Hugging Face hub"):
         return datasets.load_dataset(config.source, split=config.split)
 
@@ -227,12 +228,12 @@ def _reading(what: str) -> Iterator[None]:
         reason = error
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             reason = error.__cause__  # the outer text only says that something went wrong
-        raise ValueError(f"data.source: cannot read {what}: {' '.join(str(reason).split())}") from error
+        raise UserError(f"data.source: cannot read {what}: {' '.join(str(reason).split())}") from error
 
 
 def _check_column(table: datasets.Dataset, field: str, column: str) -> None:
     if column not in table.column_names:
-        raise ValueError(f"data.{field}: no column {column!r}; there are {', '.join(table.column_names)}")
+        raise UserError(f"data.{field}: no column {column!r}; there are {', '.join(table.column_names)}")
 
 
 def _pictures(table: datasets.Dataset, config: DataConfig) -> np.ndarray:
@@ -245,11 +246,11 @@ def _pictures(table: datasets.Dataset, config: DataConfig) -> np.ndarray:
     for i, row in enumerate(tqdm(rows, desc="decoding pictures", delay=2)):
         cell = row[column]
         if cell is None:
-            raise ValueError(f"row {i} of {config.source!r}: no picture in column {column!r}; leave the row out")
+            raise UserError(f"row {i} of {config.source!r}: no picture in column {column!r}; leave the row out")
         try:
             picture = images.decode(cell["path"] if cell["bytes"] is None else cell["bytes"], config.background)
         except ValueError as error:
-            raise ValueError(f"row {i} of {config.source!r}: {error}") from error
+            raise UserError(f"row {i} of {config.source!r}: {error}") from error
         pictures[i] = images.fit(picture, config.resolution)
     return pictures
 
@@ -259,7 +260,7 @@ def _captions(table: datasets.Dataset, config: DataConfig) -> list[list[str]]:
     column, more = config.text_column, config.aliases_column
     if column is None or (column not in table.column_names and not _has_text(table, config.image_column)):
         if more is not None:
-            raise ValueError(f"data.aliases_column: got {more!r} without a text column; set data.text_column too")
+            raise UserError(f"data.aliases_column: got {more!r} without a text column; set data.text_column too")
         return [[] for _ in range(len(table))]
     _check_column(table, "text_column", column)
     if more is not None:
@@ -269,7 +270,7 @@ def _captions(table: datasets.Dataset, config: DataConfig) -> list[list[str]]:
     captions = []
     for i, (text, others) in enumerate(zip(texts, aliases, strict=True)):
         if others is not None and not isinstance(others, list):
-            raise ValueError(f"data.aliases_column: row {i} of {more!r} holds {others!r}, expected a list of texts")
+            raise UserError(f"data.aliases_column: row {i} of {more!r} holds {others!r}, expected a list of texts")
         captions.append(_check_captions([text, *(others or [])], f"row {i} of {config.source!r}"))
     return captions
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_mini.errors import UserError
 from sd_mini.texts import check_text, shown
 
 logger = logging.getLogger("sd_mini")
@@ -46,7 +47,7 @@ class Encoder:
         self.tokenizer, self.model, self.max_length = tokenizer, model, max_length
         limit = _most_tokens(model)
         if limit is not None and max_length > limit:
-            raise ValueError(
+            raise UserError(
                 f"encoder: max_length {max_length}, but {type(model).__name__} reads at most {limit} tokens; "
                 "give that or less"
             )
@@ -62,7 +63,7 @@ class Encoder:
             with torch.no_grad():
                 hidden = self(ids, torch.ones_like(ids, dtype=torch.bool))
         except Exception as error:  # of its own kind for each model that wants pictures, sounds or a decoder's input
-            raise ValueError(
+            raise UserError(
                 f"encoder: {type(self.model).__name__} does not read a text alone: expected a text model, such as a "
                 f"two-tower model's text half ({' '.join(str(error).split())[:200]})"
             ) from error
@@ -93,7 +94,7 @@ class Encoder:
         cuts = {}
         for number, row in enumerate(rows):
             if not row:
-                raise ValueError(f"{where(number)}, {shown(prompts[number])}, has no tokens; expected words to read")
+                raise UserError(f"{where(number)}, {shown(prompts[number])}, has no tokens; expected words to read")
             if len(row) > self.max_length:
                 rows[number], cuts[number] = self._shortened(texts[number], row)
         return rows, cuts
@@ -110,7 +111,7 @@ class Encoder:
         for number, cut in list(cuts.items())[:_WARNINGS]:
             said = f"prompt {shown(prompts[number])}: more than {self.max_length} tokens, all that are read"
             if strict:
-                raise ValueError(f"{said}; shorten it by {shown(cut)}")
+                raise UserError(f"{said}; shorten it by {shown(cut)}")
             logger.warning("%s; cut off: %s", said, shown(cut))
         if len(cuts) > _WARNINGS:
             logger.warning("%d of %d prompts were cut so, the first %d are named", len(cuts), len(prompts), _WARNINGS)

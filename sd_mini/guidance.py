@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sd_mini.errors import UserError
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -26,13 +28,11 @@ class Guidance:
 
     def __post_init__(self):
         if not _is_number(self.scale) or self.scale < 0:
-            raise ValueError(
-                f"guidance_scale {self.scale!r}: expected a finite number of at least 0 (1 is no guidance)"
-            )
+            raise UserError(f"guidance_scale {self.scale!r}: expected a finite number of at least 0 (1 is no guidance)")
         if not _is_number(self.rescale) or not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance_rescale {self.rescale!r}: expected a number from 0 (off) to 1")
+            raise UserError(f"guidance_rescale {self.rescale!r}: expected a number from 0 (off) to 1")
         if not _is_number(self.low) or not _is_number(self.high) or not 0 <= self.low <= self.high <= 1:
-            raise ValueError(
+            raise UserError(
                 f"guidance_interval ({self.low!r}, {self.high!r}): expected two noise levels from 0 to 1, the lower "
                 "first"
             )
@@ -49,7 +49,7 @@ class Guidance:
 def interval(given: object) -> tuple[float, float]:
     """Raises ValueError for anything but two values."""
     if not isinstance(given, tuple | list) or len(given) != 2:
-        raise ValueError(f"guidance_interval {given!r}: expected two noise levels from 0 to 1, the lower first")
+        raise UserError(f"guidance_interval {given!r}: expected two noise levels from 0 to 1, the lower first")
     return given[0], given[1]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from sd_mini.errors import UserError
+
 WHITE = (255, 255, 255)
 
 MAX_SIDE = 20_000  # px; beyond it a picture is a mistake or an attack, not training data
@@ -39,7 +41,7 @@ def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int,
         _check_size(image)
         rgb = _flatten(ImageOps.exif_transpose(image), background)
     except Exception as error:  # on damaged bytes Pillow's decoders raise anything, from SyntaxError to struct.error
-        raise ValueError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
+        raise UserError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
     return np.asarray(rgb).transpose(2, 0, 1).copy()  # (H, W, 3) => (3, H, W); writable, and not PIL's memory
 
 
@@ -63,15 +65,15 @@ def _check_size(image: Image.Image) -> None:
     # the header gives the size, so nothing of a bomb is unpacked yet
     width, height = image.size
     if min(width, height) < 1:
-        raise ValueError(f"{width} x {height} px holds no pixel")
+        raise UserError(f"{width} x {height} px holds no pixel")
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} px, expected at most {MAX_SIDE:,} px a side and {MAX_PIXELS:,} px in all")
+        raise UserError(f"{width} x {height} px, expected at most {MAX_SIDE:,} px a side and {MAX_PIXELS:,} px in all")
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Any Pillow mode => RGB, with transparency blended onto `background`."""
     if image.mode == "F":
-        raise ValueError("float pixels (mode F) have no agreed range, expected 8 or 16 bits a channel")
+        raise UserError("float pixels (mode F) have no agreed range, expected 8 or 16 bits a channel")
     if image.mode.startswith("I"):
         image = _narrow(image)
     if not image.has_transparency_data:
@@ -84,7 +86,7 @@ def _narrow(image: Image.Image) -> Image.Image:
     """16-bit grey (modes I;16* and I) => L, or LA where the file names a transparent grey."""
     wide = np.asarray(image).astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
-        raise ValueError(f"grey values from {wide.min()} to {wide.max()}, expected 0 to 65535")
+        raise UserError(f"grey values from {wide.min()} to {wide.max()}, expected 0 to 65535")
     grey = Image.fromarray(((wide + 128) // 257).astype(np.uint8))  # 65535 = 257 * 255; rounded to the nearest
     key = image.info.get("transparency")
     if key is not None:
@@ -99,7 +101,7 @@ def fit(picture: np.ndarray, resolution: int) -> np.ndarray:
     """
     _check_picture(picture)
     if resolution < 1:
-        raise ValueError(f"resolution: got {resolution} px, expected at least 1 px")
+        raise UserError(f"resolution: got {resolution} px, expected at least 1 px")
     height, width = picture.shape[1:]
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2  # half pixels are kept: the crop is centred exactly
@@ -110,14 +112,14 @@ def fit(picture: np.ndarray, resolution: int) -> np.ndarray:
 
 def _check_picture(picture: np.ndarray) -> None:
     if picture.ndim != 3 or picture.shape[0] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"picture: got {picture.dtype} of shape {tuple(picture.shape)}, expected uint8 of (3, H, W)")
+        raise UserError(f"picture: got {picture.dtype} of shape {tuple(picture.shape)}, expected uint8 of (3, H, W)")
 
 
 def to_pixels(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
     """(B, 3, H, W) uint8 => (B, 3, H, W) float32 in [-1, 1], same device. Raises ValueError for another dtype."""
     pictures = torch.as_tensor(pictures)
     if pictures.dtype != torch.uint8:
-        raise ValueError(f"pictures: got {pictures.dtype}, expected uint8; pixels in [-1, 1] need no conversion")
+        raise UserError(f"pictures: got {pictures.dtype}, expected uint8; pixels in [-1, 1] need no conversion")
     return pictures.to(torch.float32) / 127.5 - 1
 
 
@@ -128,9 +130,9 @@ def to_uint8(pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
     """
     pixels = torch.as_tensor(pixels)
     if not pixels.is_floating_point():
-        raise ValueError(f"pixels: got {pixels.dtype}, expected float in [-1, 1]; uint8 pictures need no conversion")
+        raise UserError(f"pixels: got {pixels.dtype}, expected float in [-1, 1]; uint8 pictures need no conversion")
     if pixels.isnan().any():
-        raise ValueError("pixels: got NaN, expected float in [-1, 1]; the model that made them has diverged")
+        raise UserError("pixels: got NaN, expected float in [-1, 1]; the model that made them has diverged")
     return ((pixels.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -138,7 +140,7 @@ def to_pil(pictures: torch.Tensor | np.ndarray) -> list[Image.Image]:
     """(B, 3, H, W) uint8 => B PIL images of mode RGB. Raises ValueError for another shape or dtype."""
     pictures = _as_numpy(pictures)
     if pictures.ndim != 4:
-        raise ValueError(f"pictures: got shape {tuple(pictures.shape)}, expected (B, 3, H, W)")
+        raise UserError(f"pictures: got shape {tuple(pictures.shape)}, expected (B, 3, H, W)")
     for picture in pictures:
         _check_picture(picture)
     return [Image.fromarray(picture) for picture in np.ascontiguousarray(pictures.transpose(0, 2, 3, 1))]
@@ -161,11 +163,11 @@ def grid(
     Raises ValueError for no pictures, columns or scale below 1, or another number of labels than pictures.
     """
     if not len(pictures) or columns < 1 or scale < 1:
-        raise ValueError(
+        raise UserError(
             f"grid: got {len(pictures)} pictures, columns {columns}, scale {scale}; expected at least 1 of each"
         )
     if labels is not None and len(labels) != len(pictures):
-        raise ValueError(f"grid: got {len(labels)} labels for {len(pictures)} pictures, expected one for each")
+        raise UserError(f"grid: got {len(labels)} labels for {len(pictures)} pictures, expected one for each")
     tiles = [_tile(picture, scale) for picture in pictures]
     width = max(tile.width for tile in tiles) if labels is None else max(_LABEL_WIDTH, *(tile.width for tile in tiles))
     height = max(tile.height for tile in tiles)

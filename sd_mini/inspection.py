@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, KINDS, check_belonging, read_contract
 
 PIPELINE_MARK = "model_index.json"  # the file by which diffusers knows a pipeline folder
@@ -18,7 +19,7 @@ def inspect(run: Path) -> list[str]:
     index = read_json(run / "pipeline" / PIPELINE_MARK)
     report = read_json(run / "report" / "report.json")
     if not contracts and index is None and report is None:
-        raise ValueError(
+        raise UserError(
             f"{run}: no exported stage, pipeline or report here; expected a run folder, such as runs/shapes"
         )
     rows = {kind: _stage_facts(contracts[kind]) if kind in contracts else ["not trained yet"] for kind in KINDS}
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); write it again") from error
+        raise UserError(f"{path}: not readable as JSON ({error}); write it again") from error
 
 
 _EFFORT = {"steps": "{:,} steps", "seconds": "{:,.0f} s", "parameters": "{:,} parameters"}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sd_mini.autoencoder import KINDS, Autoencoder
+from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, load_stage
 
 
@@ -26,14 +27,14 @@ def load_autoencoder(name: str | Path) -> tuple[Autoencoder, dict[str, Any] | No
     classes = {cls.__name__: cls for cls in (Autoencoder, *KINDS.values())}
     found = _class_name(folder) if folder.is_dir() else _hub_class(str(name))
     if found not in classes:
-        raise ValueError(
+        raise UserError(
             f"{name}: config.json names class {found!r}, which is none of {', '.join(sorted(classes))}; in a "
             "pipeline's folder the autoencoder is one below (vae/)"
         )
     try:
         loaded = classes[found].from_pretrained(str(name), use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     return (loaded if isinstance(loaded, Autoencoder) else wrapped(loaded)), None
 
 
@@ -43,7 +44,7 @@ def wrapped(network: torch.nn.Module) -> Autoencoder:
     fields = set(type(network)._get_init_keys(type(network)))
     config = {key: value for key, value in network.config.items() if key in fields}
     if config["in_channels"] != 3:
-        raise ValueError(f"the autoencoder takes pictures of {config['in_channels']} channels; expected 3")
+        raise UserError(f"the autoencoder takes pictures of {config['in_channels']} channels; expected 3")
     autoencoder = Autoencoder(kind, config)
     autoencoder.network.load_state_dict(network.state_dict())
     return autoencoder
@@ -53,17 +54,17 @@ def _class_name(folder: Path) -> str | None:
     path = folder / "config.json"
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
-        raise ValueError(f"{folder}: no autoencoder here (config.json is missing; there is {there})")
+        raise UserError(f"{folder}: no autoencoder here (config.json is missing; there is {there})")
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
 
 
 def _hub_class(name: str) -> str | None:
     try:
         return Autoencoder.load_config(name).get("_class_name")
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name}: no such folder, and not to be had as a hub name ({' '.join(str(error).split())[:200]})"
         ) from None

@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sd_mini.errors import UserError
+
 PACKAGE = "package:"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _TOKENIZER = " or ".join(_TOKENIZER_FILES)
@@ -86,7 +88,7 @@ def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTo
     local, missing = Path(name).exists(), _missing_files(str(name), tokenizer)
     needed = [files for files in missing if files != _TOKENIZER]  # of which some families have other files
     if local and needed:
-        raise ValueError(
+        raise UserError(
             f"text encoder {str(name)!r}: it is a folder without {', '.join(missing)}; put what is missing there"
         )
     sides = {"padding_side": "right", "truncation_side": "right"}
@@ -101,18 +103,18 @@ def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTo
         reason = " ".join(str(error).split())[:300]
         where = "it is a folder without" if local else "the hub's local cache has none of its"
         lacks = f"{where} {', '.join(missing)}; " if missing else ""
-        raise ValueError(
+        raise UserError(
             f"text encoder {str(name)!r}: {lacks}expected a hub name, or a folder with config.json, model.safetensors "
             f"and the tokenizer's files, of a text model: {reason}"
         ) from error
     if drawn := sorted(key for key in report["missing_keys"] if "pooler" not in key):
-        raise ValueError(
+        raise UserError(
             f"text encoder {str(name)!r}: its weights lack {drawn[0]} and {len(drawn) - 1} more that its config asks "
             "for; give the config that they were saved with"
         )
     if words is not None and words.pad_token is None:
         if words.eos_token is None:
-            raise ValueError(
+            raise UserError(
                 f"text encoder {str(name)!r}: its tokenizer has neither a padding nor an end token; set one"
             )
         words.pad_token = words.eos_token
@@ -124,7 +126,7 @@ def _package_folder(name: str) -> Path:
     package, _, folder = name.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f"text encoder {name!r}: no package {package!r} is installed; pip install it")
+        raise UserError(f"text encoder {name!r}: no package {package!r} is installed; pip install it")
     return Path(found.submodule_search_locations[0]) / folder
 
 
@@ -157,7 +159,7 @@ def _encoder_class(config: PretrainedConfig) -> Any:
     if type(config) in AutoModelForTextEncoding._model_mapping:
         return AutoModelForTextEncoding
     if config.is_encoder_decoder:
-        raise ValueError(
+        raise UserError(
             f"text encoder of type {config.model_type!r}: an encoder and a decoder in one; give one whose encoder "
             "transformers loads alone, such as T5"
         )
@@ -183,22 +185,22 @@ def load_open_clip(name: str, weights: str | None = None) -> tuple[Any, Any]:
         if parallelism is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
     except ImportError:
-        raise ValueError(f"{name}: open_clip models need the package open_clip_torch; pip install it") from None
+        raise UserError(f"{name}: open_clip models need the package open_clip_torch; pip install it") from None
     if not name.startswith(("local-dir:", "hf-hub:")):
         if name not in open_clip.list_models():
-            raise ValueError(f"open_clip: no architecture {name!r}; open_clip.list_models() names them")
+            raise UserError(f"open_clip: no architecture {name!r}; open_clip.list_models() names them")
         if not Path(weights or "").is_file():
-            raise ValueError(f"open_clip {name!r}: no weights file {weights}; give its path")
+            raise UserError(f"open_clip {name!r}: no weights file {weights}; give its path")
     folder = Path(name.removeprefix("local-dir:"))
     files = ("open_clip_config.json", "open_clip_model.safetensors")
     if name.startswith("local-dir:") and (missing := [file for file in files if not (folder / file).is_file()]):
-        raise ValueError(f"open_clip {name!r}: {', '.join(missing)} is missing in that folder")
+        raise UserError(f"open_clip {name!r}: {', '.join(missing)} is missing in that folder")
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             name, pretrained=weights, precision="fp32", weights_only=True
         )
     except Exception as error:  # whatever its parsers and torch's raise
-        raise ValueError(f"open_clip {name!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"open_clip {name!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), transform
 
 

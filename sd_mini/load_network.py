@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel
 
+from sd_mini.errors import UserError
 from sd_mini.fused import speed_up
 from sd_mini.noise_predictor import check_call, class_of, condition_field
 
@@ -30,10 +31,10 @@ def load_network(name: str, latent_shape: tuple[int, int, int], dim: int) -> Mod
         )
     except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
         reason = " ".join(str(error).split())
-        raise ValueError(f"network.pretrained {name}: cannot be loaded ({reason}); give a whole folder") from error
+        raise UserError(f"network.pretrained {name}: cannot be loaded ({reason}); give a whole folder") from error
     for what, keys in (("lacks", info["missing_keys"]), ("holds besides", info["unexpected_keys"])):
         if keys:
-            raise ValueError(
+            raise UserError(
                 f"network.pretrained {name}: its weights file {what} {sorted(keys)[0]} ({len(keys)} in all); give the "
                 f"weights of this {cls.__name__}"
             )
@@ -42,7 +43,7 @@ def load_network(name: str, latent_shape: tuple[int, int, int], dim: int) -> Mod
         check_call(network, latent_shape, dim)
     except Exception as error:  # whatever a network says that wants more than it is given
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise UserError(
             f"network.pretrained {name}: {cls.__name__} cannot be called with latents {latent_shape} and prompt "
             f"embeddings of width {dim} alone ({reason}); give a network without further conditions"
         ) from error
@@ -60,10 +61,10 @@ def _config(name: str) -> dict[str, Any]:
             try:
                 config = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"network.pretrained {path}: not readable as JSON ({error})") from error
+                raise UserError(f"network.pretrained {path}: not readable as JSON ({error})") from error
             if "_class_name" in config:
                 return {**config, "subfolder": subfolder or None}
-    raise ValueError(
+    raise UserError(
         f"network.pretrained {name}: no diffusers network here (config.json is missing); expected its folder, or a "
         f"pipeline's with {', '.join(_SUBFOLDERS)}"
     )
@@ -79,7 +80,7 @@ def _hub_config(name: str) -> dict[str, Any]:
             continue
         if "_class_name" in config:
             return {**config, "subfolder": subfolder}
-    raise ValueError(
+    raise UserError(
         f"network.pretrained {name}: neither a folder nor a network that the hub gives now ({reasons[-1]}); check the "
         "name, or give a folder"
     )
@@ -96,12 +97,12 @@ def _check_widths(
     for field, wanted in expected.items():
         found = config.get(field)
         if found is not None and found != wanted:
-            raise ValueError(
+            raise UserError(
                 f"network.pretrained {name}: {field} is {found}, but the {what[field]} have {wanted}; train the other "
                 "stages to fit it, or give a network that fits them"
             )
     patch = config.get("patch_size", 1)
     if isinstance(patch, int) and any(side % patch for side in latent_shape[1:]):
-        raise ValueError(
+        raise UserError(
             f"network.pretrained {name}: patch_size {patch} does not divide the latent grid {latent_shape[1:]}"
         )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sd_mini.config import Config
+from sd_mini.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft puts before every name in its files
@@ -41,7 +42,7 @@ def add(network: ModelMixin, config: LoraConfig) -> None:
     found = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and _matches(n, config.targets)]
     if not found:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear)})
-        raise ValueError(
+        raise UserError(
             f"network.lora.targets {', '.join(config.targets)}: {type(network).__name__} has no such linear layers; it "
             f"has {', '.join(linear[:12])}"
         )
@@ -78,7 +79,7 @@ def load(network: ModelMixin, folder: str | Path) -> None:
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in config["target_modules"]:
         if not any(_matches(name, [target]) for name in linear):
-            raise ValueError(
+            raise UserError(
                 f"LoRA {folder}: adapts {target}, which this {type(network).__name__} does not have; it was made for "
                 "another network"
             )
@@ -86,10 +87,10 @@ def load(network: ModelMixin, folder: str | Path) -> None:
     expected = {f"{_PREFIX}{_file_name(name)}": tensor for name, tensor in state(network).items()}
     if odd := sorted(set(expected) ^ set(weights)):
         what = "lacks" if odd[0] in expected else "has no place for"
-        raise ValueError(f"LoRA {folder}: {what} {odd[0]}; expected the adapters of {type(network).__name__}")
+        raise UserError(f"LoRA {folder}: {what} {odd[0]}; expected the adapters of {type(network).__name__}")
     for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
-            raise ValueError(
+            raise UserError(
                 f"LoRA {folder}: {name} is {tuple(weights[name].shape)}, but this network's layer takes "
                 f"{tuple(tensor.shape)}; it was made for another network"
             )
@@ -144,18 +145,18 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"LoRA {folder}: {name} is missing; expected a folder as training writes it, or peft")
+            raise UserError(f"LoRA {folder}: {name} is missing; expected a folder as training writes it, or peft")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
     except (ValueError, SafetensorError) as error:
-        raise ValueError(f"LoRA {folder}: cannot be read ({error}); give a whole one") from error
+        raise UserError(f"LoRA {folder}: cannot be read ({error}); give a whole one") from error
     said = config if isinstance(config, dict) else {}
     if not isinstance(said.get("target_modules"), list) or not {"r", "lora_alpha"} <= set(said):
-        raise ValueError(f"LoRA {folder}: {CONFIG} names no target_modules, r and lora_alpha; give one of a LoRA")
+        raise UserError(f"LoRA {folder}: {CONFIG} names no target_modules, r and lora_alpha; give one of a LoRA")
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"):
         if said.get(name) not in (None, False, {}, [], "none"):
-            raise ValueError(f"LoRA {folder}: {name} is {said[name]!r}; expected plain low-rank adapters without it")
+            raise UserError(f"LoRA {folder}: {name} is {said[name]!r}; expected plain low-rank adapters without it")
     return config, weights
 
 
@@ -163,5 +164,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("LoRA needs peft, which is not installed: pip install 'sd-mini[train]'") from error
+        raise UserError("LoRA needs peft, which is not installed: pip install 'sd-mini[train]'") from error
     return peft

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sd_mini.errors import UserError
+
 # width, blocks, heads; heads of 32 to 64
 _PRX = {"1m": (96, 5, 3), "4m": (160, 7, 5), "20m": (320, 10, 5), "100m": (576, 14, 9), "400m": (960, 20, 15)}
 _PRX["1b"] = (1408, 24, 22)
@@ -23,9 +25,9 @@ def preset(kind: str, size: str) -> dict[str, Any]:
     wider ones add to it. Raises ValueError for a kind or a size without a preset.
     """
     if kind not in ("prx", "pixart", "unet"):
-        raise ValueError(f"network.preset {size}: kind {kind!r} has no presets; give its own fields as network.network")
+        raise UserError(f"network.preset {size}: kind {kind!r} has no presets; give its own fields as network.network")
     if size not in SIZES:
-        raise ValueError(f"network.preset {size!r}: expected one of {', '.join(SIZES)}")
+        raise UserError(f"network.preset {size!r}: expected one of {', '.join(SIZES)}")
     if kind == "prx":
         width, depth, heads = _PRX[size]
         return {"patch_size": 2, "hidden_size": width, "num_heads": heads, "depth": depth, "mlp_ratio": 3.0}

@@ -12,6 +12,7 @@ from diffusers import ModelMixin, PixArtTransformer2DModel, PRXTransformer2DMode
 from torch import Tensor
 
 from sd_mini.diffusion import STEPS
+from sd_mini.errors import UserError
 from sd_mini.fused import speed_up
 
 KINDS = {"prx": PRXTransformer2DModel, "pixart": PixArtTransformer2DModel, "unet": UNet2DConditionModel}
@@ -29,7 +30,7 @@ def class_of(kind: str) -> type[ModelMixin]:
         return KINDS[kind]
     cls = getattr(diffusers, kind, None) if kind[:1].isupper() else None
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise ValueError(
+        raise UserError(
             f"noise predictor: kind {kind!r} is unknown; expected one of {', '.join(KINDS)}, or the class name of a "
             "diffusers denoiser such as SanaTransformer2DModel"
         )
@@ -41,7 +42,7 @@ def class_of(kind: str) -> type[ModelMixin]:
     lacking = {"timestep", "encoder_hidden_states", "encoder_attention_mask"} - set(call)
     if lacking or required - _ASKED:
         what = f"has no {sorted(lacking)[0]}" if lacking else f"requires {sorted(required - _ASKED)[0]} too"
-        raise ValueError(
+        raise UserError(
             f"noise predictor: {kind} {what}; expected a denoiser that is called with latents, timestep, "
             "encoder_hidden_states and encoder_attention_mask"
         )
@@ -57,27 +58,27 @@ def build(kind: str, network: dict[str, Any], latent_shape: tuple[int, int, int]
     cls = class_of(kind)
     known = inspect.signature(cls.__init__).parameters
     if unknown := sorted(set(network) - set(known)):
-        raise ValueError(f"noise predictor: network field {unknown[0]!r} is unknown to {cls.__name__}")
+        raise UserError(f"noise predictor: network field {unknown[0]!r} is unknown to {cls.__name__}")
     given = dict(network)
     try:
         decided = _decided(cls, given, latent_shape, dim)
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(_unfit(cls, network, error)) from error
+        raise UserError(_unfit(cls, network, error)) from error
     for field, value in decided.items():
         if given.setdefault(field, value) != value:
-            raise ValueError(
+            raise UserError(
                 f"noise predictor: {field} is {given[field]}, but the other stages decide {value}; leave the field out"
             )
     _check_patch(given, known, latent_shape)
     for field in ("depth", "num_layers"):  # which the classes themselves take below 1, for no blocks at all
         if isinstance(given.get(field), int) and given[field] < 1:
-            raise ValueError(f"noise predictor: {field} is {given[field]}; expected at least 1 block")
+            raise UserError(f"noise predictor: {field} is {given[field]}; expected at least 1 block")
     try:
         made = cls(**given)
         if cls not in KINDS.values():
             check_call(made, latent_shape, dim)
     except _UNFIT as error:
-        raise ValueError(_unfit(cls, network, error)) from error
+        raise UserError(_unfit(cls, network, error)) from error
     return speed_up(made)
 
 
@@ -90,7 +91,7 @@ def _unfit(cls: type, network: dict[str, Any], error: Exception) -> str:
 def _check_patch(given: Mapping[str, Any], known: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> None:
     patch = given.get("patch_size", known["patch_size"].default) if "patch_size" in known else 1
     if isinstance(patch, int) and patch > 0 and any(side % patch for side in latent_shape[1:]):
-        raise ValueError(f"noise predictor: patch_size {patch} does not divide the latent grid {latent_shape[1:]}")
+        raise UserError(f"noise predictor: patch_size {patch} does not divide the latent grid {latent_shape[1:]}")
 
 
 def check_call(network: ModelMixin, latent_shape: tuple[int, int, int], dim: int) -> None:
@@ -99,7 +100,7 @@ def check_call(network: ModelMixin, latent_shape: tuple[int, int, int], dim: int
     with torch.no_grad():
         made = predict(network, latents, torch.ones(1), torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
     if made.shape != latents.shape:
-        raise ValueError(f"it makes {tuple(made.shape[1:])} of latents of {latent_shape}; expected the same shape")
+        raise UserError(f"it makes {tuple(made.shape[1:])} of latents of {latent_shape}; expected the same shape")
 
 
 def _decided(

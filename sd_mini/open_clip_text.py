@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sd_mini.encoders import OPEN_CLIP_CLEANING
+from sd_mini.errors import UserError
 
 
 def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
@@ -17,7 +18,7 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
     text = getattr(model, "text", model)  # a CustomTextCLIP keeps its text half apart, a CLIP is it
     words = open_clip.get_tokenizer(name) if hasattr(text, "token_embedding") else None
     for reason in _hindrances(text, words):
-        raise ValueError(
+        raise UserError(
             f"open_clip {name!r}: its text half has {reason}, expected CLIP's own transformer and tokenizer; give the "
             "transformers folder of that text model instead"
         )

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sd_mini.errors import UserError
+
 # torchvision's ImageNet weights, on which the LPIPS heads were calibrated
 _URLS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -27,13 +29,13 @@ def load_lpips(network: str = "vgg", weights: str | Path | None = None) -> nn.Mo
     import lpips  # brings torchvision: seconds
 
     if network not in _URLS:
-        raise ValueError(f"lpips network {network!r}: expected one of {', '.join(_URLS)}")
+        raise UserError(f"lpips network {network!r}: expected one of {', '.join(_URLS)}")
     found = _download(network) if weights is None else _read(Path(weights))
     module = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
     try:
         module.net.load_state_dict(_renamed(module.net, found))
     except (KeyError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{weights or _URLS[network]}: not torchvision's weights of {network} "
             f"({' '.join(str(error).split())[:160]})"
         ) from None
@@ -47,13 +49,13 @@ def _renamed(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"lpips weights {path}: no such file")
+        raise UserError(f"lpips weights {path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file that is cut or holds code, parsers raise whatever they do
-        raise ValueError(f"lpips weights {path}: not readable ({' '.join(str(error).split())[:160]})") from None
+        raise UserError(f"lpips weights {path}: not readable ({' '.join(str(error).split())[:160]})") from None
 
 
 def _download(network: str) -> dict[str, Tensor]:
@@ -61,6 +63,6 @@ def _download(network: str) -> dict[str, Tensor]:
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, or a file that is not the one it should be
-        raise ValueError(
+        raise UserError(
             f"lpips: {url} cannot be downloaded ({error}); fetch it where there is a network and give its path"
         ) from None

@@ -15,6 +15,7 @@ from sd_mini import images, lora, samplers
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
 from sd_mini.denoising import Denoising
+from sd_mini.errors import UserError
 from sd_mini.fused import speed_up, used_for
 from sd_mini.guidance import Guidance, interval
 from sd_mini.pipeline_inputs import Generators
@@ -129,7 +130,7 @@ class Pipeline(PromptedPipeline):
         stage = guide if isinstance(guide, Stage) else load_stage(guide, "noise_predictor")
         check_belonging(stage.contract, **joined_to)
         if Process.of(stage.contract) != self.process:
-            raise ValueError(
+            raise UserError(
                 f"guide {stage.folder}: predicts {Process.of(stage.contract).kind}, but the noise predictor "
                 f"{self.process.kind}; give a snapshot of the same training"
             )
@@ -165,7 +166,7 @@ class Pipeline(PromptedPipeline):
         """Load what `save_pretrained` wrote. Weights come from safetensors only."""
         index = Path(folder) / "model_index.json"
         if not index.is_file():
-            raise ValueError(f"{folder}: no pipeline here (model_index.json is missing); join one: sd-mini export RUN")
+            raise UserError(f"{folder}: no pipeline here (model_index.json is missing); join one: sd-mini export RUN")
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(folder, **kwargs)
 
@@ -252,11 +253,9 @@ class Pipeline(PromptedPipeline):
             negative_prompt_mask,
         )
         if autoguidance and (negative_prompt is not None or negative_prompt_embeds is not None):
-            raise ValueError(
-                "autoguidance leads away from the guide, not from a negative prompt; leave one of them out"
-            )
+            raise UserError("autoguidance leads away from the guide, not from a negative prompt; leave one of them out")
         if autoguidance and self.guide is None:
-            raise ValueError(
+            raise UserError(
                 "autoguidance: this pipeline has no guide; join one: Pipeline.from_run(RUN, guide=FOLDER), or "
                 "sd-mini export RUN --guide FOLDER"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 from sd_mini import diffusion
 from sd_mini.config import Config, check
 from sd_mini.diffusion import STEPS, Schedule
+from sd_mini.errors import UserError
 
 FLOW = ("flow", "flow_x")
 
@@ -31,16 +32,16 @@ class Process(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.is_flow and (self.schedule is not None or self.zero_snr):
-            raise ValueError(
+            raise UserError(
                 f"objective.kind {self.kind}: has no schedule and no zero_snr (its path ends in pure noise by itself); "
                 "leave them out, or choose epsilon, v_prediction or sample"
             )
         if not self.is_flow and self.schedule is None:
-            raise ValueError(
+            raise UserError(
                 f"objective.kind {self.kind}: expected a schedule, one of {', '.join(diffusion.BETAS)}; it has none"
             )
         if self.kind == "epsilon" and self.zero_snr:
-            raise ValueError(
+            raise UserError(
                 "objective.kind epsilon: with zero_snr the last step is the noise itself, so predicting it teaches "
                 "nothing; choose v_prediction or sample, or leave zero_snr out"
             )
@@ -121,11 +122,9 @@ class TimeConfig(Process):
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
         if self.weighting == "cosmap" and not self.is_flow:
-            raise ValueError(f"objective.weighting cosmap: is the linear path's, not {self.kind}'s; use min_snr")
+            raise UserError(f"objective.weighting cosmap: is the linear path's, not {self.kind}'s; use min_snr")
         if self.shift != 1 and not self.is_flow:
-            raise ValueError(
-                f"objective.shift {self.shift:g}: is the linear path's; {self.kind}'s schedule has its own"
-            )
+            raise UserError(f"objective.shift {self.shift:g}: is the linear path's; {self.kind}'s schedule has its own")
         return self
 
     def draw(self, normal: Tensor, uniform: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from sd_mini.denoising import Condition
+from sd_mini.errors import UserError
 from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
 from sd_mini.text_encoder import PromptEmbeds, TextStage
 
@@ -38,11 +39,11 @@ class PromptedPipeline(DiffusionPipeline):
         for embeds, mask in ((prompt_embeds, prompt_mask), (negative_prompt_embeds, negative_prompt_mask)):
             check_embeds(embeds, mask, self.text_adapter.length, self.text_adapter.config.dim)
         if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("expected negative_prompt or negative_prompt_embeds, got both")
+            raise UserError("expected negative_prompt or negative_prompt_embeds, got both")
         check_counts(num_inference_steps=steps, num_images_per_prompt=num_images_per_prompt)
         self.latent_shape(height, width)
         if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
-            raise ValueError(
+            raise UserError(
                 f"latents are {tuple(latents.shape)}; expected (B, {str(self.latent_shape(height, width))[1:]}"
             )
 
@@ -53,7 +54,7 @@ class PromptedPipeline(DiffusionPipeline):
         for name, side in (("height", height), ("width", width)):
             if not isinstance(side, int) or side <= 0 or side % cell:
                 below = max(int(side) // cell, 1) * cell
-                raise ValueError(
+                raise UserError(
                     f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}"
                 )
         return self.autoencoder.latent_shape(height, width)
@@ -98,7 +99,7 @@ class PromptedPipeline(DiffusionPipeline):
         """The condition that guidance leads away from: the trained null one, or a prompt (or its embeddings) given."""
         if embeds is not None and mask is not None:
             if len(embeds) * per_prompt != batch:
-                raise ValueError(
+                raise UserError(
                     f"{len(embeds)} negative_prompt_embeds for {batch // per_prompt} prompts; give one each"
                 )
             return self.encode_prompt(None, per_prompt, embeds, mask)
@@ -108,7 +109,7 @@ class PromptedPipeline(DiffusionPipeline):
         if len(texts) == 1:
             texts = texts * (batch // per_prompt)
         if len(texts) * per_prompt != batch:
-            raise ValueError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
+            raise UserError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
         return self.encode_prompt(texts, per_prompt, strict=strict)
 
     def prepare_latents(
@@ -117,7 +118,7 @@ class PromptedPipeline(DiffusionPipeline):
         """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
         if latents is not None:
             if len(latents) != batch:
-                raise ValueError(f"{len(latents)} latents for {batch} pictures; give one each")
+                raise UserError(f"{len(latents)} latents for {batch} pictures; give one each")
             return latents.to(self._execution_device, self.noise_predictor.dtype)
         drawn = draw_noise(batch, self.latent_shape(height, width), generator)
         return drawn.to(self._execution_device, self.noise_predictor.dtype)

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize, pad
 from sd_mini import shapes
 from sd_mini.data import CaptionedPictures
 from sd_mini.encoders import Hidden
+from sd_mini.errors import UserError
 from sd_mini.text_encoder import PromptEmbeds, TextAdapter, TextStage
 from sd_mini.texts import shown, word_twins
 
@@ -178,7 +179,7 @@ def _next_other(pictures: CaptionedPictures, number: int) -> str:
     following = (pictures.captions[(number + i) % len(pictures)][0] for i in range(1, len(pictures)))
     other = next((text for text in following if text not in own), None)
     if other is None:
-        raise ValueError(f"{pictures.name}: every caption is {shown(own[0])}; expected at least two different ones")
+        raise UserError(f"{pictures.name}: every caption is {shown(own[0])}; expected at least two different ones")
     return other
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sd_mini import diffusion
 from sd_mini.diffusion import STEPS
+from sd_mini.errors import UserError
 from sd_mini.process import Process
 
 FLOW: dict[str, type[SchedulerMixin]] = {
@@ -60,9 +61,9 @@ def build(name: str, process: Process) -> SchedulerMixin:
     """
     known = FLOW if process.is_flow else DISCRETE
     if name not in NAMES:
-        raise ValueError(f"sampler {name!r}: expected one of {', '.join(known)}")
+        raise UserError(f"sampler {name!r}: expected one of {', '.join(known)}")
     if name not in known:
-        raise ValueError(
+        raise UserError(
             f"sampler {name}: follows a discrete schedule, this network the linear path; use one of {', '.join(known)}"
         )
     cls = known[name]
@@ -80,7 +81,7 @@ def build(name: str, process: Process) -> SchedulerMixin:
         given["clip_sample"] = False  # latents are not held within [-1, 1]
     if process.zero_snr:
         if "rescale_betas_zero_snr" not in fields:
-            raise ValueError(
+            raise UserError(
                 f"sampler {name}: cannot begin at zero signal, and this network was trained with zero_snr; use ddim, "
                 "dpm++, unipc, euler or ddpm"
             )
@@ -109,20 +110,20 @@ def check(scheduler: SchedulerMixin, process: Process) -> None:
     mend = "make one that fits: sd_mini.samplers.build(NAME, process), or Pipeline.use_sampler(NAME)"
     if is_flow != process.is_flow or steps_by != wanted:
         path = "the linear path's sigmas" if is_flow else "a discrete schedule"
-        raise ValueError(
+        raise UserError(
             f"scheduler {name}: steps by {steps_by} on {path}, but this network predicts {process.kind}"
             f"{'' if process.is_flow else f' on the {process.schedule} schedule'}; {mend}"
         )
     if config.get("clip_sample"):
-        raise ValueError(f"scheduler {name}: clip_sample holds latents within [-1, 1], which they exceed; {mend}")
+        raise UserError(f"scheduler {name}: clip_sample holds latents within [-1, 1], which they exceed; {mend}")
     if config.get("num_train_timesteps") != STEPS:
-        raise ValueError(f"scheduler {name}: num_train_timesteps {config.num_train_timesteps}; expected {STEPS}")
+        raise UserError(f"scheduler {name}: num_train_timesteps {config.num_train_timesteps}; expected {STEPS}")
     if process.is_flow:
         return
     expected = diffusion.alphas_cumprod(process.schedule, process.zero_snr)
     # the last value apart: diffusers keeps zero signal a hair above zero where it divides by it
     if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, rtol=1e-4, atol=1e-6):
-        raise ValueError(
+        raise UserError(
             f"scheduler {name}: its betas are not those of the {process.schedule} schedule"
             f"{' with zero_snr' if process.zero_snr else ''} that this network was trained on; {mend}"
         )
@@ -141,7 +142,7 @@ def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | 
         if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
             scheduler.sigma_min = 1 / steps
         if hasattr(scheduler, "alphas_cumprod") and steps > STEPS:
-            raise ValueError(f"num_inference_steps {steps}: the discrete schedule has {STEPS}; use 50, for example")
+            raise UserError(f"num_inference_steps {steps}: the discrete schedule has {STEPS}; use 50, for example")
         scheduler.set_timesteps(steps, device=device)
     _check_start(scheduler, steps)
     return scheduler.timesteps
@@ -153,7 +154,7 @@ def _check_start(scheduler: SchedulerMixin, steps: int) -> None:
         return
     first = float(scheduler.timesteps[0])
     if not STEPS - 2 * STEPS / steps - STEPS / 8 <= first < STEPS:
-        raise ValueError(
+        raise UserError(
             f"num_inference_steps {steps}: {type(scheduler).__name__} begins at {first:.0f}, and the schedule is noise "
             "at 999; use another number, such as 50"
         )

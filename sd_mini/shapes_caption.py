@@ -1,5 +1,6 @@
 """Captions: a scene graph => English in several phrasings, every attribute of the graph named."""
 
+from sd_mini.errors import UserError
 from sd_mini.shapes_graph import INVERSE, Group, Scene
 
 # {a}, {b}: "a small red circle"; {rel}: "to the left of"; {inv}: its inverse; {place}: "top left";
@@ -36,7 +37,7 @@ def caption(scene: Scene, phrasing: int) -> str:
     """
     templates = PHRASINGS[scene.kind]
     if not 0 <= phrasing < len(templates):
-        raise ValueError(f"phrasing: got {phrasing}, expected 0 to {len(templates) - 1}: pick one of these")
+        raise UserError(f"phrasing: got {phrasing}, expected 0 to {len(templates) - 1}: pick one of these")
     template, group = templates[phrasing], scene.groups[0]
     if scene.kind == "one_object":
         return template.format(a=_one(group), place=group.place)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sd_mini.errors import UserError
 from sd_mini.shapes_graph import BACKGROUND, COLOURS, SHAPES, SIZES, Scene
 
 CIRCLE_RADIUS = 0.9
@@ -77,7 +78,7 @@ def draw_batch(scenes: Sequence[Scene], resolution: int = 64) -> np.ndarray:
     Raises ValueError below 24 px. Memory beside the result does not grow with N.
     """
     if resolution < MIN_RESOLUTION:
-        raise ValueError(f"resolution: got {resolution} px, expected at least {MIN_RESOLUTION} px: draw larger")
+        raise UserError(f"resolution: got {resolution} px, expected at least {MIN_RESOLUTION} px: draw larger")
     pictures = np.empty((len(scenes), 3, resolution, resolution), dtype=np.uint8)
     pictures[:] = np.array(BACKGROUND, dtype=np.uint8)[:, None, None]
     chunk = max(1, _CHUNK_PIXELS // resolution**2)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from sd_mini.config import check_choice
+from sd_mini.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "cross")
 # Chosen so that no mixture of a colour with the background, which is what an anti-aliased edge is,
@@ -119,7 +120,7 @@ class Scene:
         _check_keys(values, cls, "scene")
         for name in ("groups", "layout"):
             if not isinstance(values[name], list | tuple):
-                raise ValueError(f"{name}: got {values[name]!r}, expected a list: see Scene.to_dict")
+                raise UserError(f"{name}: got {values[name]!r}, expected a list: see Scene.to_dict")
         for group in values["groups"]:
             _check_keys(group, Group, "group")
         groups = tuple(Group(**group) for group in values["groups"])
@@ -133,7 +134,7 @@ def _check_keys(values: dict, of: type, name: str) -> None:
     expected = {field.name for field in fields(of)}
     if not isinstance(values, dict) or set(values) != expected:
         given = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{name}: got {given}, expected the keys {sorted(expected)}: add or remove keys to match")
+        raise UserError(f"{name}: got {given}, expected the keys {sorted(expected)}: add or remove keys to match")
 
 
 def check_scene(scene: Scene) -> None:
@@ -141,7 +142,7 @@ def check_scene(scene: Scene) -> None:
     check_choice("kind", scene.kind, KINDS)
     expected_groups = 2 if scene.kind == "two_objects" else 1
     if len(scene.groups) != expected_groups:
-        raise ValueError(f"groups: got {len(scene.groups)}, a {scene.kind} scene has {expected_groups}: mend the list")
+        raise UserError(f"groups: got {len(scene.groups)}, a {scene.kind} scene has {expected_groups}: mend the list")
     for group in scene.groups:
         check_choice("shape", group.shape, SHAPES)
         check_choice("colour", group.colour, COLOURS)
@@ -151,7 +152,7 @@ def check_scene(scene: Scene) -> None:
     allowed_relations = RELATIONS if scene.kind == "two_objects" else (None,)
     check_choice(f"relation of a {scene.kind} scene", scene.relation, allowed_relations)
     if scene.kind == "two_objects" and scene.groups[0].colour == scene.groups[1].colour:
-        raise ValueError(f"colours: got {scene.groups[0].colour!r} twice, two objects differ in colour: change one")
+        raise UserError(f"colours: got {scene.groups[0].colour!r} twice, two objects differ in colour: change one")
     _check_layout(scene)
 
 
@@ -159,21 +160,21 @@ def _check_layout(scene: Scene) -> None:
     """Each object inside the picture and of its size, gaps between them, the place or relation true with a margin."""
     n_objects = sum(group.count for group in scene.groups)
     if len(scene.layout) != n_objects or not all(map(_is_finite_triple, scene.layout)):
-        raise ValueError(f"layout: got {scene.layout}, expected {n_objects} finite (x, y, radius): one for each object")
+        raise UserError(f"layout: got {scene.layout}, expected {n_objects} finite (x, y, radius): one for each object")
     for _, _, size, x, y, radius in scene.objects():
         low, high = SIZES[size]
         if not low - _LAYOUT_TOLERANCE <= radius <= high + _LAYOUT_TOLERANCE:
-            raise ValueError(f"layout: got radius {radius} for a {size} object, expected {low} to {high}: resize it")
+            raise UserError(f"layout: got radius {radius} for a {size} object, expected {low} to {high}: resize it")
         if min(x, y, 1 - x, 1 - y) < MARGIN + radius - _LAYOUT_TOLERANCE:
-            raise ValueError(f"layout: got ({x}, {y}, {radius}), expected {MARGIN} free to each edge: move it inwards")
+            raise UserError(f"layout: got ({x}, {y}, {radius}), expected {MARGIN} free to each edge: move it inwards")
     for i, (xa, ya, ra) in enumerate(scene.layout):
         for xb, yb, rb in scene.layout[:i]:
             if math.hypot(xa - xb, ya - yb) < ra + rb + GAP - _LAYOUT_TOLERANCE:
-                raise ValueError(f"layout: objects at {(xb, yb)} and {(xa, ya)} lack a gap of {GAP}: move them apart")
+                raise UserError(f"layout: objects at {(xb, yb)} and {(xa, ya)} lack a gap of {GAP}: move them apart")
     if scene.relation is not None and not _relation_is_clear(scene):
-        raise ValueError(f"layout: {scene.layout} does not clearly show {scene.relation!r}: move them or restate")
+        raise UserError(f"layout: {scene.layout} does not clearly show {scene.relation!r}: move them or restate")
     if scene.kind == "one_object" and not _place_is_clear(scene):
-        raise ValueError(f"layout: {scene.layout[0][:2]} is not {scene.groups[0].place!r}: move the object or restate")
+        raise UserError(f"layout: {scene.layout[0][:2]} is not {scene.groups[0].place!r}: move the object or restate")
 
 
 def _is_finite_triple(where: object) -> bool:

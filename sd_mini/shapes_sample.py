@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from sd_mini.config import check_choice
+from sd_mini.errors import UserError
 from sd_mini.shapes_graph import (
     COLOURS,
     COUNTS,
@@ -52,7 +53,7 @@ def _splitmix64(state: np.ndarray) -> np.ndarray:
 def _uniforms(seed: int, stream: int, indices: np.ndarray) -> np.ndarray:
     """(N,) indices => (N, _COLUMNS) float64 in [0, 1), each row a function of (seed, stream, index) alone."""
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: got {seed}, expected 0 to 2**63 - 1: pass another seed")
+        raise UserError(f"seed: got {seed}, expected 0 to 2**63 - 1: pass another seed")
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
         key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64) + _GOLDEN) + np.uint64(stream) * _GOLDEN)
         rows = _splitmix64(key + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
@@ -93,7 +94,7 @@ def _allowed_kinds(split: str, kinds: Sequence[str] | None) -> tuple[str, ...]:
     if kinds is None:
         return possible
     if not kinds:
-        raise ValueError(f"kinds: got none, expected some of {possible}: name at least one")
+        raise UserError(f"kinds: got none, expected some of {possible}: name at least one")
     for kind in kinds:
         check_choice(f"kinds of split {split!r}", kind, possible)
     return tuple(kind for kind in possible if kind in kinds)
@@ -114,7 +115,7 @@ def sample_scenes(
     """Scenes start to start + n - 1: equal to `sample_scene(seed, i, split, kinds)` for each i, and much faster."""
     allowed = _allowed_kinds(split, kinds)
     if n < 0 or start < 0:
-        raise ValueError(f"n and start: got {n} and {start}, expected both at least 0: pass larger ones")
+        raise UserError(f"n and start: got {n} and {start}, expected both at least 0: pass larger ones")
     u = _uniforms(seed, SPLITS.index(split), np.arange(start, start + n, dtype=np.uint64))
     weights = np.cumsum([KIND_WEIGHTS[kind] for kind in allowed])
     kind_index = np.searchsorted(weights / weights[-1], u[:, _KIND], side="right")
@@ -195,7 +196,7 @@ def swapped(scene: Scene, rng_index: int, change: str | None = None) -> tuple[Sc
     elif change in variants:
         names = [change]
     else:
-        raise ValueError(f"change: got {change!r}, expected one of {tuple(variants)} for this scene: use one of these")
+        raise UserError(f"change: got {change!r}, expected one of {tuple(variants)} for this scene: use one of these")
     u = _uniforms(rng_index, _SWAP_STREAM, np.arange(1))
     name = names[int(u[0, _KIND] * len(names))]
     options = variants[name]

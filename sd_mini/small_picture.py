@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import Tensor, nn
 
+from sd_mini.errors import UserError
+
 
 class SmallPicture(ModelMixin, ConfigMixin):
     """Pictures => the same pictures `factor` times smaller, by area; and back by super-resolution.
@@ -25,9 +27,9 @@ class SmallPicture(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if in_channels != out_channels:
-            raise ValueError(f"in_channels {in_channels} and out_channels {out_channels}: expected the same")
+            raise UserError(f"in_channels {in_channels} and out_channels {out_channels}: expected the same")
         if factor < 1:
-            raise ValueError(f"factor {factor}: expected at least 1")
+            raise UserError(f"factor {factor}: expected at least 1")
         self.encoder = nn.AvgPool2d(factor)
         self.decoder = Enlarger(in_channels, factor, width, num_blocks)
 

@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sd_mini.errors import UserError
+
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
 CONTRACT = "stage.json"
 
@@ -134,15 +136,15 @@ def read_contract(folder: Path, kind: str | None = None) -> dict[str, Any]:
     path = Path(folder) / CONTRACT
     if not path.is_file():
         wanted = f"{kind or 'stage'} stage"
-        raise ValueError(
+        raise UserError(
             f"{folder}: no {wanted} here ({CONTRACT} is missing); train it first, or give its final/ folder"
         )
     try:
         contract = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); export the stage again") from error
+        raise UserError(f"{path}: not readable as JSON ({error}); export the stage again") from error
     if kind is not None and contract.get("kind") != kind:
-        raise ValueError(f"{folder}: expected a {kind} stage, this is a {contract.get('kind')} stage")
+        raise UserError(f"{folder}: expected a {kind} stage, this is a {contract.get('kind')} stage")
     return contract
 
 
@@ -157,13 +159,13 @@ def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
     for name, expected in contract["files"].items():
         if found.get(name) != expected:
             what = "is missing" if name not in found else "is not the file that was exported (SHA-256 differs)"
-            raise ValueError(f"{folder / name}: {what}; export the stage again")
+            raise UserError(f"{folder / name}: {what}; export the stage again")
     parts = {}
     for name in _part_names(folder):
         try:
             parts[name] = _load_part(folder / name)
         except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
-            raise ValueError(f"{folder / name}: cannot be loaded ({error}); export the stage again") from error
+            raise UserError(f"{folder / name}: cannot be loaded ({error}); export the stage again") from error
     return Stage(folder, contract, parts)
 
 
@@ -190,7 +192,7 @@ def _load_part(folder: Path) -> Any:
     classes = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter)}
     cls = class_of(str(name)) if folder.name == "noise_predictor" else classes.get(name)
     if cls is None:
-        raise ValueError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
+        raise UserError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
     return cls.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
 
 
@@ -209,7 +211,7 @@ def check_belonging(contract: dict[str, Any], **stages: dict[str, Any]) -> None:
     for name, other in stages.items():
         expected, found = contract["trained_against"][name], latents_of(other)
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"the {contract['kind']} was trained against {name} {expected[:12]}, but this {name} is {found[:12]}: "
                 f"give the stage it was trained against, or train the {contract['kind']} again"
             )

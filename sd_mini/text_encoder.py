@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
+from sd_mini.errors import UserError
 
 MAX_ENCODERS = 3
 _SUFFIXES = (
@@ -111,7 +112,7 @@ class TextAdapter(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"adapter: dim {dim} is not a multiple of heads {heads}; choose heads that divide it")
+            raise UserError(f"adapter: dim {dim} is not a multiple of heads {heads}; choose heads that divide it")
         self.inputs = nn.ModuleList(EncoderInput(s, w, dim) for s, w in zip(state_dims, word_dims, strict=True))
         self.register_buffer("places", torch.randn(sum(lengths), dim))
         self.blocks = nn.ModuleList(RefinerBlock(dim, heads, mlp_ratio) for _ in range(depth))
@@ -187,7 +188,7 @@ class TextStage:
         pairs = [(parts.get(f"tokenizer{s}"), parts.get(f"text_encoder{s}")) for s in _SUFFIXES]
         pairs = [pair for pair in pairs if None not in pair]
         if len(pairs) != len(adapter.config.lengths):
-            raise ValueError(
+            raise UserError(
                 f"{len(pairs)} text encoders with their tokenizers, and a text_adapter of "
                 f"{len(adapter.config.lengths)}; give all, or prompt_embeds and prompt_mask instead of prompts"
             )

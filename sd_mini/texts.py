@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from itertools import islice
 
+from sd_mini.errors import UserError
+
 # words of one class stand for each other, so exchanging two of them, or taking another one, changes an attribute; those
 # joined by | mean the same, which would change nothing
 _ATTRIBUTES = (
@@ -33,14 +35,14 @@ _WORD = re.compile(r"[^\W_]+")
 def check_text(value: object, where: str) -> None:
     """Raises ValueError, naming `where`, for what no tokenizer reads: no text, nothing in it, half a surrogate pair."""
     if not isinstance(value, str):
-        raise ValueError(f"{where} is a {type(value).__name__} ({shown(value)}); expected text")
+        raise UserError(f"{where} is a {type(value).__name__} ({shown(value)}); expected text")
     if not value.strip():
-        raise ValueError(f"{where} is empty; expected text that describes the picture")
+        raise UserError(f"{where} is empty; expected text that describes the picture")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = f"U+{ord(value[error.start]):04X}"
-        raise ValueError(
+        raise UserError(
             f"{where} has a lone surrogate, {code}, at character {error.start}; expected text that UTF-8 can write: "
             "read its source as UTF-16, or leave the character out"
         ) from None

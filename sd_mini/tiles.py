@@ -9,6 +9,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
+from sd_mini.errors import UserError
+
 SMALLEST = 8  # cells a side of a tile
 _BLENDED = 2  # cells over which one tile goes over into the next
 
@@ -42,7 +44,7 @@ def in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int, str
 
 def check_tile(tile: int) -> None:
     if tile < SMALLEST:
-        raise ValueError(f"tile {tile}: expected at least {SMALLEST} latent cells a side")
+        raise UserError(f"tile {tile}: expected at least {SMALLEST} latent cells a side")
 
 
 @torch.no_grad()

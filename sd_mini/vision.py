@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from sd_mini.errors import UserError
 from sd_mini.load_encoder import load_open_clip
 from sd_mini.retrieval import Matcher
 
@@ -52,7 +53,7 @@ def load_tower(name: str) -> VisionTower:
     kind, _, rest = name.partition(":")
     place, _, weights = rest.partition("=")
     if kind not in _KINDS or not place:
-        raise ValueError(
+        raise UserError(
             f"vision tower {name!r}: expected transformers:FOLDER, timm:MODEL[=FILE] or open_clip:ARCHITECTURE=FILE"
         )
     tower = _KINDS[kind](place, weights or None)
@@ -65,14 +66,14 @@ def open_timm(model: str, weights: str | None) -> nn.Module:
     try:
         import timm
     except ImportError:
-        raise ValueError(f"timm:{model}: timm models need the package timm; pip install 'sd-mini[train]'") from None
+        raise UserError(f"timm:{model}: timm models need the package timm; pip install 'sd-mini[train]'") from None
     if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"timm:{model}: no weights file {weights}; give its path")
+        raise UserError(f"timm:{model}: no weights file {weights}; give its path")
     source = {"file": weights} if weights is not None else None
     try:
         return timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
     except Exception as error:  # whatever its parsers, torch's and the hub's raise
-        raise ValueError(cannot_load(f"timm model {model!r}", error)) from error
+        raise UserError(cannot_load(f"timm model {model!r}", error)) from error
 
 
 def open_transformers(folder: str) -> nn.Module:
@@ -82,7 +83,7 @@ def open_transformers(folder: str) -> nn.Module:
     try:
         return AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
     except Exception as error:  # whatever its parsers and the hub's client raise
-        raise ValueError(cannot_load(f"transformers model {folder!r}", error)) from error
+        raise UserError(cannot_load(f"transformers model {folder!r}", error)) from error
 
 
 def cannot_load(what: str, error: Exception) -> str:
@@ -96,9 +97,7 @@ def matcher_tower(matcher: Matcher) -> VisionTower:
     Raises ValueError where stage 1 was trained on another tower's features.
     """
     if matcher.config.feature_dim is not None:
-        raise ValueError(
-            "repa.teacher text_encoder: that stage 1 has no picture tower of its own; name another teacher"
-        )
+        raise UserError("repa.teacher text_encoder: that stage 1 has no picture tower of its own; name another teacher")
     return VisionTower(matcher.requires_grad_(False).eval(), lambda module, x: module.tower.map(x))
 
 
@@ -118,7 +117,7 @@ def _open_clip(architecture: str, weights: str | None) -> VisionTower:
     visual = load_open_clip(architecture, weights)[0].visual
     if not hasattr(visual, "forward_intermediates"):
         kind = type(visual).__name__
-        raise ValueError(f"open_clip:{architecture}: its {kind} gives no patch features; name another tower")
+        raise UserError(f"open_clip:{architecture}: its {kind} gives no patch features; name another tower")
     side = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
 
     def read(module: Any, x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ def _transformers(folder: str, weights: str | None) -> VisionTower:
     whole: Any = open_transformers(folder)
     module, vision = getattr(whole, "vision_model", whole), getattr(whole.config, "vision_config", whole.config)
     if weights is not None or not hasattr(vision, "patch_size") or not hasattr(vision, "image_size"):
-        raise ValueError(f"transformers:{folder}: a {whole.config.model_type}; expected a ViT with patches, as DINOv2")
+        raise UserError(f"transformers:{folder}: a {whole.config.model_type}; expected a ViT with patches, as DINOv2")
     rows = vision.image_size // vision.patch_size
 
     def read(module: nn.Module, x: Tensor) -> Tensor:
@@ -155,5 +154,5 @@ def as_grid(tokens: Tensor) -> Tensor:
     """(B, N, K) patch tokens, row by row of a square => (B, K, sqrt N, sqrt N). Raises ValueError for no square."""
     side = round(tokens.shape[1] ** 0.5)
     if side**2 != tokens.shape[1]:
-        raise ValueError(f"{tokens.shape[1]} patch features: expected a square number, of a square picture")
+        raise UserError(f"{tokens.shape[1]} patch features: expected a square number, of a square picture")
     return tokens.mT.unflatten(2, (side, side))

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from sd_mini.cli import Parser, whole
 from sd_mini.config import Config, check, command, read, read_yaml
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_text, read_contract
 from training import judged
 from training.autoencoder import AutoencoderConfig
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     kept = _kept(arms)
     recipe = _recipe(options, overrides, arms)
     if unknown := set(options.only or []) - set(arms):
-        raise ValueError(f"--only {min(unknown)!r}: expected arms of {options.arms}: {', '.join(arms)}")
+        raise UserError(f"--only {min(unknown)!r}: expected arms of {options.arms}: {', '.join(arms)}")
     shares = _shares(options.jobs)
     arms = {name: arm for name, arm in arms.items() if options.only is None or name in options.only}
     found = _found(options.out / RESULTS, recipe, arms)
@@ -95,7 +96,7 @@ def arms_of(path: Path) -> dict[str, Arm]:
     arms = {name: check(Arm, changes, f"{path}: {name}") for name, changes in read_yaml(path).items()}
     slugs = [_slug(name) for name in arms if isinstance(name, str)]
     if not arms or len(set(slugs)) < len(arms):
-        raise ValueError(f"{path}: expected arms, by names that differ in more than punctuation; got {list(arms)}")
+        raise UserError(f"{path}: expected arms, by names that differ in more than punctuation; got {list(arms)}")
     return arms
 
 
@@ -111,12 +112,12 @@ def _kept(arms: dict[str, Arm]) -> list[str]:
     """Options by which every training keeps what an arm is guided by."""
     for name, arm in arms.items():
         if (arm.guide is not None) != ("--autoguidance" in arm.eval):
-            raise ValueError(
+            raise UserError(
                 f"arm {name!r}: expected guide and eval: [--autoguidance, ...] together; it has one of them"
             )
     guides = {arm.guide for arm in arms.values() if arm.guide is not None}
     if len(guides) > 1:
-        raise ValueError(f"guide: expected one update for all arms, whose averages are kept; got {sorted(guides)}")
+        raise UserError(f"guide: expected one update for all arms, whose averages are kept; got {sorted(guides)}")
     return [
         word for step in guides for word in ("--train.checkpoint_every", str(step), "--train.keep_every", str(step))
     ]
@@ -129,7 +130,7 @@ def _recipe(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> dic
     for name, arm in arms.items():
         steps = parse(PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)]).config.train.steps
         if arm.guide is not None and arm.guide > steps:
-            raise ValueError(f"arm {name!r}: guide {arm.guide}: expected at most {steps}, the updates of a training")
+            raise UserError(f"arm {name!r}: guide {arm.guide}: expected at most {steps}, the updates of a training")
         if arm.autoencoder:
             read(AutoencoderConfig, _beside(options.config), _words(arm.autoencoder))
             of_autoencoder = read(AutoencoderConfig, _beside(options.config)).model_dump(mode="json")
@@ -143,7 +144,7 @@ def _shares(jobs: int) -> SimpleQueue[list[int] | None]:
     """The cores of each job; none where the system does not let them be chosen."""
     everything = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
     if jobs > len(everything):
-        raise ValueError(f"--jobs {jobs}: expected at most one for each of {len(everything)} cores")
+        raise UserError(f"--jobs {jobs}: expected at most one for each of {len(everything)} cores")
     shares: SimpleQueue[list[int] | None] = SimpleQueue()
     for number in range(jobs):
         shares.put(None if everything[0] is None else everything[number::jobs])
@@ -156,11 +157,11 @@ def _found(results: Path, recipe: dict[str, Any], arms: dict[str, Arm]) -> dict[
         return {"recipe": recipe, "rows": {}}
     found = json.loads(results.read_text(encoding="utf-8"))
     if found["recipe"] != recipe:
-        raise ValueError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
+        raise UserError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
     for key, row in found["rows"].items():
         name = key.rsplit("/", 1)[0]
         if name in arms and row["arm"] != arms[name].model_dump():
-            raise ValueError(f"{results}: {name!r} changed something else there; rename it, or give another --out")
+            raise UserError(f"{results}: {name!r} changed something else there; rename it, or give another --out")
     return found
 
 

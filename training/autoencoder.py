@@ -20,6 +20,7 @@ from sd_mini import images, stages
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import Config, command
 from sd_mini.data import DataConfig, check_alike, load
+from sd_mini.errors import UserError
 from sd_mini.load_autoencoder import load_autoencoder
 from sd_mini.perceptual import load_lpips
 from training import launch
@@ -49,11 +50,11 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _possible_together(self) -> ModelConfig:
         if self.start is not None and (self.kind is not None or self.network or self.patch_size > 1):
-            raise ValueError("start brings its own network; leave kind, network and patch_size out")
+            raise UserError("start brings its own network; leave kind, network and patch_size out")
         if self.train == "decoder" and self.start is None:
-            raise ValueError("train: decoder keeps an encoder that has learned; give its folder as start")
+            raise UserError("train: decoder keeps an encoder that has learned; give its folder as start")
         if self.train == "decoder" and self.teacher is not None:
-            raise ValueError("teacher is for an encoder that learns; leave out teacher, or train: decoder")
+            raise UserError("teacher is for an encoder that learns; leave out teacher, or train: decoder")
         return self
 
 
@@ -73,24 +74,24 @@ class AutoencoderConfig(Config):
     @model_validator(mode="after")
     def _possible_together(self) -> AutoencoderConfig:
         if self.loss.adversarial.weight and self.adversary.adaptive and self.train.accumulation > 1:
-            raise ValueError(
+            raise UserError(
                 f"adversary.adaptive weighs by the gradients of the whole batch, and with train.accumulation "
                 f"{self.train.accumulation} a pass sees a part of it; expected accumulation 1, or adaptive false"
             )
         for name, term in self.loss.begun(10**18).items():
             if term.start >= self.train.steps:
-                raise ValueError(
+                raise UserError(
                     f"loss.{name} starts at update {term.start} of {self.train.steps}, so never; start it earlier, or "
                     "leave it out"
                 )
         if self.model.teacher is not None and "distillation" not in self.loss.begun(0):
-            raise ValueError("model.teacher: its latents are learned by loss.distillation; expected it from update 0")
+            raise UserError("model.teacher: its latents are learned by loss.distillation; expected it from update 0")
         if not any(name in self.loss.begun(0) for name in (*OF_ERROR, "ssim", "focal_frequency", "lpips")):
-            raise ValueError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
+            raise UserError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
         if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
-            raise ValueError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
+            raise UserError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
         if self.loss.ssim.weight and self.data.resolution < 11:
-            raise ValueError(f"loss.ssim looks at 11 x 11 pixels; data.resolution is {self.data.resolution}")
+            raise UserError(f"loss.ssim looks at 11 x 11 pixels; data.resolution is {self.data.resolution}")
         return self
 
 
@@ -105,14 +106,12 @@ class AutoencoderTask:
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
         decoder_only, is_vq = config.model.train == "decoder", autoencoder.config.kind == "vq"
         if is_vq and not decoder_only and "commitment" not in loss.begun(0):
-            raise ValueError(
+            raise UserError(
                 "loss.commitment: kind vq needs it above 0 from update 0; its codebook learns by nothing else"
             )
         if autoencoder.config.kind == "tiny" and config.train.gradient_checkpointing:
             # diffusers' EncoderTiny then leaves out the scaling of its input that it has in evaluation
-            raise ValueError(
-                "train.gradient_checkpointing: AutoencoderTiny learns something else with it; leave it out"
-            )
+            raise UserError("train.gradient_checkpointing: AutoencoderTiny learns something else with it; leave it out")
         teacher, self.taught_by = _teacher(config.model, autoencoder)
         perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
         discriminator = None
@@ -228,14 +227,14 @@ def _teacher(model: ModelConfig, student: Autoencoder) -> tuple[Autoencoder | No
         return None, None
     teacher, contract = load_autoencoder(model.teacher)
     if contract is None:
-        raise ValueError(f"model.teacher {model.teacher}: expected an exported stage, whose latents have statistics")
+        raise UserError(f"model.teacher {model.teacher}: expected an exported stage, whose latents have statistics")
     if not any(True for part in student.encoder_parts for _ in part.parameters()):
-        raise ValueError(
+        raise UserError(
             f"model.teacher: the encoder of kind {student.config.kind} learns nothing, so no latents either"
         )
     theirs, ours = ((one.latent_channels, one.stride) for one in (teacher, student))
     if theirs != ours:
-        raise ValueError(
+        raise UserError(
             f"model.teacher {model.teacher}: its latents have {theirs[0]} channels and a stride of {theirs[1]} px, and "
             f"here {ours[0]} and {ours[1]}; give the network the same"
         )
@@ -259,9 +258,9 @@ def _check_sizes(
             with torch.no_grad():
                 made.append(attempt())
         except RuntimeError as error:
-            raise ValueError(f"{says} ({' '.join(str(error).split())[:160]})") from None
+            raise UserError(f"{says} ({' '.join(str(error).split())[:160]})") from None
     if made[0].shape != pixels.shape:
-        raise ValueError(
+        raise UserError(
             f"model: {resolution} px go in and {made[0].shape[-1]} px come out; give encoder and decoder as many levels"
         )
 

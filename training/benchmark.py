@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from sd_mini import shapes
 from sd_mini.cli import Parser
 from sd_mini.config import command
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_text, load_stage, read_contract
 from sd_mini.text_encoder import TextStage
 from training import cache, checkpoint
@@ -239,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
     elif not argv or argv[0].startswith("--"):
         stage_3(argv)
     else:
-        raise ValueError(
+        raise UserError(
             "expected no name (stage 3), `save`, `encode TEXT_STAGE`, `decode AUTOENCODER`, "
             "`loop STAGE --config FILE --run RUN`, `autoencoder --config FILE --run RUN` or `curves CONFIG CONFIG`"
         )

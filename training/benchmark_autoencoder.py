@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sd_mini import images
+from sd_mini.errors import UserError
 from training import autoencoder, launch
 from training.autoencoder_losses import OF_ERROR, kl_term
 from training.batches import Batch, batch_ids
@@ -41,7 +42,7 @@ def autoencoder_cost(argv: Sequence[str]) -> None:
         return
     more = sorted(set(launched.config.loss.begun(10**9)) - {*_PLAIN, "commitment", "distillation"})
     if more:
-        raise ValueError(f"loss {', '.join(more)}: the plain loop has none of that; expected {', '.join(_PLAIN)} alone")
+        raise UserError(f"loss {', '.join(more)}: the plain loop has none of that; expected {', '.join(_PLAIN)} alone")
     loops = {"reference": _reference, "one thread": _as_launched, "this loop": _ours}
     first, seconds = measure(loops, argv, BLOCK, ROUNDS, WARM_UP)
     count = BLOCK * launched.config.train.batch_size

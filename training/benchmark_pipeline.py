@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from sd_mini.cli import open_pipeline
 from sd_mini.denoising import Condition
+from sd_mini.errors import UserError
 from sd_mini.fused import stock
 from sd_mini.pipeline import Pipeline
 from training.benchmark_predictor import parsed
@@ -70,7 +71,7 @@ def stock_pipeline(pipeline: Pipeline, scheduler: SchedulerMixin) -> PRXPipeline
     """diffusers' own pipeline around the stock network of the same weights. ValueError for what is no PRX on flow."""
     ours = pipeline.noise_predictor
     if not isinstance(ours, PRXTransformer2DModel) or pipeline.process.kind != "flow":
-        raise ValueError(
+        raise UserError(
             f"benchmark pipeline: {type(ours).__name__} predicting {pipeline.process.kind}; expected a PRX network "
             "trained on flow, whose stock pipeline there is"
         )

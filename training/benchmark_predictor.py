@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sd_mini import images
 from sd_mini.data import load_captioned
+from sd_mini.errors import UserError
 from sd_mini.fused import stock
 from sd_mini.threads import one_thread
 from training import launch, noise_predictor
@@ -38,7 +39,7 @@ BLOCK, ROUNDS, WARM_UP = 10, 9, 5  # updates, blocks of each loop, updates befor
 def parsed(argv: Sequence[str]) -> Launch:
     launched = launch.parse(noise_predictor.PredictorConfig, "noise_predictor", argv)
     if launched is None:
-        raise ValueError("expected --config FILE --run RUN, a run whose stages 1 and 2 are trained")
+        raise UserError("expected --config FILE --run RUN, a run whose stages 1 and 2 are trained")
     return launched
 
 
@@ -136,7 +137,7 @@ def prepared(argv: Sequence[str]) -> Iterator[Loop]:
     task = noise_predictor.PredictorTask(launched.config, launched.run)
     config = launched.config.train.model_copy(update={"ema_snapshots": 0, "log_every": 10**9})
     if config.accumulation > 1:
-        raise ValueError(f"train.accumulation {config.accumulation}: expected 1, as an update is measured in one pass")
+        raise UserError(f"train.accumulation {config.accumulation}: expected 1, as an update is measured in one pass")
     with tempfile.TemporaryDirectory() as home:
         loop = Loop(task, config, Path(home) / "noise_predictor", Origin(time.perf_counter(), {}), [])
         loop.folder.mkdir()

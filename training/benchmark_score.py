@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sd_mini.errors import UserError
 from sd_mini.pipeline import Pipeline
 from training import export, noise_predictor
 from training.benchmark_predictor import parsed, this_loop
@@ -48,7 +49,7 @@ def time_to_score(argv: Sequence[str], updates: int = 500, prompts: int = 200) -
     """
     launched = parsed(argv)
     if launched.config.data.source != "shapes":
-        raise ValueError(f"time_to_score: data {launched.config.data.source} has no judge; expected a config of shapes")
+        raise UserError(f"time_to_score: data {launched.config.data.source} has no judge; expected a config of shapes")
     costs = _costs(argv)
     with tempfile.TemporaryDirectory(prefix="time_to_score-") as home:
         root = Path(home)

@@ -28,6 +28,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from sd_mini.config import check_choice
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder, combined_hash, file_hash
 from training.process import only_writer
 
@@ -190,20 +191,20 @@ def _read_shard(shard: Path, rows: range, hashed: bool) -> dict[str, Stored]:
         files = json.loads((shard / MANIFEST).read_text(encoding="utf-8"))["files"]
         found = {path.name for path in shard.iterdir()} - {MANIFEST}
         if not files or found != files.keys():
-            raise ValueError(f"the files are {sorted(found)}, expected {sorted(files)}")
+            raise UserError(f"the files are {sorted(found)}, expected {sorted(files)}")
         for name, entry in files.items():
             if (size := (shard / name).stat().st_size) != entry["bytes"]:
-                raise ValueError(f"{name} has {size} bytes, expected {entry['bytes']}")
+                raise UserError(f"{name} has {size} bytes, expected {entry['bytes']}")
             if hashed and file_hash(shard / name) != entry["sha256"]:  # before numpy reads a header that may be damaged
-                raise ValueError(f"{name} is not the file that was written (SHA-256 differs)")
+                raise UserError(f"{name} is not the file that was written (SHA-256 differs)")
             array = np.asarray(np.lib.format.open_memmap(shard / name, mode="r"))  # a memmap's own indexing is slower
             form = [array.dtype.name, list(array.shape), len(array)]
             if form != (expected := [entry["dtype"], entry["shape"], len(rows)]):
-                raise ValueError(f"{name} is {form}, expected {expected} (type, shape, rows)")
+                raise UserError(f"{name} is {form}, expected {expected} (type, shape, rows)")
             rounding = Rounding(**entry["rounding"]) if array.dtype.kind == "f" else None
             read[name.removesuffix(".npy")] = Stored(array, rounding)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{MANIFEST} is not one of a shard ({type(error).__name__}: {error})") from error
+        raise UserError(f"{MANIFEST} is not one of a shard ({type(error).__name__}: {error})") from error
     return read
 
 
@@ -214,7 +215,7 @@ def _room(home: Path, rows: int, count: int, first: Arrays, title: str, dtype: s
     needed, free = rows * row_bytes, shutil.disk_usage(nearest).free
     needs, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
     if needed > free:
-        raise ValueError(f"{title}: {home.parent} needs {needs}, and has {has} free: make room, or give another --run")
+        raise UserError(f"{title}: {home.parent} needs {needs}, and has {has} free: make room, or give another --run")
     some = f"{rows:,} rows" if rows == count else f"the missing {rows:,} of {count:,} rows"
     return f"{title}: {some} of {row_bytes:,} bytes, {needs} in {dtype}, to {home} ({has} free)"
 
@@ -278,14 +279,14 @@ class _Column:
             bad, what = ~np.isfinite(values), "not finite"
             mend = "finite numbers: look at these samples, or train the stage that made them again"
         numbers = start + np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
-        raise ValueError(f"{self.title} is {what}: rows {numbers[0]}..{numbers[-1]}; expected {mend}")
+        raise UserError(f"{self.title} is {what}: rows {numbers[0]}..{numbers[-1]}; expected {mend}")
 
     def entry(self) -> dict[str, Any]:
         """The file's entry in the manifest, once all rows are written. Raises ValueError if too much was lost."""
         size = int(np.prod(self.shape))
         rounding = Rounding(self.largest, sqrt(self.error_squares / size), sqrt(self.squares / size))
         if rounding.relative > LARGEST_RELATIVE_ERROR:
-            raise ValueError(
+            raise UserError(
                 f"{self.title}, rows {self.rows[0]}..{self.rows[-1]}: {self.dtype} loses {rounding.relative:.2g} of "
                 f"the values' rms; expected at most {LARGEST_RELATIVE_ERROR:g}: set cache_dtype to float32"
             )
@@ -302,9 +303,9 @@ def _open(shards: Shards) -> dict[str, Rows]:
     try:
         read = [_read_shard(path, rows, hashed=False) for path, rows in shards.items()]
         if len({tuple((name, x.array.shape[1:]) for name, x in sorted(stored.items())) for stored in read}) > 1:
-            raise ValueError("its shards hold different arrays")
+            raise UserError("its shards hold different arrays")
         return {name: Rows([stored[name] for stored in read]) for name in read[0]}
     except (OSError, ValueError) as error:
         mend = "let one launch at a time write there, on a disk that all processes see, delete it and start again"
         home, why = next(iter(shards)).parent, " ".join(str(error).split())
-        raise ValueError(f"{home} cannot be opened: {why}: {mend}") from error
+        raise UserError(f"{home} cannot be opened: {why}: {mend}") from error

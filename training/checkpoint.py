@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder, combined_hash, file_hash, file_hashes, sync
 
 MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ def save(
             manifest["hash"] = combined_hash(manifest)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the checkpoint cannot be written ({_reason(error)}); the older ones are as they were: make "
             "room, or mend the folder's permissions, and run the same command again"
         ) from error
@@ -85,11 +86,11 @@ def find(path: Path, stage: str) -> Path:
     else:
         folder, complaints = next((found for found in map(newest, roots) if any(found)), (None, []))
     if folder is None and complaints:
-        raise ValueError(f"{path}: expected a whole checkpoint, but {complaints[0]}; give another one")
+        raise UserError(f"{path}: expected a whole checkpoint, but {complaints[0]}; give another one")
     if folder is None:
-        raise ValueError(f"{path}: expected a checkpoint (step-NNNNNNNN), or a folder of them; there is none")
+        raise UserError(f"{path}: expected a checkpoint (step-NNNNNNNN), or a folder of them; there is none")
     if "config" not in load_state(folder):
-        raise ValueError(f"{folder}: expected a training's checkpoint, this is a snapshot; give one of checkpoints/")
+        raise UserError(f"{folder}: expected a training's checkpoint, this is a snapshot; give one of checkpoints/")
     return folder
 
 
@@ -143,7 +144,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     try:
         return {path.name.removesuffix(".safetensors"): load_file(path) for path in paths}, load_state(folder)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: expected safetensors, not readable as such ({_reason(error)})") from error
+        raise UserError(f"{folder}: expected safetensors, not readable as such ({_reason(error)})") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}/state.json: expected JSON, not readable as such ({_reason(error)})") from error
+        raise UserError(f"{folder}/state.json: expected JSON, not readable as such ({_reason(error)})") from error
 
 
 def check_keys(where: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -160,12 +161,12 @@ def check_keys(where: str, found: dict[str, Tensor], expected: dict[str, Tensor]
         if name not in found:
             extra = sorted(found.keys() - expected.keys())
             hint = f"; it holds {extra[0]!r}, which has no place here" if extra else ""
-            raise ValueError(f"{where}: {name!r} is missing{hint}; expected a checkpoint of this very network")
+            raise UserError(f"{where}: {name!r} is missing{hint}; expected a checkpoint of this very network")
         if found[name].shape != tensor.shape:
             shapes = f"{tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-            raise ValueError(f"{where}: {name!r} has shape {shapes}: give the checkpoint of this very network")
+            raise UserError(f"{where}: {name!r} has shape {shapes}: give the checkpoint of this very network")
     if extra := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{where}: {extra[0]!r} has no place here; expected a checkpoint of this very network")
+        raise UserError(f"{where}: {extra[0]!r} has no place here; expected a checkpoint of this very network")
 
 
 def check_identity(folder: Path, state: dict[str, Any], now: dict[str, str]) -> None:
@@ -173,7 +174,7 @@ def check_identity(folder: Path, state: dict[str, Any], now: dict[str, str]) -> 
     for name, digest in now.items():
         then = str(state["identity"].get(name))
         if then != digest:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was trained on {name} {then[:12]}, which is now {digest[:12]}; put the old one back, or "
                 "delete the stage's folder to start again"
             )
@@ -184,7 +185,7 @@ def _check_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
         for name, tensor in values.items():
             # what is not finite makes the sum so, which reads the memory once; so can an overflow of the sum
             if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-                raise ValueError(
+                raise UserError(
                     f"step {step}: {name!r} of {file} is not finite, so no checkpoint is written; older ones are "
                     "as they were: look at the samples since then, or start another --run with a lower train.lr"
                 )

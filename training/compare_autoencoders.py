@@ -16,6 +16,7 @@ from typing import Any
 
 from sd_mini.cli import Parser, whole
 from sd_mini.config import command
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_text, read_contract
 from training import judged, noise_predictor
 
@@ -31,7 +32,7 @@ def _main(argv: Sequence[str]) -> None:
     text = read_contract(options.text_encoder, "text_encoder")
     contracts = [read_contract(folder, "autoencoder") for folder in options.autoencoders]
     if len(contracts) < 2 or len({contract["hash"] for contract in contracts}) < len(contracts):
-        raise ValueError("expected at least two autoencoders to compare, each of them once")
+        raise UserError("expected at least two autoencoders to compare, each of them once")
     rows = []
     for folder, contract in zip(options.autoencoders, contracts, strict=True):
         name = f"{len(rows)}-{contract['hash'][:8]}"

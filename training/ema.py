@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sd_mini.errors import UserError
 from training.sharding import own_part
 
 WIDTHS = (0.05, 0.10)
@@ -53,7 +54,7 @@ def gamma_of_width(width: float) -> float:
     The width falls from 0.289 at g = 0 towards 0, so a bisection finds g. Raises ValueError outside (0, 0.28].
     """
     if not 0 < width <= 0.28:
-        raise ValueError(f"ema_width {width}: expected above 0 and at most 0.28 (0.05 and 0.10 are usual)")
+        raise UserError(f"ema_width {width}: expected above 0 and at most 0.28 (0.05 and 0.10 are usual)")
     low, high = 0.0, 1e6
     for _ in range(100):
         middle = (low + high) / 2
@@ -69,7 +70,7 @@ def posthoc_coefficients(snapshots: Sequence[tuple[int, float]], step: int, widt
     taken at `step`: the newest weights would be missing.
     """
     if not any(taken == step for taken, _ in snapshots):
-        raise ValueError(f"ema_width {width} at step {step}: expected a snapshot of that step; there is none")
+        raise UserError(f"ema_width {width} at step {step}: expected a snapshot of that step; there is none")
     steps = np.array([taken for taken, _ in snapshots], dtype=np.float64)
     gammas = np.array([gamma_of_width(wide) for _, wide in snapshots])
     gram = _overlap(steps[:, None], gammas[:, None], steps[None, :], gammas[None, :])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sd_mini import stages
 from sd_mini.data import CaptionedPictures, unique_captions
+from sd_mini.errors import UserError
 from sd_mini.stages import Stage
 from sd_mini.text_encoder import TextStage
 from training import cache
@@ -111,7 +112,7 @@ def check_scale(latents: cache.Rows, pictures: CaptionedPictures, contract: dict
         f"{STD[1]}"
     )
     if contract.get("data", {}).get("fingerprint") == pictures.fingerprint and "latents_of" not in contract:
-        raise ValueError(f"{said}; train the autoencoder again, with a larger statistics_count if that was small")
+        raise UserError(f"{said}; train the autoencoder again, with a larger statistics_count if that was small")
     cache.say(f"{said}: the autoencoder was measured on other pictures; train it on these if much is missing")
 
 

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from sd_mini.config import Config
 from sd_mini.data import DataConfig
+from sd_mini.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,13 +77,13 @@ class Evaluator:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(
+            raise UserError(
                 f"evaluate: {' '.join(self.command[1:3])} ended with exit code {self.process.wait()}; see above, mend "
                 "it and run the same command again, or leave evaluate.every out"
             )
         answer = json.loads(line)
         if "error" in answer:
-            raise ValueError(f"evaluate: {answer['error']}")
+            raise UserError(f"evaluate: {answer['error']}")
         return answer
 
     def _process(self) -> subprocess.Popen:

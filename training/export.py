@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sd_mini.config import command, read
+from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, KINDS, read_contract
 from training import checkpoint, snapshots
 from training.ema import WIDTHS
@@ -32,14 +33,14 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     those it was trained on.
     """
     if folder.name not in KINDS or not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
+        raise UserError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
     if out.exists() and not (out / CONTRACT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: holds something else than an exported stage; give a new folder")
+        raise UserError(f"--out {out}: holds something else than an exported stage; give a new folder")
     program = import_module(f"training.{folder.name}").main
     config = read(program.config, folder / "config.yaml")
     width = config.train.ema_width if ema_width is None else ema_width
     if width is not None and config.train.ema_width is None:
-        raise ValueError(f"--ema_width {width}: {folder} was trained without averages; leave it out")
+        raise UserError(f"--ema_width {width}: {folder} was trained without averages; leave it out")
     task = program.make_task(Launch(config, folder.parent, folder))
     objective = next(iter(task.players.values())).objective
     snapshot = snapshots.of_step(folder, step) if step is not None and width is not None else None

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sd_mini.errors import UserError
+
 
 class FiniteWatch:
     """Notes each step's gradient norm, and looks at it when the next step begins or anything is about to be written.
@@ -38,7 +40,7 @@ class FiniteWatch:
             if not math.isfinite(norm.numpy()):
                 suspects = [int(i) for own, values in losses for i in own[~torch.isfinite(values).cpu().numpy()]]
                 culprits = f", and the loss of {suspects} is not" if suspects else ""
-                raise ValueError(
+                raise UserError(
                     f"step {step}: the gradient is not finite{culprits}; the batch was {ids.tolist()}: look at those "
                     "samples, or start another --run with a lower train.lr"
                 )

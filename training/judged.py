@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from sd_mini.errors import UserError
+
 
 def link(run: Path, parts: Mapping[str, Path]) -> None:
     """A run over what others have made, like any other to whoever joins, measures or looks at it: "STAGE/final" or
@@ -55,4 +57,4 @@ def run(programs: Sequence[Sequence[str]], log: Path | None = None, cores: Seque
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log is not None else []
         said = next((f"{log} ends with: {line}" for line in reversed(lines) if line.strip()), "see above")
-        raise ValueError(f"python {' '.join(argv[1:])} ended with exit code {code}; {said}")
+        raise UserError(f"python {' '.join(argv[1:])} ended with exit code {code}; {said}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sd_mini.config import Config, read
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_text
 from training import checkpoint
 from training.evaluation import EvaluateConfig
@@ -83,7 +84,7 @@ class Program(Generic[C]):
         except OSError as error:
             if error.errno not in _DISK:
                 raise
-            raise ValueError(
+            raise UserError(
                 f"{launched.folder}: cannot be written ({error}); make room, or mend its permissions, and run the same "
                 "command again"
             ) from error
@@ -99,13 +100,13 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
         _take(argv, name) for name in ("--config", "--run", "--steps", "--resume", "--log_with")
     )
     if run is None:
-        raise ValueError(f"expected --run FOLDER, for example --run runs/mine ({stage}/ is made in it)")
+        raise UserError(f"expected --run FOLDER, for example --run runs/mine ({stage}/ is made in it)")
     if steps is not None:
         argv += ["--train.steps", steps]
     config = read(cls, config_file, argv)
     nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(
+        raise UserError(
             f"--run {run}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another folder"
         )
     folder, begun_from = Path(run) / stage, Path(resume) if resume is not None else None
@@ -127,9 +128,9 @@ def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path
     try:
         found = checkpoint.find(asked, stage)
     except ValueError as error:
-        raise ValueError(f"--resume {error}") from error
+        raise UserError(f"--resume {error}") from error
     if own is not None and own.resolve() != found.resolve():
-        raise ValueError(
+        raise UserError(
             f"--resume {asked}: {folder} already goes on from {own}; leave --resume out, or give another --run"
         )
     _refuse_change(config, checkpoint.load_state(found)["config"], str(found), "give the config it was trained with")
@@ -151,7 +152,7 @@ def _refuse_change(config: Config, then: dict[str, Any], where: str, mend: str) 
     changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in _FREE)
     if changed:
         what = ", ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
-        raise ValueError(f"{where} was started with another config: {what}; {mend}")
+        raise UserError(f"{where} was started with another config: {what}; {mend}")
 
 
 def help_text(cls: type[Config], stage: str) -> str:
@@ -185,7 +186,7 @@ def _take(argv: list[str], name: str) -> str | None:
     for i, word in enumerate(argv):
         if word == name:
             if i + 1 == len(argv):
-                raise ValueError(f"{name}: expected a value after it")
+                raise UserError(f"{name}: expected a value after it")
             value = argv[i + 1]
             del argv[i : i + 2]
             return value

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from sd_mini.errors import UserError
 from sd_mini.threads import sharing, together
 from training import checkpoint, snapshots, trace
 from training.batches import generator, row_slices
@@ -41,9 +42,9 @@ class Loop:
         self.accelerator = make_accelerator(config.mixed_precision, folder, log_with)
         processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         if task.valid_count < processes:
-            raise ValueError(f"valid.count {task.valid_count}: expected at least one for each of {processes} processes")
+            raise UserError(f"valid.count {task.valid_count}: expected at least one for each of {processes} processes")
         if len(task.players) > 1 and (self.accelerator.is_fsdp2 or config.gradient_checkpointing):
-            raise ValueError(
+            raise UserError(
                 f"players {', '.join(task.players)}: two cannot read each other's networks under FSDP2 or gradient "
                 "checkpointing; leave both out"
             )
@@ -265,7 +266,7 @@ class Loop:
             self.watch.say(f"skipped a damaged checkpoint, kept for you to look at: {complaint}")
         self.accelerator.wait_for_everyone()
         if folder is None and complaints and self.origin.resume is None:
-            raise ValueError(f"{self.folder}: no valid checkpoint is left; delete the folder to start again")
+            raise UserError(f"{self.folder}: no valid checkpoint is left; delete the folder to start again")
         if self.accelerator.is_main_process:
             checkpoint.set_aside(root)
         if folder is None and self.origin.resume is not None:

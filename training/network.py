@@ -13,6 +13,7 @@ from torch import nn
 
 from sd_mini import lora, noise_predictor
 from sd_mini.config import Config
+from sd_mini.errors import UserError
 from sd_mini.load_network import load_network
 from sd_mini.lora import LoraConfig
 from sd_mini.network_presets import preset
@@ -39,13 +40,13 @@ class NetworkConfig(Config):
         # the defaults, written out as a run's config.yaml does, say nothing
         given = [name for name in ("kind", "preset", "network") if getattr(self, name) != _default(name)]
         if self.pretrained is not None and given:
-            raise ValueError(
+            raise UserError(
                 f"network.pretrained {self.pretrained}: brings its own class and fields; leave out network.{given[-1]}"
             )
         if not self.lora.rank and self.lora != LoraConfig():
-            raise ValueError("network.lora: alpha and targets say how adapters are made, and rank 0 makes none; set it")
+            raise UserError("network.lora: alpha and targets say how adapters are made, and rank 0 makes none; set it")
         if self.lora.rank and self.pretrained is None:
-            raise ValueError(
+            raise UserError(
                 f"network.lora.rank {self.lora.rank}: adapts a network that is there already; give network.pretrained"
             )
         if self.preset is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sd_mini import diffusion, images, lora, samplers, stages
 from sd_mini.config import Config, command
 from sd_mini.data import DataConfig, load_captioned
+from sd_mini.errors import UserError
 from sd_mini.guidance import Guidance
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import Stage
@@ -77,7 +78,7 @@ class PredictorConfig(Config):
         if self.sampling.sampler is not None:
             samplers.build(self.sampling.sampler, self.objective.process)
         if self.resident and self.train.workers:
-            raise ValueError(
+            raise UserError(
                 f"train.workers {self.train.workers}: other processes cannot gather what is resident on the device; 0"
             )
         return self

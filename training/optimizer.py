@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from sd_mini.config import Config
+from sd_mini.errors import UserError
 from sd_mini.threads import cores, shared
 from training.sharding import joined, own_part, part_like
 
@@ -197,7 +198,7 @@ def build(module: nn.Module, config: OptimizerConfig, half: bool = False) -> Muo
     for parameter in block_matrices(module) if muon_lr is not None else []:
         by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
     if muon_lr is not None and not by_shape:
-        raise ValueError(
+        raise UserError(
             f"train.muon_lr {muon_lr:g}: expected a network with linear layers or convolutions in its blocks, and here "
             "are none to train by Muon; leave it out"
         )

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sd_mini.errors import UserError
+
 
 def thaw(model: nn.Module, last_layers: int, lora_rank: int) -> None:
     """Freeze a transformers model but for its `last_layers`, or put LoRA of that rank on the layers' linear maps.
@@ -17,7 +19,7 @@ def thaw(model: nn.Module, last_layers: int, lora_rank: int) -> None:
     model.requires_grad_(False)
     layers = _layers(model)
     if last_layers > len(layers):
-        raise ValueError(f"train_layers {last_layers}: {type(model).__name__} has {len(layers)}; give that or less")
+        raise UserError(f"train_layers {last_layers}: {type(model).__name__} has {len(layers)}; give that or less")
     for layer in layers[len(layers) - last_layers :]:
         layer.requires_grad_(True)
     if lora_rank:
@@ -36,7 +38,7 @@ def _add_lora(model: nn.Module, layers: list[nn.Module], rank: int) -> None:
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) in inner}
     targets, transposed = list(linear), any(isinstance(module, Conv1D) for module in linear.values())
     if not targets:
-        raise ValueError(f"lora_rank {rank}: {type(model).__name__} has no linear layers in its blocks; leave it out")
+        raise UserError(f"lora_rank {rank}: {type(model).__name__} has no linear layers in its blocks; leave it out")
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
 

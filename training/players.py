@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sd_mini import fused
+from sd_mini.errors import UserError
 from training import checkpoint, optimizer
 from training.ema import PowerEMA, nearest_width
 from training.optimizer import OptimizerConfig
@@ -198,7 +199,7 @@ class Learner:
         for file, expected in self._files().items():
             found = tensors.get(self.prefix + file)
             if found is None:
-                raise ValueError(f"{where}: {self.prefix}{file}.safetensors is missing; expected a whole checkpoint")
+                raise UserError(f"{where}: {self.prefix}{file}.safetensors is missing; expected a whole checkpoint")
             checkpoint.check_keys(f"{where}/{self.prefix}{file}.safetensors", found, expected)
             for name, kept in expected.items():
                 # in place: a moment keeps its parameter's strides, by which fused AdamW walks both
@@ -242,7 +243,7 @@ def _speed_up(module: nn.Module, speed: Speed) -> None:
         able = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
         able += [part for part in module.modules() if getattr(part, "supports_gradient_checkpointing", False)]
         if not able:
-            raise ValueError(
+            raise UserError(
                 "train.gradient_checkpointing: expected a network that can do it, and none here can; leave it out"
             )
         for part in able:
@@ -254,8 +255,8 @@ def _speed_up(module: nn.Module, speed: Speed) -> None:
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
         backends = torch._dynamo.list_backends(exclude_tags=())
         if isinstance(speed.compile, str) and speed.compile not in backends:
-            raise ValueError(f"train.compile {speed.compile!r}: expected one of {', '.join(backends)}")
+            raise UserError(f"train.compile {speed.compile!r}: expected one of {', '.join(backends)}")
         if not lists:
-            raise ValueError("train.compile: expected a network of repeated blocks, and here are none; leave it out")
+            raise UserError("train.compile: expected a network of repeated blocks, and here are none; leave it out")
         for block in (block for blocks in lists for block in blocks):
             block.compile(backend=speed.compile)

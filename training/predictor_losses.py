@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import diffusion, noise_predictor
+from sd_mini.errors import UserError
 from sd_mini.fused import states_of
 from sd_mini.process import Process, TimeConfig
 from training.representation import Alignment, RepaConfig, layers_of
@@ -26,7 +27,7 @@ class ObjectiveConfig(TimeConfig):
     @model_validator(mode="after")
     def _direction_of_a_velocity(self) -> Self:
         if self.direction and self.kind in ("epsilon", "sample"):
-            raise ValueError(
+            raise UserError(
                 f"objective.direction {self.direction:g}: is that of a velocity, which {self.kind} does not predict; "
                 "choose flow, flow_x or v_prediction, or leave it out"
             )

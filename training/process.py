@@ -22,6 +22,8 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from sd_mini.errors import UserError
+
 
 def join_processes() -> PartialState:
     """The state all processes share, as Accelerator would ask for it; else CPU processes do not find each other."""
@@ -35,7 +37,7 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
     precision = chosen_precision(mixed_precision, join_processes().device)
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with or None, project_config=project)
     if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
+        raise UserError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         # Accelerate asks for FSDP only where there are GPUs; the same code shards over CPU processes just as well
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -75,7 +77,7 @@ def rounded_products() -> Iterator[None]:
 
 def _check_fsdp(accelerator: Accelerator) -> None:
     if not accelerator.is_fsdp2:
-        raise ValueError("FSDP: expected version 2; launch with --fsdp_version 2")
+        raise UserError("FSDP: expected version 2; launch with --fsdp_version 2")
     plugin = accelerator.state.fsdp_plugin
     # every process has built its own weights and buffers from the seed, so none has to send them to the others
     plugin.cpu_ram_efficient_loading = False
@@ -149,7 +151,7 @@ def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: another process is training here; wait for it, stop it, or give another --run"
             ) from None
         yield

@@ -18,6 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpol
 
 from sd_mini.config import Config
 from sd_mini.data import CaptionedPictures
+from sd_mini.errors import UserError
 from sd_mini.stages import Stage, model_hash
 from sd_mini.vision import VisionTower, load_tower, matcher_tower
 from training import cache
@@ -45,7 +46,7 @@ def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
     if config.teacher != OWN:
         return load_tower(config.teacher)
     if "matcher" not in text.parts:
-        raise ValueError(f"repa.teacher {OWN}: {text.folder} holds no matcher; train stage 1 again, or name a teacher")
+        raise UserError(f"repa.teacher {OWN}: {text.folder} holds no matcher; train stage 1 again, or name a teacher")
     return matcher_tower(text.parts["matcher"])
 
 
@@ -101,7 +102,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
             return list(found)
     middle = getattr(network, "mid_block", None)
     if middle is None:
-        raise ValueError(f"repa: {type(network).__name__} has no blocks to read hidden states from; leave repa out")
+        raise UserError(f"repa: {type(network).__name__} has no blocks to read hidden states from; leave repa out")
     return [middle]
 
 

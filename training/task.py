@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from sd_mini.errors import UserError
 from training.batches import Batch
 from training.ema import WIDTHS
 from training.loader import Pass
@@ -65,7 +66,7 @@ class TrainConfig(OptimizerConfig):
     @model_validator(mode="after")
     def _snapshots_for_the_width(self) -> Self:
         if self.ema_width is not None and self.ema_width not in WIDTHS and self.ema_snapshots < 4:
-            raise ValueError(
+            raise UserError(
                 f"ema_width {self.ema_width} is made of snapshots; expected ema_snapshots of at least 4, or a width "
                 f"that is tracked: {' or '.join(map(str, WIDTHS))}"
             )
@@ -74,7 +75,7 @@ class TrainConfig(OptimizerConfig):
     def check(self, processes: int) -> None:
         """Raises ValueError where the batch cannot be shared out over the passes and processes."""
         if self.accumulation * processes > self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"train.batch_size {self.batch_size}: expected at least one for each of {self.accumulation} passes on "
                 f"{processes} processes"
             )

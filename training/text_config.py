@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sd_mini.config import Config
 from sd_mini.data import DataConfig
+from sd_mini.errors import UserError
 from training.augment import AugmentConfig
 from training.task import TrainConfig
 from training.text_losses import LossConfig
@@ -37,9 +38,9 @@ class EncoderConfig(Config):
     @model_validator(mode="after")
     def _one_way_to_train(self) -> EncoderConfig:
         if self.train_layers and self.lora_rank:
-            raise ValueError("train_layers and lora_rank: expected one of them, or neither")
+            raise UserError("train_layers and lora_rank: expected one of them, or neither")
         if self.name is None and (self.train_layers or self.lora_rank or self.weights):
-            raise ValueError("train_layers, lora_rank and weights are for a pretrained encoder; give its name too")
+            raise UserError("train_layers, lora_rank and weights are for a pretrained encoder; give its name too")
         return self
 
 
@@ -75,9 +76,9 @@ class TowerConfig(Config):
     @model_validator(mode="after")
     def _one_picture_side(self) -> TowerConfig:
         if self.name is not None and self.features is not None:
-            raise ValueError("name and features: expected one of them, or neither")
+            raise UserError("name and features: expected one of them, or neither")
         if self.weights is not None and self.name is None:
-            raise ValueError("weights are of an open_clip architecture; give its name too")
+            raise UserError("weights are of an open_clip architecture; give its name too")
         return self
 
 
@@ -109,14 +110,12 @@ class TextConfig(Config):
     @model_validator(mode="after")
     def _possible_together(self) -> TextConfig:
         if (self.tower.name or self.tower.features) and (self.augment.mirror or self.augment.shift):
-            raise ValueError(
-                "augment: features are made once, of the pictures as they are; leave mirror and shift at 0"
-            )
+            raise UserError("augment: features are made once, of the pictures as they are; leave mirror and shift at 0")
         partly = any(e.train_layers or e.lora_rank for e in self.encoders)
         if partly and self.train.gradient_checkpointing:
-            raise ValueError("train.gradient_checkpointing: not with a partly trained encoder; leave it out")
+            raise UserError("train.gradient_checkpointing: not with a partly trained encoder; leave it out")
         if self.loss.infonce and self.train.accumulation > 1:
-            raise ValueError(
+            raise UserError(
                 f"loss.infonce compares a text with every picture of the batch, and with train.accumulation "
                 f"{self.train.accumulation} a pass sees a part of them; expected accumulation 1"
             )

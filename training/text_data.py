@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sd_mini import images
 from sd_mini.data import CaptionedPictures
 from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
+from sd_mini.errors import UserError
 from sd_mini.load_encoder import load_open_clip
 from sd_mini.stages import combined_hash, model_hash
 from sd_mini.text_encoder import TextStage
@@ -48,7 +49,7 @@ def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], 
             f"{shown(texts[number])}, and loses {shown(cut)}"
         )
         if strict:
-            raise ValueError(f"{said}: shorten them, raise encoder.max_length, or leave strict out to cut them")
+            raise UserError(f"{said}: shorten them, raise encoder.max_length, or leave strict out to cut them")
         if PartialState().is_main_process:
             tqdm.write(said, file=sys.stderr)
 
@@ -152,18 +153,18 @@ def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
     try:
         features = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
+        raise UserError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
     if not isinstance(features, np.ndarray):
-        raise ValueError(f"tower.features: {path} holds several arrays; expected a .npy file of one, (N, F)")
+        raise UserError(f"tower.features: {path} holds several arrays; expected a .npy file of one, (N, F)")
     if features.ndim != 2 or len(features) != len(pictures) or features.dtype.kind != "f":
-        raise ValueError(
+        raise UserError(
             f"tower.features: {path} is {features.dtype} of shape {features.shape}; expected floats, "
             f"({len(pictures)}, F): a row for each picture of {pictures.name}"
         )
     with np.errstate(over="ignore"):  # what float32 has no room for is found on the next line
         features = features.astype(np.float32)
     if not np.isfinite(features).all():
-        raise ValueError(
+        raise UserError(
             f"tower.features: {path}, row {np.argwhere(~np.isfinite(features))[0][0]} is not finite in float32"
         )
     return torch.from_numpy(features)

@@ -21,6 +21,7 @@ from sd_mini import images, stages
 from sd_mini.config import command
 from sd_mini.data import load_captioned, unique_captions
 from sd_mini.encoders import Encoder
+from sd_mini.errors import UserError
 from sd_mini.load_encoder import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
 from sd_mini.retrieval import Matcher, look, projected_dim, say, similarity, text_scores, twins
 from sd_mini.text_encoder import TextAdapter, TextStage
@@ -88,7 +89,7 @@ class TextTask:
             found = [text_data.read_features(Path(tower.features) / f"{name}.npy", p) for name, p in parts.items()]
             widths = [part.shape[1] for part in found]
             if len(set(widths)) > 1:
-                raise ValueError(
+                raise UserError(
                     f"tower.features {tower.features}: train.npy and valid.npy are {widths} wide; not alike"
                 )
             return found
@@ -101,7 +102,7 @@ class TextTask:
         if self.features is not None:
             return {"feature_dim": self.features[0].shape[1]}
         if resolution % tower.patch:
-            raise ValueError(f"tower.patch {tower.patch} does not divide data.resolution {resolution}")
+            raise UserError(f"tower.patch {tower.patch} does not divide data.resolution {resolution}")
         return {"width": tower.width, "patch": tower.patch}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

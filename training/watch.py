@@ -16,6 +16,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sd_mini.errors import UserError
 from sd_mini.stages import atomic_text, sync
 
 NONE = "none"
@@ -29,9 +30,9 @@ def check_trackers(names: Sequence[str]) -> list[str]:
     available = [str(kind) for kind in get_available_trackers()]
     for name in wanted:
         if name not in known:
-            raise ValueError(f"--log_with {name}: expected {NONE} or one of {', '.join(known)}")
+            raise UserError(f"--log_with {name}: expected {NONE} or one of {', '.join(known)}")
         if name != "all" and name not in available:
-            raise ValueError(f"--log_with {name}: expected it installed; run pip install {name}, or give another one")
+            raise UserError(f"--log_with {name}: expected it installed; run pip install {name}, or give another one")
     return wanted
 
 

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sd_mini.cli import Parser
 from sd_mini.config import command
+from sd_mini.errors import UserError
 
 try:
     import emoji
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder for train.parquet and test.parquet")
     args = parser.parse_args(argv)
     if args.out.exists():
-        raise ValueError(f"--out: {args.out} exists already; give a new folder, or remove that one")
+        raise UserError(f"--out: {args.out} exists already; give a new folder, or remove that one")
     left_out: Counter[str] = Counter()
     source = Path(args.source)
     rows = _rows(_from_clone(source, left_out) if source.is_dir() else _from_font(args.source), left_out)
@@ -100,7 +101,7 @@ def _from_clone(clone: Path, left_out: Counter[str]) -> dict[str, Image.Image]:
     folder, pictures = clone / "png/128", {}
     files = sorted(folder.glob("emoji_u*.png"))
     if not files:
-        raise ValueError(f"--from: no pictures emoji_u*.png in {folder}; give the root of a clone of noto-emoji")
+        raise UserError(f"--from: no pictures emoji_u*.png in {folder}; give the root of a clone of noto-emoji")
     for file in files:
         try:
             character = "".join(chr(int(point, 16)) for point in file.stem.removeprefix("emoji_u").split("_"))
@@ -118,14 +119,12 @@ def _from_font(source: str) -> dict[str, Image.Image]:
     """
     path = _find_font() if source == "font" else Path(source)
     if not path.is_file():
-        raise ValueError(
-            f"--from: {source}: no such file or folder; give a clone of noto-emoji, a font file, or `font`"
-        )
+        raise UserError(f"--from: {source}: no such file or folder; give a clone of noto-emoji, a font file, or `font`")
     try:
         font = TTFont(path, lazy=True)
         cmap, strikes = font.getBestCmap(), font["CBDT"].strikeData
     except (TTLibError, KeyError) as error:
-        raise ValueError(f"--from: {path} is not a font with colour bitmaps (CBDT); {INSTALL} gives one") from error
+        raise UserError(f"--from: {path} is not a font with colour bitmaps (CBDT); {INSTALL} gives one") from error
     sizes = [strike.bitmapSizeTable.ppemY for strike in font["CBLC"].strikes]
     bitmaps, ligatures = strikes[sizes.index(max(sizes))], _ligatures(font)
 
@@ -148,7 +147,7 @@ def _find_font() -> Path:
     except (OSError, subprocess.CalledProcessError):
         found = ""
     if "NotoColorEmoji" not in found:  # fc-match answers with the nearest font when it has not the one asked for
-        raise ValueError(f"--from font: Noto Color Emoji is not installed; {INSTALL}, or give a font file or a clone")
+        raise UserError(f"--from font: Noto Color Emoji is not installed; {INSTALL}, or give a font file or a clone")
     return Path(found)
 
 
@@ -166,7 +165,7 @@ def _open(data: bytes, where: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data)).convert("RGBA")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"--from: {where} is not a readable PNG; fetch it again") from error
+        raise UserError(f"--from: {where} is not a readable PNG; fetch it again") from error
 
 
 def _rows(pictures: dict[str, Image.Image], left_out: Counter[str]) -> list[dict]:
@@ -203,7 +202,7 @@ def _write(rows: list[dict], out: Path) -> None:
     for row in rows:
         splits["test" if is_test(row["emoji"]) else "train"].append(row)
     if not splits["train"] or not splits["test"]:
-        raise ValueError(f"--from: only {len(rows)} named pictures there, too few for two splits; give a whole set")
+        raise UserError(f"--from: only {len(rows)} named pictures there, too few for two splits; give a whole set")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside) / out.name
