@@ -122,26 +122,27 @@ Density = Literal["uniform", "logit_normal", "mode"]
 
 
 def sample_timesteps(
-    normal: Tensor,
     uniform: Tensor,
     density: Density = "logit_normal",
     uniform_share: float = 0.1,
     shift: float = 1.0,
     mode_scale: float = 1.29,
 ) -> Tensor:
-    """`normal`, `uniform` (B,): independent draws N(0, 1) and U(0, 1) => timesteps (B,) in (0, 1).
+    """`uniform` (B,): draws from U[0, 1) => timesteps (B,) in [0, 1], float32.
 
     logit_normal and mode: Esser et al. 2024, eq. 19 and 20; a `uniform_share` of the samples is uniform all the same,
-    so that no t is left untrained: there the uniform draw decides both whether a sample is, and, rescaled, its value.
-    `shift` > 1 moves weight towards the noisy end for larger latents: t' = s t / (1 + (s - 1) t), eq. 23.
+    so that no t is left untrained. One draw is enough: it decides whether a sample is, and, rescaled, is its value or
+    the quantile of the density. `shift` > 1 moves weight towards the noisy end for larger latents:
+    t' = s t / (1 + (s - 1) t), eq. 23.
     """
-    if density == "uniform":
-        timesteps = uniform
-    else:
-        is_uniform, within = uniform < uniform_share, (uniform - uniform_share) / max(1 - uniform_share, 1e-12)
-        drawn = torch.sigmoid(normal) if density == "logit_normal" else mode_of(within, mode_scale)
-        timesteps = torch.where(is_uniform, uniform / max(uniform_share, 1e-12), drawn)
-    return shift * timesteps / (1 + (shift - 1) * timesteps)
+    quantile = uniform.double()
+    timesteps = quantile
+    if density != "uniform":
+        within = ((quantile - uniform_share) / max(1 - uniform_share, 1e-12)).clamp(0, 1)
+        # the normal distribution's quantile, through the logistic function
+        drawn = torch.sigmoid(torch.special.ndtri(within)) if density == "logit_normal" else mode_of(within, mode_scale)
+        timesteps = torch.where(quantile < uniform_share, quantile / max(uniform_share, 1e-12), drawn)
+    return (shift * timesteps / (1 + (shift - 1) * timesteps)).float()
 
 
 # Esser et al. 2024, eq. 20

@@ -127,12 +127,11 @@ class TimeConfig(Process):
             raise UserError(f"objective.shift {self.shift:g}: is the linear path's; {self.kind}'s schedule has its own")
         return self
 
-    def draw(self, normal: Tensor, uniform: Tensor) -> Tensor:
-        """N(0, 1) and U(0, 1) draws (B,) => timesteps (B,)."""
-        drawn = diffusion.sample_timesteps(
-            normal, uniform, self.density, self.uniform_share, self.shift, self.mode_scale
+    def draw(self, uniform: Tensor) -> Tensor:
+        """U[0, 1) draws (B,) => timesteps (B,)."""
+        return self.times(
+            diffusion.sample_timesteps(uniform, self.density, self.uniform_share, self.shift, self.mode_scale)
         )
-        return self.times(drawn)
 
     def weights(self, timesteps: Tensor) -> Tensor | None:
         """(B,) weights of the squared errors; None where time gives none."""

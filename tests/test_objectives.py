@@ -40,7 +40,7 @@ def test_the_matrix(kind, schedule):
     network = noise_predictor.build("prx", NETWORK, (2, 4, 4), 8)
     latents, noise = torch.randn(2, 8, 2, 4, 4)
     tokens, mask = torch.randn(8, 3, 8), torch.ones(8, 3, dtype=torch.bool)
-    normal, uniform = torch.randn(8), torch.rand(8)
+    uniform = torch.rand(8)
     for zero, density, weighting in itertools.product((False, True), DENSITIES, WEIGHTINGS):
         given = {"kind": kind, "schedule": schedule, "zero_snr": zero, "density": density, "weighting": weighting}
         if (says := refusal(kind, schedule, zero, weighting)) is not None:
@@ -49,7 +49,7 @@ def test_the_matrix(kind, schedule):
             continue
         config = ObjectiveConfig(**given)
         objective = Objective(network, config)
-        timesteps = config.draw(normal, uniform)
+        timesteps = config.draw(uniform)
         losses, _ = objective(latents, noise, timesteps, tokens, mask)
         losses.mean().backward()
         norms = [p.grad.norm().item() for p in network.parameters() if p.grad is not None]
@@ -131,7 +131,7 @@ def test_training_approaches_the_optimum_and_samples_the_gaussian(kind, monkeypa
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
     for _ in range(2000):
         latents = (torch.randn(512, 2) @ root.T + mean).view(512, 1, 1, 2)
-        timesteps = config.draw(torch.randn(512), torch.rand(512))
+        timesteps = config.draw(torch.rand(512))
         losses, _ = Objective(network, config)(latents, torch.randn(512, 1, 1, 2), timesteps, *none)
         optimizer.zero_grad()
         losses.mean().backward()

@@ -7,7 +7,7 @@ accumulation, nor a resume changes what a step sees (the per-step reseed of EDM2
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -22,21 +22,24 @@ class Batch:
 
     `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here. Draws are on the CPU,
     where a generator gives the same numbers on every machine, unless another device is asked for, which has its own.
+
+    One name, one draw: two generators of one seed are not independent, whatever is drawn from them (torch.randn is
+    Box-Muller of the very bits that torch.rand returns). A name that is drawn twice raises ValueError.
     """
 
     seed: int
     step: int
     ids: np.ndarray
     rows: slice
+    _drawn: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def own_ids(self) -> np.ndarray:
         return self.ids[self.rows]
 
     def normal(self, name: str, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """N(0, 1) for each of the own rows, (b, *shape); another `name` is another, independent draw."""
-        draws = generator(self.seed, self.step, name, device)
-        return torch.randn(len(self.ids), *shape, generator=draws, device=device)[self.rows]
+        """N(0, 1) for each of the own rows, (b, *shape)."""
+        return torch.randn(len(self.ids), *shape, generator=self._draws(name, device), device=device)[self.rows]
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """U[0, 1) for each of the own rows, (b, *shape)."""
@@ -44,13 +47,33 @@ class Batch:
 
     def uniform_all(self, name: str, *shape: int) -> Tensor:
         """U[0, 1) for each row of the global batch, (B, *shape)."""
-        return torch.rand(len(self.ids), *shape, generator=generator(self.seed, self.step, name))
+        return torch.rand(len(self.ids), *shape, generator=self._draws(name))
+
+    def stratified(self, name: str) -> Tensor:
+        """As `uniform`, (b,), but with one row of the global batch in each of B equal parts of [0, 1)."""
+        return stratified(len(self.ids), self._draws(name))[self.rows]
+
+    def _draws(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+        if name in self._drawn:
+            raise ValueError(f"step {self.step}: {name!r} is drawn twice; give each draw a name of its own")
+        self._drawn.add(name)
+        return generator(self.seed, self.step, name, device)
 
 
 def generator(seed: int, step: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator, on the CPU unless told otherwise, that depends on nothing but its arguments."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def stratified(count: int, draws: torch.Generator | None = None) -> Tensor:
+    """(count,) draws from U[0, 1), one in each of `count` equal parts, in random order.
+
+    Each value alone is uniform; together they leave no part out. Kingma et al. 2021 ("Variational Diffusion Models"),
+    app. I.1, who shift one grid where this draws within each part.
+    """
+    within = torch.rand(count, generator=draws, dtype=torch.float64)
+    return ((torch.randperm(count, generator=draws) + within) / count).float()
 
 
 def batch_ids(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from sd_mini.errors import UserError
 from sd_mini.fused import stock
 from sd_mini.threads import one_thread
 from training import launch, noise_predictor
+from training.batches import stratified
 from training.encoded import Encoded, text_stage
 from training.flops import count_flops, measured_peak
 from training.interleaved import Spread, measure, ratios
@@ -188,9 +189,7 @@ def _plain_loop(argv: Sequence[str], cached: bool) -> Iterator[float]:
             given = encode(batch)
             noise = torch.randn_like(given["latents"])
             count = len(noise)
-            timesteps = config.objective.draw(
-                torch.randn(count, device=noise.device), torch.rand(count, device=noise.device)
-            )
+            timesteps = config.objective.draw(stratified(count)).to(noise.device)
             with accelerator.autocast():
                 losses, _ = objective(**given, noise=noise, timesteps=timesteps)
             loss = losses.float().mean()

@@ -133,7 +133,7 @@ class PredictorTask:
         dropped = dropped.to(self.device, non_blocking=True)[:, None]
         own["prompt_embeds"] = torch.where(dropped[..., None], self.null_tokens, own["prompt_embeds"])
         own["prompt_mask"] = torch.where(dropped, self.null_mask, own["prompt_mask"])
-        timesteps = self.config.objective.draw(batch.normal("timesteps"), batch.uniform("timesteps"))
+        timesteps = self.config.objective.draw(batch.stratified("timesteps"))
         draws = self.config.objective.noise_draws
         noise = batch.normal("noise", *([draws] if draws > 1 else []), *self.latent_shape, device=self.device)
         if draws > 1:
