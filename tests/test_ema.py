@@ -65,6 +65,40 @@ def test_any_width_from_snapshots(count, width, within):
     assert np.square(error).mean() ** 0.5 < within * np.square(nearest).mean() ** 0.5 + 1e-9
 
 
+def edm2_correlation(a_step, a_width, b_step, b_width):
+    """EDM2's reference, phema.py, `power_function_correlation`, written from the paper's app. C.3."""
+    a_exp, b_exp = gamma_of_width(a_width), gamma_of_width(b_width)
+    ratio = a_step / b_step
+    numerator = (a_exp + 1) * (b_exp + 1) * ratio ** (b_exp if a_step < b_step else -a_exp)
+    return numerator / ((a_exp + b_exp + 1) * max(a_step, b_step))
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("width", [0.03, 0.07, 0.15, 0.25, 0.28])
+def test_coefficients_are_the_references_and_sum_to_one(count, width):
+    steps = 1000
+    taken = [step for step in range(1, steps + 1) if due(step, steps, count)]
+    snapshots = [(step, tracked) for step in taken for tracked in WIDTHS]
+    # as the reference solves it: A x = b, divided by the sum
+    gram = np.array([[edm2_correlation(*a, *b) for b in snapshots] for a in snapshots])
+    wanted = np.array([edm2_correlation(*a, steps, width) for a in snapshots])
+    reference = np.linalg.solve(gram, wanted)
+    found = posthoc_coefficients(snapshots, steps, width)
+    np.testing.assert_allclose(found, reference / reference.sum(), rtol=0, atol=1e-6 * np.abs(reference).max())
+    assert abs(found.sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("width", [0.15, 0.25, 0.28])
+def test_a_wide_average_of_walks_far_from_zero(width):
+    """Around 10, where a sum below 1 shows: what is lost is a share of the weights themselves."""
+    steps = 1000
+    walk = 10 + 0.01 * np.random.default_rng(2).normal(size=(steps, 500)).cumsum(0)
+    snapshots = [(step, tracked) for step in range(1, steps + 1) if due(step, steps, 8) for tracked in WIDTHS]
+    values = np.stack([profile(step, tracked) @ walk[:step] for step, tracked in snapshots])
+    made = posthoc_coefficients(snapshots, steps, width) @ values
+    np.testing.assert_allclose(made, profile(steps, width) @ walk, rtol=0.01)
+
+
 def test_no_snapshot_of_the_step_is_refused():
     with pytest.raises(ValueError, match="expected a snapshot of that step"):
         posthoc_coefficients([(10, 0.05), (10, 0.1)], 12, 0.07)

@@ -198,3 +198,28 @@ def test_an_earlier_snapshot_guides(run, tmp_path):
         joined("a red circle", autoguidance=True, negative_prompt="a blue one")
     with pytest.raises(ValueError, match="autoguidance: this pipeline has no guide; join one"):
         Pipeline.from_run(run)("a red circle", autoguidance=True)
+
+
+def test_a_snapshot_exports_what_was_frozen_as_it_was_trained(tmp_path, monkeypatch):
+    """Places, null word and word vectors are drawn once: another draw before them changes nothing that is exported."""
+    run, stage, step = tmp_path / "run", "text_encoder", 2
+    assert launch(stage, run, "--train.ema_width", "0.05", "--train.ema_snapshots", "6") == 0
+    folder = run / stage
+    averaged = checkpoint.load(snapshots.of_step(folder, step))[0]["ema-0.05"]
+    trained = checkpoint.load(checkpoint.find(folder, stage))[0]["model"]
+    assert not checkpoint.named(folder, step).is_dir() and {"adapter.places", "adapter.null_word"} <= trained.keys()
+    seed = torch.manual_seed
+
+    def seed_and_draw(number):
+        generator = seed(number)
+        torch.randn(3)
+        return generator
+
+    monkeypatch.setattr(torch, "manual_seed", seed_and_draw)
+    export.export(folder, tmp_path / "out", step)
+    parts = stages.load_stage(tmp_path / "out", stage).parts
+    exported = {f"adapter.{name}": value for name, value in parts["text_adapter"].state_dict().items()}
+    exported |= {f"encoders.0.{name}": value for name, value in parts["text_encoder"].state_dict().items()}
+    measured_on_export = {"adapter.token_mean", "adapter.token_std", "adapter.pooled_rms"}
+    for name in exported.keys() - measured_on_export:
+        assert torch.equal(exported[name], averaged.get(name, trained[name])), name

@@ -64,9 +64,10 @@ def gamma_of_width(width: float) -> float:
 
 
 def posthoc_coefficients(snapshots: Sequence[tuple[int, float]], step: int, width: float) -> np.ndarray:
-    """How much of each snapshot, taken at (step, width), makes up the average of `width` at `step`. (N,) float64.
+    """How much of each snapshot, taken at (step, width), makes up the average of `width` at `step`. (N,) float64, sum 1.
 
-    The least-squares fit of the profiles, EDM2, sec. 3.2 and algorithm 3. Raises ValueError where no snapshot was
+    The least-squares fit of the profiles, EDM2, sec. 3.2 and algorithm 3, divided by its sum as in their
+    `solve_posthoc_coefficients`: else the average of weights that stand still would not be these weights. Raises ValueError where no snapshot was
     taken at `step`: the newest weights would be missing.
     """
     if not any(taken == step for taken, _ in snapshots):
@@ -75,7 +76,8 @@ def posthoc_coefficients(snapshots: Sequence[tuple[int, float]], step: int, widt
     gammas = np.array([gamma_of_width(wide) for _, wide in snapshots])
     gram = _overlap(steps[:, None], gammas[:, None], steps[None, :], gammas[None, :])
     wanted = _overlap(steps, gammas, np.float64(step), np.float64(gamma_of_width(width)))
-    return np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    fitted = np.linalg.lstsq(gram, wanted, rcond=None)[0]
+    return fitted / fitted.sum()
 
 
 def _overlap(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:

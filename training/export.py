@@ -44,19 +44,16 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     task = program.make_task(Launch(config, folder.parent, folder))
     objective = next(iter(task.players.values())).objective
     snapshot = snapshots.of_step(folder, step) if step is not None and width is not None else None
-    if snapshot is not None and not checkpoint.named(folder, step).is_dir():
-        # of a step whose checkpoint has gone only the averages are left, and the seconds to the end
-        tensors, state = checkpoint.load(snapshot)
-        newest = checkpoint.find(folder, folder.name)
-        checkpoint.check_identity(newest, checkpoint.load_state(newest), task.identity)
-        last = checkpoint.load_state(newest)
-        state["seconds"] = last["seconds"] * step / last["step"]
-    else:
-        saved = _checkpoint(folder, step)
-        tensors, state = checkpoint.load(saved)
-        checkpoint.check_identity(saved, state, task.identity)
-        checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
-        objective.load_state_dict(tensors["model"])
+    has_gone = snapshot is not None and not checkpoint.named(folder, step).is_dir()
+    # of a step whose checkpoint has gone the averages are left; what is not trained is the same in every checkpoint
+    saved = _checkpoint(folder, None if has_gone else step)
+    tensors, state = checkpoint.load(saved)
+    checkpoint.check_identity(saved, state, task.identity)
+    checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
+    objective.load_state_dict(tensors["model"])
+    if has_gone:
+        tensors, last = checkpoint.load(snapshot)[0], state
+        state = {"step": step, "seconds": last["seconds"] * step / last["step"]}
     if width is not None:
         at_step = tensors[f"ema-{width}"] if width in WIDTHS else snapshots.at_width(folder, state["step"], width)
         snapshots.put(objective, at_step)
