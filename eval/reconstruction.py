@@ -33,7 +33,6 @@ from sd_mini.stages import atomic_folder
 REPORT, WORST, FIRST, SPECTRA = "reconstruction.json", "worst.png", "first.png", "spectra.png"
 SHOWN = 20
 FIRST_SCENE_SEED = 1000  # of scenes that training did not look at, neither to learn nor to watch itself
-SSIM_WINDOW = 11  # px
 # prompts a split; with the world's mix of kinds, test then asks for about 175 single objects and 200 pairs
 PROMPTS = {"test": 500, "heldout_pairs": 300, "heldout_relations": 300}
 
@@ -53,8 +52,8 @@ def reconstruction_scores(pictures: np.ndarray, reconstructed: np.ndarray) -> di
 
     psnr: dB, the mean of each picture's own, with its 95 % interval over pictures as psnr_low, psnr_high (infinite, and
     without one, where a picture comes back without any error); psnr_global: dB of the mean squared error over all of
-    them, which a bad picture pulls down more; ssim: the mean of each picture's own (Wang et al. 2004), of pictures of
-    at least 11 px; n.
+    them, which a bad picture pulls down more; ssim: the mean of each picture's own (`images.ssim`, over 0 to 255), of
+    pictures of at least 11 px; n.
     """
     own = images.psnr(pictures, reconstructed)
     with np.errstate(divide="ignore"):
@@ -62,18 +61,16 @@ def reconstruction_scores(pictures: np.ndarray, reconstructed: np.ndarray) -> di
     scores = {"psnr": float(own.mean()), "psnr_global": float(together), "n": len(pictures)}
     if np.isfinite(own).all():
         scores["psnr_low"], scores["psnr_high"] = prompt_interval(own, [str(i) for i in range(len(own))])
-    if min(pictures.shape[2:]) >= SSIM_WINDOW:
+    if min(pictures.shape[2:]) >= images.SSIM_WINDOW:
         scores["ssim"] = float(_ssim(pictures, reconstructed).mean())
     return scores
 
 
 def _ssim(pictures: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
-    from torchmetrics.functional.image import structural_similarity_index_measure  # two seconds
-
     parts = []
     for start in range(0, len(pictures), 64):
-        a, b = (torch.from_numpy(p[start : start + 64]).float() for p in (pictures, reconstructed))
-        parts.append(structural_similarity_index_measure(a, b, reduction="none", data_range=255.0).view(-1).numpy())
+        a, b = (torch.from_numpy(p[start : start + 64]).double() for p in (pictures, reconstructed))
+        parts.append(images.ssim(a, b, 255.0).numpy())
     return np.concatenate(parts)
 
 

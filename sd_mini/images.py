@@ -222,3 +222,31 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     error = (a.astype(np.float64) - b.astype(np.float64)) ** 2
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error.mean((1, 2, 3)))
+
+
+SSIM_WINDOW = 11  # px a side, the Gaussian's support: 3.5 sigma to each side of the centre
+
+
+# Wang et al. 2004, eq. 13, with the window of its sec. III-C: a Gaussian of sigma 1.5, moments as weighted means
+def ssim(a: torch.Tensor, b: torch.Tensor, value_range: float) -> torch.Tensor:
+    """Two (B, C, H, W) floats whose values span `value_range` => (B,) structural similarity, 1 for equal pictures.
+
+    The mean over channels and over the windows that lie inside the picture, in the tensors' own dtype, with a gradient:
+    scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`. Raises
+    UserError for pictures smaller than the window.
+    """
+    channels, height, width = a.shape[1:]
+    if min(height, width) < SSIM_WINDOW:
+        raise UserError(f"ssim: pictures of {width} x {height} px; expected at least {SSIM_WINDOW} px a side")
+    at = torch.arange(SSIM_WINDOW, dtype=a.dtype, device=a.device) - SSIM_WINDOW // 2
+    weights = torch.exp(-0.5 * (at / 1.5) ** 2)
+    weights = weights / weights.sum()
+    across, down = weights.view(1, 1, 1, -1), weights.view(1, 1, -1, 1)
+    maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)  # (B, 5 C, H, W), all averaged alike
+    maps = maps.flatten(0, 1)[:, None]
+    means = torch.nn.functional.conv2d(torch.nn.functional.conv2d(maps, across), down)
+    mean_a, mean_b, aa, bb, ab = means.view(len(a), 5, channels, *means.shape[-2:]).unbind(1)
+    c1, c2 = (0.01 * value_range) ** 2, (0.03 * value_range) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * (ab - mean_a * mean_b) + c2) / (aa - mean_a**2 + bb - mean_b**2 + c2)
+    return (luminance * structure).mean((1, 2, 3))

@@ -30,6 +30,25 @@ from training.autoencoder_losses import (
 )
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_use_of_codes_is_exact_in_any_precision(precision):
+    """Perplexity and count by numpy from the codes' numbers; in bfloat16 counts end at 256."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder("vq", VQ)
+    pixels = torch.rand(32, 3, 32, 32) * 2 - 1
+    objective = Objective(autoencoder)
+    noise = torch.zeros(32, *autoencoder.latent_shape(32, 32))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
+        autoencoder.start_codebook(autoencoder.raw_latents(pixels)[0].float(), torch.Generator().manual_seed(0))
+        _, metrics = objective(pixels, noise, noise, weight_commitment=torch.tensor(0.25))
+        indices = autoencoder.codes(autoencoder.raw_latents(pixels)[0].float()).indices.flatten().numpy()
+    codes = VQ["num_vq_embeddings"]
+    share = np.bincount(indices, minlength=codes) / len(indices)
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    assert metrics["code_perplexity"].item() == pytest.approx(math.exp(entropy) / min(codes, len(indices)), rel=1e-5)
+    assert metrics["codes_used"].item() == pytest.approx((share > 0).sum() / min(codes, len(indices)), rel=1e-6)
+
+
 def test_terms_of_the_error_against_closed_forms():
     flat = torch.zeros(2, 3, 4, 4) + torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
     found = {name: of(flat).tolist() for name, of in OF_ERROR.items()}

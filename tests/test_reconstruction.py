@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
 from torch_fidelity import feature_extractor_inceptionv3
 from torchvision.models import alexnet
 
 from eval import reconstruction
 from eval.reconstruction import reconstruct, reconstruction_scores, spectrum
-from sd_mini import shapes
+from sd_mini import images, shapes
 from sd_mini.stages import load_stage
 from tests.test_autoencoder import KL
 
@@ -55,21 +55,24 @@ def test_psnr_of_each_picture_and_of_all():
     assert reconstruction_scores(black, one_off)["psnr"] == pytest.approx(48.1308, abs=1e-4)
 
 
-def test_ssim_against_scipy_s_windows():
-    """Wang et al. 2004, eq. 13, with the paper's 11 x 11 Gaussian window of 1.5 px."""
-    a, b = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 32, 32), dtype=np.uint8)
-    b = ((a.astype(int) * 3 + b) // 4).astype(np.uint8)
-
-    def local(x):
-        return gaussian_filter(x, 1.5, truncate=3.5, axes=(2, 3))
-
-    x, y = a.astype(float), b.astype(float)
-    mean_x, mean_y, c1, c2 = local(x), local(y), (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    spread = local(x * x) - mean_x**2 + local(y * y) - mean_y**2 + c2
-    both = (2 * mean_x * mean_y + c1) * (2 * (local(x * y) - mean_x * mean_y) + c2)
-    expected = (both / ((mean_x**2 + mean_y**2 + c1) * spread)).mean()
-    assert reconstruction_scores(a, b)["ssim"] == pytest.approx(expected, abs=1e-3)  # at the edges they differ
-    assert reconstruction_scores(a, a)["ssim"] == pytest.approx(1)
+def test_ssim_is_scikit_images():
+    """Of 200 pictures: drawings, noise over them, and flat ones, whose variances are all rounding."""
+    draw = np.random.default_rng(0)
+    pictures = shapes.draw_batch(shapes.sample_scenes(200, "test", seed=3), 48)
+    strength = draw.uniform(0, 60, (200, 1, 1, 1))
+    changed = np.clip(pictures + strength * draw.normal(size=pictures.shape), 0, 255).astype(np.uint8)
+    pictures[:5], changed[:5] = 200, 190
+    settings = {"channel_axis": 0, "data_range": 255, "gaussian_weights": True, "sigma": 1.5}
+    expected = [
+        structural_similarity(a, b, use_sample_covariance=False, **settings)
+        for a, b in zip(pictures.astype(np.float64), changed.astype(np.float64), strict=True)
+    ]
+    found = images.ssim(*(torch.from_numpy(p).double() for p in (pictures, changed)), 255.0)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)
+    # two flat pictures: (2 a b + C1) / (a^2 + b^2 + C1)
+    assert found[0].item() == pytest.approx(0.998686, abs=1e-6)
+    assert reconstruction_scores(pictures, changed)["ssim"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert reconstruction_scores(pictures, pictures)["ssim"] == pytest.approx(1)
 
 
 def test_a_spectrum_tells_the_frequency_and_keeps_the_power():

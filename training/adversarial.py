@@ -48,7 +48,7 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*steps, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.layers(pixels)
+        return self.layers(pixels).float()  # the losses are means over many logits, whatever the passes' precision
 
 
 def generator_losses(discriminator: nn.Module, decoded: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
+from sd_mini import images
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import Config
 from training import adversarial
@@ -95,10 +95,9 @@ OF_ERROR = {
 
 
 def ssim(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """1 - SSIM, Wang et al. 2004, eq. 13, of pixels in [-1, 1] => (B,). Its variances need float32."""
+    """1 - SSIM of pixels in [-1, 1] => (B,). Its variances need float32."""
     with torch.autocast(decoded.device.type, enabled=False):
-        similar = structural_similarity_index_measure(decoded.float(), pixels, reduction="none", data_range=2.0)
-    return 1 - similar.view(-1)
+        return 1 - images.ssim(decoded.float(), pixels, 2.0)
 
 
 # Jiang et al. 2021, focal frequency loss, alpha 1: each frequency weighs as the root of its error, over the largest
@@ -228,8 +227,10 @@ class Objective(nn.Module):
         return self.autoencoder.decode_raw(given[1])
 
     def _latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In float32, whatever the passes' precision: the terms are means over many values."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
-            return self.autoencoder.raw_latents(pixels)
+            raw, log_variance = self.autoencoder.raw_latents(pixels)
+        return raw.float(), None if log_variance is None else log_variance.float()
 
     def _reconstruction(self, decoded: Tensor, pixels: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
         error = decoded.float() - pixels
@@ -248,11 +249,15 @@ class Objective(nn.Module):
         to_codes = (latents - codes.vectors.detach()).square().mean((1, 2, 3))
         to_latents = (codes.vectors - latents.detach()).square().mean((1, 2, 3))
         indices, count = codes.indices.flatten(), self.autoencoder.network.config.num_vq_embeddings
-        share = latents.new_zeros(count).index_add_(0, indices, latents.new_full((len(indices),), 1 / len(indices)))
+        # whole numbers in float32, whatever the latents' dtype: bfloat16 counts to 256
+        uses = torch.zeros(count, device=indices.device).index_add_(
+            0, indices, torch.ones_like(indices, dtype=torch.float32)
+        )
+        share = uses / len(indices)
         most = min(count, len(indices))  # that a pass can use
         perplexity = torch.special.entr(share).sum().exp()
         return to_codes + 4 * to_latents, {
-            "codes_used": (share > 0).float().sum() / most,
+            "codes_used": (uses > 0).float().sum() / most,
             "code_perplexity": perplexity / most,
         }
 

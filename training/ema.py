@@ -64,11 +64,11 @@ def gamma_of_width(width: float) -> float:
 
 
 def posthoc_coefficients(snapshots: Sequence[tuple[int, float]], step: int, width: float) -> np.ndarray:
-    """How much of each snapshot, taken at (step, width), makes up the average of `width` at `step`. (N,) float64, sum 1.
+    """How much of each snapshot, taken at (step, width), makes up the average of `width` at `step`: (N,), sum 1.
 
     The least-squares fit of the profiles, EDM2, sec. 3.2 and algorithm 3, divided by its sum as in their
-    `solve_posthoc_coefficients`: else the average of weights that stand still would not be these weights. Raises ValueError where no snapshot was
-    taken at `step`: the newest weights would be missing.
+    `solve_posthoc_coefficients`: else the average of weights that stand still would not be these weights. Raises
+    UserError where no snapshot was taken at `step`: the newest weights would be missing.
     """
     if not any(taken == step for taken, _ in snapshots):
         raise UserError(f"ema_width {width} at step {step}: expected a snapshot of that step; there is none")

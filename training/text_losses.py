@@ -234,25 +234,26 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses (b,) of some pictures against all texts, and what they are the sum of."""
         scale = self.log_scale[0].exp()
-        logits = seen @ vector.T * scale + self.bias[0]
+        # in float32, whatever the passes' precision: the losses are sums over all texts
+        logits = (seen @ vector.T).float() * scale + self.bias[0]
         # saying nothing is true of every picture: that is what trains the null condition
-        nothing = seen @ normalize(self.adapter.null(1).pooled, dim=-1).T * scale + self.bias[0]
+        nothing = (seen @ normalize(self.adapter.null(1).pooled, dim=-1).T).float() * scale + self.bias[0]
         all_positive = torch.cat([positive, positive.new_ones(len(positive), 1)], dim=1)
         terms = {"siglip": siglip_losses(torch.cat([logits, nothing], dim=1), all_positive)}
         losses = self.weights.siglip * terms["siglip"] + self._probe(seen, projected, positive)
         both = logits
         if "cells" in more:
-            late = late_scores(more["cells"], more["words"], more["word_mask"])
+            late = late_scores(more["cells"], more["words"], more["word_mask"]).float()
             by_words = late * self.log_scale[1].exp() + self.bias[1]
             both, terms["late"] = logits + by_words, siglip_losses(by_words, positive)
         if self.weights.twin:
             terms["twin"] = twin_losses(both.gather(1, own[:, None]), both.gather(1, twin[:, None]))
         if "true_of" in more:
-            back = more["said"] @ more["all_seen"].T * scale
+            back = (more["said"] @ more["all_seen"].T).float() * scale
             terms["infonce"] = (infonce_losses(logits, positive) + infonce_losses(back, more["true_of"])) / 2
         if "text" in more:
             guess = self.layout(more["tokens"][more["text"]], more["mask"][more["text"]])
-            terms["layout"] = (guess - more["thumbnails"]).square().mean((1, 2, 3))
+            terms["layout"] = (guess.float() - more["thumbnails"]).square().mean((1, 2, 3))
         for name in ("late", "twin", "infonce", "layout"):
             if name in terms:
                 losses = losses + getattr(self.weights, name) * terms[name]
@@ -262,7 +263,7 @@ class Objective(nn.Module):
 
     def _probe(self, seen: Tensor, projected: Tensor, positive: Tensor) -> Tensor:
         """What the plain projection learns by, beside the rest: (b,)."""
-        logits = seen.detach() @ projected.T * self.log_scale[0].detach().exp() + self.bias[0].detach()
+        logits = (seen.detach() @ projected.T).float() * self.log_scale[0].detach().exp() + self.bias[0].detach()
         return _PROBE_WEIGHT * siglip_losses(logits, positive)
 
     def _words_of_all(self, encoded: Mapping[str, Tensor], shared: Tensor, text_places: Tensor) -> dict[str, Tensor]:
