@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def _main(argv: Sequence[str]) -> None:
     check_data(options)
     # one process needs no group, and leaves the environment's rank alone
     has_gpu, many = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
-    state = PartialState(cpu=not has_gpu) if many else None
+    # one may make pictures for hours longer than the others
+    state = PartialState(cpu=not has_gpu, timeout=timedelta(days=365)) if many else None
     device = str(state.device) if state is not None else "cuda" if has_gpu else "cpu"
     source = open_source(options.pipeline, options.resolution, device)
     check_source(options, source)

@@ -33,7 +33,7 @@ def test_the_first_that_fails_ends_the_chain(programs, capsys, program, code):
 
 
 def test_a_training_that_is_stopped_ends_the_chain(programs, tmp_path, capsys):
-    """It saves, exits with 0, and nothing comes after it; elsewhere SIGTERM ends the chain at once."""
+    """It saves, exits with 143, and nothing comes after it; elsewhere SIGTERM ends the chain at once."""
     (tmp_path / "trains.py").write_text(
         "import os, signal, sys\n"
         "from training.process import Stop\n"
@@ -44,7 +44,7 @@ def test_a_training_that_is_stopped_ends_the_chain(programs, tmp_path, capsys):
         "sys.exit(stop.exit_code)\n"
     )
     before = signal.getsignal(signal.SIGTERM)
-    assert chain.main(["trains", "--", "plain"]) == 0
+    assert chain.main(["trains", "--", "plain"]) == 143
     assert capsys.readouterr().out.splitlines() == ["saved"]
     (tmp_path / "works.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)\n")
     assert chain.main(["works", "--", "plain"]) == 143

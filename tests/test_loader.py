@@ -77,7 +77,7 @@ def test_every_row_is_some_process_and_no_row_is_twos(count, processes):
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_noted_and_the_handlers_put_back(number, code):
     before = signal.getsignal(number)
     with Stop(processes=1) as stop:

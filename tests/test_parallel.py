@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from tests.launching import (
 )
 from tests.test_players import Game, gradients, made_loop
 from training import checkpoint
+from training.process import Stop, join_processes, wait_for_everyone
 
 STAGES = ("autoencoder", "text_encoder", "noise_predictor")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -204,7 +206,7 @@ def test_killed_on_several_ranks_equals_straight_through(tmp_path, stage, ranks)
 def test_stopped_on_two_ranks_both_save_and_end_well(tmp_path):
     more = ["--steps", "8", "--train.checkpoint_every", "8"]
     codes, said = launch_apart("text_encoder", tmp_path / "run", *more, fault=StopAt(4), ranks=2)
-    assert codes == [0, 0] and "stopped at step 5 of 8" in said
+    assert codes == [143, 143] and "stopped at step 5 of 8" in said
     assert checkpoint.newest(tmp_path / "run" / "text_encoder" / "checkpoints")[0].name == "step-00000005"
 
 
@@ -213,3 +215,26 @@ def test_fsdp2_of_every_other_stage(tmp_path):
         codes, said = launch_apart(stage, tmp_path / "run", fault=Fsdp2(), ranks=2)
         assert codes == [0, 0], said
         assert stages.load_stage(tmp_path / "run" / stage / "final", stage)
+
+
+def wait_longer_than_the_group_does():
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=1))
+    join_processes()
+    if rank == 0:  # as where it measures, and the other has nothing to do
+        time.sleep(4)
+    wait_for_everyone()
+    with Stop(2) as stop:
+        if rank == 0:
+            time.sleep(4)
+        assert not stop.asked()
+    # what is not waited for so, the group's own collectives, gives up
+    if rank == 0:
+        time.sleep(4)
+    else:
+        with pytest.raises(RuntimeError, match=r"(?i)time"):
+            torch.distributed.barrier()
+
+
+def test_a_process_that_works_alone_is_waited_for_however_long():
+    assert on_two_ranks(wait_longer_than_the_group_does) == [0, 0]

@@ -11,6 +11,7 @@ import torch
 
 from sd_mini import stages
 from sd_mini.config import command
+from sd_mini.errors import UserError
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import combined_hash, file_hashes
 from tests.faults import Canary, KillAt
@@ -139,7 +140,7 @@ def read_all(run: Path) -> int:
         for root in [*run.glob("*/checkpoints"), *run.glob("*/snapshots")]:
             for path in root.glob("step-*"):
                 if (complaint := checkpoint.damage(path)) is not None:
-                    raise ValueError(complaint)
+                    raise UserError(complaint)
                 checkpoint.load(path)
         shutil.rmtree(run / "noise_predictor" / "final")
 

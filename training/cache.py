@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from sd_mini.config import check_choice
 from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder, combined_hash, file_hash
-from training.process import only_writer
+from training.process import only_writer, wait_for_everyone
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch visits them all, and each costs it some microseconds
@@ -126,9 +126,9 @@ def encode(
     first = next(work, None)  # encoded before anything is written: it tells how much room a row takes
     if first is not None:
         say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
-    processes.wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
+    wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
     with _alone(home, key) if missing and loud else nullcontext():
-        processes.wait_for_everyone()
+        wait_for_everyone()
         if first is not None:
             done |= {path for path, rows in own.items() if path.exists() and not _complaint(path, rows)}
             total = sum(len(rows) for path, rows in own.items() if path not in done)
@@ -136,7 +136,7 @@ def encode(
                 for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
                     if path not in done:
                         _write_shard(path, shards[path], pieces, title, dtype, bar)
-        processes.wait_for_everyone()
+        wait_for_everyone()
     opened = _open(shards)
     if missing:
         said = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)

@@ -2,8 +2,8 @@
 
 python -m training.chain training.autoencoder --config a.yaml --run runs/mine -- training.text_encoder ... -- eval ...
 
-Each is run as `python -m MODULE ARGUMENTS` would run it; the first that fails ends the chain with its exit code, and so
-does one that SIGTERM stops, which exits with 0 if it is a training.
+Each is run as `python -m MODULE ARGUMENTS` would run it; the first that fails, or is stopped, ends the chain with its
+exit code.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from types import FrameType
 def main(argv: Sequence[str]) -> int:
     """`argv`: modules with their arguments, "--" between them. Returns the exit code."""
     commands = [list(words) for between, words in groupby(argv, lambda word: word == "--") if not between]
-    given, stopped = sys.argv, []
+    given = sys.argv
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
-        if frame is not None:  # not told by a training that has saved and ended
-            sys.exit(128 + number)
+        sys.exit(128 + number)
 
-    stop.told_later = True
     before = signal.signal(signal.SIGTERM, stop)
     try:
         for module, *arguments in commands:
             sys.argv = [module, *arguments]
-            if (code := _run(module)) or stopped:
+            if code := _run(module):
                 return code
     finally:
         sys.argv = given

@@ -13,22 +13,26 @@ from typing import Any, Generic, TypeVar
 
 from sd_mini.config import Config, read
 from sd_mini.errors import UserError
-from sd_mini.stages import atomic_text
+from sd_mini.stages import CONTRACT, atomic_text, read_contract
 from training import checkpoint
 from training.evaluation import EvaluateConfig
 from training.loop import Loop
-from training.process import follow_launcher, join_processes, only_writer
+from training.process import follow_launcher, join_processes, only_writer, wait_for_everyone
 from training.task import Origin, Task
 from training.watch import check_trackers
 
 C = TypeVar("C", bound=Config)
 
-# what may change from one start to the next without making it another training
+# What may change from one start to the next without making it another training: when it is looked at and saved; how
+# the same sums are computed; where the data and the other stages lie, whose hashes a checkpoint holds.
 _FREE = {
-    f"train.{name}"
-    for name in ("log_every", "valid_every", "preview_every", "checkpoint_every", "keep_last", "keep_every", "workers")
-} | {"train.trace", *(f"evaluate.{name}" for name in EvaluateConfig.model_fields)}
-
+    *(f"train.{name}" for name in ("log_every", "valid_every", "valid_most", "preview_every", "checkpoint_every")),
+    *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
+    *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
+    *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
+    *(f"{part}.{name}" for part in ("data", "valid") for name in ("source", "split", "image_column", "text_column")),
+    *("data.aliases_column", "valid.aliases_column", "resident", "text_encoder", "autoencoder"),
+}
 
 # what a disk, or its permissions, answers
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
@@ -61,8 +65,8 @@ class Program(Generic[C]):
         launched = parse(self.config, self.stage, argv)
         if launched is None:
             return
-        claimed = _check_folder(launched)
-        if (launched.folder / "final" / "stage.json").is_file():
+        _check_folder(launched)
+        if _exported_steps(launched.folder) == launched.config.train.steps:
             print(f"{launched.folder}: already trained and exported")
             return
         follow_launcher()
@@ -77,9 +81,9 @@ class Program(Generic[C]):
             if processes.is_main_process:
                 launched.folder.mkdir(parents=True, exist_ok=True)
             with only_writer(launched.folder) if processes.is_main_process else nullcontext():
-                if processes.is_main_process and not claimed:
+                if processes.is_main_process:
                     atomic_text(launched.folder / "config.yaml", launched.config.to_yaml())
-                processes.wait_for_everyone()
+                wait_for_everyone()
                 loop.run()
         except OSError as error:
             if error.errno not in _DISK:
@@ -133,23 +137,34 @@ def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path
         raise UserError(
             f"--resume {asked}: {folder} already goes on from {own}; leave --resume out, or give another --run"
         )
-    _refuse_change(config, checkpoint.load_state(found)["config"], str(found), "give the config it was trained with")
+    state = checkpoint.load_state(found)
+    _refuse_change(config, state["config"], state["step"], str(found), "give the config it was trained with")
     return found
 
 
-def _check_folder(launched: Launch[C]) -> bool:
-    """Whether the stage's folder was started before. Raises ValueError, the fields named, if with another config."""
+def _check_folder(launched: Launch[C]) -> None:
+    """Raises UserError, the fields named, where the stage's folder was started before with another config."""
     path = launched.folder / "config.yaml"
     if not path.is_file():
-        return False
+        return
     before = flat(read(type(launched.config), path).model_dump(mode="json"))
-    _refuse_change(launched.config, before, str(launched.folder), "give another --run, or delete it")
-    return True
+    newest = checkpoint.newest(launched.folder / "checkpoints")[0]
+    reached = checkpoint.load_state(newest)["step"] if newest is not None else 0
+    reached = max(reached, _exported_steps(launched.folder) or 0)
+    _refuse_change(launched.config, before, reached, str(launched.folder), "give another --run, or delete it")
 
 
-def _refuse_change(config: Config, then: dict[str, Any], where: str, mend: str) -> None:
+def _exported_steps(folder: Path) -> int | None:
+    """The steps after which the stage in `folder` was exported; none where it was not."""
+    final = folder / "final"
+    return read_contract(final, folder.name).get("steps") if (final / CONTRACT).is_file() else None
+
+
+def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: str, mend: str) -> None:
+    """A training may go on for more steps than was asked for at first, or end earlier, but not before `reached`."""
     now = flat(config.model_dump(mode="json"))
-    changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in _FREE)
+    free = _FREE | ({"train.steps"} if now["train.steps"] >= reached else set())
+    changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in free)
     if changed:
         what = ", ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
         raise UserError(f"{where} was started with another config: {what}; {mend}")

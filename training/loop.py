@@ -26,7 +26,15 @@ from training.loader import Pass, StepInputs, Steps, iterate
 from training.means import Means
 from training.pace import Pace
 from training.players import Learner, Speed
-from training.process import Stop, joined_rows, make_accelerator, rounded_products, seed_network_draws, share
+from training.process import (
+    Stop,
+    joined_rows,
+    make_accelerator,
+    rounded_products,
+    seed_network_draws,
+    share,
+    wait_for_everyone,
+)
 from training.task import Origin, Task, TrainConfig, export_record, mean_scores
 from training.watch import MEASURE, Watch
 
@@ -34,7 +42,7 @@ from training.watch import MEASURE, Watch
 class Loop:
     """Train to `config.steps` from the newest checkpoint in `folder`, or from the start; then export `folder/final`.
 
-    SIGTERM and Ctrl-C save a checkpoint at the next step's end and exit 0 and 130.
+    SIGTERM and Ctrl-C save a checkpoint at the next step's end and exit with 143 and 130.
     """
 
     def __init__(self, task: Task, config: TrainConfig, folder: Path, origin: Origin, log_with: list[str]):
@@ -103,7 +111,9 @@ class Loop:
                     return stop.exit_code
                 mark = time.perf_counter()
         self.finish()
-        return None
+        return (
+            stop.exit_code if stop.signal is not None else None
+        )  # asked at the last step: what follows must not begin
 
     def update(self, inputs: StepInputs) -> None:
         """One optimizer update of each player from the global batch of this step."""
@@ -229,13 +239,14 @@ class Loop:
         with self.evaluated() as evaluated:
             if self.accelerator.is_main_process:
                 self.watch.picture(self.task.preview(evaluated), self.step)
+        wait_for_everyone()
 
     def measure(self) -> None:
         """The evaluators' scores of what the weights make now."""
         with self.evaluated() as evaluated:
             if self.accelerator.is_main_process:
                 self.watch.write_scores(self.step, self.task.measure(evaluated), MEASURE)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def save(self) -> None:
         self.finite.check()
@@ -256,7 +267,7 @@ class Loop:
             self.watch.sync()
             keep = self.config.keep_last, self.config.keep_every
             checkpoint.save(self.folder / "checkpoints", self.step, tensors, state, *keep)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, if there is one, or from the one that was asked for."""
@@ -264,7 +275,7 @@ class Loop:
         folder, complaints = checkpoint.newest(root)
         for complaint in complaints:
             self.watch.say(f"skipped a damaged checkpoint, kept for you to look at: {complaint}")
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         if folder is None and complaints and self.origin.resume is None:
             raise UserError(f"{self.folder}: no valid checkpoint is left; delete the folder to start again")
         if self.accelerator.is_main_process:
@@ -281,8 +292,10 @@ class Loop:
             learner.load(str(folder), tensors, state["learners"][learner.prefix])
         self.step, self.seconds = state["step"], state["seconds"]
         self.means.load(state["sums"], tensors)
-        self.watch.say(f"goes on from step {self.step} of {self.config.steps}")
-        self.accelerator.wait_for_everyone()
+        steps, before = self.config.steps, state["config"]["train.steps"]
+        anew = f" (of {before} before: the learning rate follows the schedule of {steps} from here on)"
+        self.watch.say(f"goes on from step {self.step} of {steps}{anew if steps != before else ''}")
+        wait_for_everyone()
 
     def finish(self) -> None:
         """Export the stage, with what it cost."""
@@ -293,7 +306,7 @@ class Loop:
                 self.task.export(evaluated, self.folder / "final", record)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in list(self.scores.items())[:2])  # the curve is in metrics.jsonl
         self.watch.say(f"{self.step} steps in {self.seconds:.0f} s; {shown}; exported to {self.folder / 'final'}")
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def on_device(self, tensors: Pass) -> Pass:
         """A pass's tensors where they are computed with."""

@@ -188,10 +188,8 @@ class Learner:
         return {f"ema-{width}": dict(zip(self.trained, tensors, strict=True)) for width, tensors in averages.items()}
 
     def state(self) -> dict[str, Any]:
-        """Of the schedule what LambdaLR keeps beside the functions that the config makes anew, and how old the averages
-        are."""
-        schedule = {k: v for k, v in self.schedule.state_dict().items() if k in ("last_epoch", "_last_lr")}
-        return {"schedule": schedule, "averaged_at": self.averaged_at}
+        """How far the schedule is, whose functions the config makes anew, and how old the averages are."""
+        return {"schedule": {"last_epoch": self.schedule.last_epoch}, "averaged_at": self.averaged_at}
 
     @torch.no_grad()
     def load(self, where: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -205,8 +203,11 @@ class Learner:
                 # in place: a moment keeps its parameter's strides, by which fused AdamW walks both
                 own_part(kept).copy_(part_like(found[name].to(kept.device), kept))
         self.averaged_at = state["averaged_at"]
-        self.schedule.load_state_dict(self.schedule.state_dict() | state["schedule"])
-        for group, lr in zip(self.raw_optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
+        # the rates of now, by the config's schedule: it may end at another step than it did
+        done, schedule = state["schedule"]["last_epoch"], self.schedule
+        rates = [lr * factor(done) for lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": done, "_last_lr": rates})
+        for group, lr in zip(self.raw_optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
 
     def _files(self) -> dict[str, dict[str, Tensor]]:

@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,32 @@ from sd_mini.errors import UserError
 
 def join_processes() -> PartialState:
     """The state all processes share, as Accelerator would ask for it; else CPU processes do not find each other."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if is_shared():
+        patient_group()
+    return state
+
+
+def patient_group() -> dist.ProcessGroup:
+    """All processes, by gloo, for waiting on the CPU however long one of them works alone."""
+    return _patient_group(dist.group.WORLD)
+
+
+@lru_cache(maxsize=1)
+def _patient_group(of: dist.ProcessGroup) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+def wait_for_everyone() -> None:
+    """Return once every process is here. One may measure, decode or copy for hours before it comes; a collective of
+    NCCL gives up after ten minutes, one of gloo after thirty."""
+    if is_shared():
+        dist.barrier(group=patient_group())
 
 
 def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[str]) -> Accelerator:
     """Accelerate for a training in `folder`. Raises ValueError for float16, which would need a loss scaler's state."""
+    _check_environment()
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
     AcceleratorState._reset_state()  # of another training in this process, which may have had another precision
     precision = chosen_precision(mixed_precision, join_processes().device)
@@ -47,6 +70,25 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
     if accelerator.device.type == "cpu":
         tune_cpu(accelerator.num_processes)
     return accelerator
+
+
+# what `accelerate launch` says through the environment and a config field of ours decides, with the value that says
+# nothing
+_OURS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--train.accumulation N"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--train.compile BACKEND"),
+}
+_OTHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+def _check_environment() -> None:
+    """Raises UserError for what Accelerate would change of the arithmetic behind the config's back."""
+    for name, (usual, ours) in _OURS.items():
+        if (value := os.environ.get(name, usual)).lower() != usual:
+            raise UserError(f"{name}={value}: a launch takes it from its config; leave it out and give {ours}")
+    for name in _OTHERS:
+        if parse_flag_from_env(name):
+            raise UserError(f"{name}: expected plain data parallelism or FSDP2; launch without it")
 
 
 def chosen_precision(asked: str | None, device: torch.device) -> str | None:
@@ -116,16 +158,31 @@ def joined_rows(
 def tune_cpu(processes: int) -> None:
     """Use every core, flush denormals, and let glibc keep large freed blocks instead of faulting them in each step.
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1 when it is not told otherwise, which leaves all cores but one idle.
-    Measured on two cores: denormal numbers in young gradients and Adam moments halve the speed of the autoencoder;
-    keeping blocks takes 13 % off a step of the shapes noise predictor.
+    `OMP_NUM_THREADS`, where the user has set it, is the number of threads. Measured on two cores: denormal numbers in
+    young gradients and Adam moments halve the speed of the autoencoder; keeping blocks takes 13 % off a step of the
+    shapes noise predictor.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(cores // processes, 1))
+    asked = _users_environment().get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(int(asked) if asked.isdecimal() and int(asked) else max(cores // processes, 1))
     torch.set_flush_denormal(True)
     if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+def _users_environment() -> dict[str, str]:
+    """The environment as the user has it: a launcher sets OMP_NUM_THREADS to 1 in ours where it is not told otherwise,
+    which would leave all cores but one idle."""
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        command = (parent / "cmdline").read_bytes()
+        if b"accelerate" in command or b"torchrun" in command or b"torch.distributed.run" in command:
+            pairs = (parent / "environ").read_bytes().decode(errors="replace").split("\0")
+            return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    except OSError:  # no /proc, or another user's process
+        pass
+    return dict(os.environ)
 
 
 def seed_network_draws(seed: int, device: torch.device) -> None:
@@ -162,8 +219,8 @@ class Stop:
 
     def __init__(self, processes: int):
         self.signal: int | None = None
-        # asked for every step, and the device must not wait for the answer: so on the CPU, by gloo
-        self.group = dist.new_group(backend="gloo") if processes > 1 else None
+        # asked for every step, and the device must not wait for the answer: so on the CPU
+        self.group = patient_group() if processes > 1 else None
 
     def asked(self) -> bool:
         """Whether any process was stopped: all have to stop at the same step, or the others would wait for ever."""
@@ -175,8 +232,8 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """0 for SIGTERM, which asks a preempted machine to make way; the shell's 130 for Ctrl-C."""
-        return 0 if self.signal == signal.SIGTERM else 128 + (self.signal or 0)
+        """As the shell has it, 143 for SIGTERM and 130 for Ctrl-C: what comes after a training must not begin."""
+        return 128 + (self.signal or 0)
 
     def __enter__(self) -> Stop:
         def note(number: int, frame: object) -> None:
@@ -188,6 +245,3 @@ class Stop:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        # whoever listened before is told, without a frame, as nothing is interrupted any more
-        if self.signal in self._before and getattr(self._before[self.signal], "told_later", False):
-            self._before[self.signal](self.signal, None)

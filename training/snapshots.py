@@ -16,6 +16,7 @@ from sd_mini.stages import atomic_folder
 from training import checkpoint
 from training.ema import WIDTHS, posthoc_coefficients
 from training.players import gathered
+from training.process import wait_for_everyone
 
 FOLDER = "snapshots"
 
@@ -30,7 +31,7 @@ def take(folder: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]], 
     tensors = {file: gathered(values, accelerator) for file, values in averages.items()}
     if accelerator.is_main_process:
         checkpoint.save(folder / FOLDER, step, tensors, {"step": step})
-    accelerator.wait_for_everyone()
+    wait_for_everyone()
 
 
 def at_width(folder: Path, step: int, width: float) -> dict[str, Tensor]:
