@@ -69,14 +69,14 @@ def list_files(folder: Path) -> list[Path]:
         visit(folder, ())
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    return sorted(found, key=_key)
+    return sorted(found, key=path_key)
 
 
 def list_pictures(folder: Path) -> list[Path]:
     return [path for path in list_files(folder) if is_picture(path)]
 
 
-def _key(path: Path | str) -> str:
+def path_key(path: Path | str) -> str:
     """A path as it is sorted and compared: macOS writes an accent as a character of its own, others do not."""
     return unicodedata.normalize("NFC", Path(os.path.normpath(path)).as_posix())
 
@@ -167,13 +167,13 @@ class PictureFolder:
 
     def _listed(self) -> list[PictureFile]:
         """The pictures that metadata lists, sorted by path. The second of two rows of one picture has a fault."""
-        on_disk = {_key(path): path for path in self.files}
+        on_disk = {path_key(path): path for path in self.files}
         rows: list[PictureFile] = []
         first: dict[str, str] = {}
         for file in self.metadata:
             _check_alone(file, self.metadata)
             for row in read_metadata(file):
-                key = _key(file.parent / row.file_name)
+                key = path_key(file.parent / row.file_name)
                 fault = f"is listed twice, in {first[key]} and in {row.place}" if key in first else None
                 first.setdefault(key, row.place)
                 path = on_disk.get(key, file.parent / row.file_name)
@@ -181,7 +181,7 @@ class PictureFolder:
                 if SPLIT in fields:
                     split, fault = fields[SPLIT], fault or _split_fault(fields[SPLIT])
                 rows.append(PictureFile(path, split if isinstance(split, str) else TRAIN, fields, fault))
-        return sorted(rows, key=lambda row: _key(row.path))
+        return sorted(rows, key=lambda row: path_key(row.path))
 
     @cached_property
     def splits(self) -> set[str]:

@@ -32,7 +32,6 @@ from training.batches import Batch, generator
 from training.players import Player
 from training.task import TrainConfig
 
-
 COARSE = 4  # cells a side of latents that lose most of a picture's details
 
 
@@ -255,8 +254,8 @@ def coarse_grid(autoencoder: Autoencoder, resolution: int) -> str | None:
     patch = autoencoder.config.patch_size
     finer = f"a smaller model.patch_size than {patch}" if patch > 1 else "one level fewer in model.network"
     return (
-        f"data.resolution {resolution}: the latents are {height} x {width} cells, each of {autoencoder.stride} px a side, "
-        f"too few for much detail; give {finer}, or a larger resolution"
+        f"data.resolution {resolution}: the latents are {height} x {width} cells, each of {autoencoder.stride} px a "
+        f"side, too few for much detail; give {finer}, or a larger resolution"
     )
 
 
