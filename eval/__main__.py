@@ -23,9 +23,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from eval import card, report
-from eval.asked import SHAPES, Question, ask_captions, ask_lying, ask_shapes, training_data
+from eval.asked import Question, ask_captions, ask_lying, ask_shapes, training_data
 from eval.clip_score import Clip
 from eval.composition_objects import MIN_SIDE
+from eval.data_options import COLUMNS, SHAPES, asked_data, recorded_data
 from eval.features import open_all
 from eval.generate import Job, Kept
 from eval.measure import Measured, Tools, measure
@@ -51,6 +52,9 @@ def _main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     options = parser().parse_args(argv)
     check_target(options.out, report.REPORT)
+    recorded = recorded_data(report.run_of(options.pipeline) / "noise_predictor")
+    data = asked_data(options, recorded, "valid", "test")
+    options.data = data.source
     check_data(options)
     # one process needs no group, and leaves the environment's rank alone
     has_gpu, many = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -61,7 +65,7 @@ def _main(argv: Sequence[str]) -> None:
     check_source(options, source)
     if isinstance(source, Ours):
         source.use(options.sampler, bool(options.autoguidance))
-    data = DataConfig(source=options.data, split=options.split or "test", resolution=source.resolution)
+    data = data.model_copy(update={"resolution": source.resolution})
     question = _question(options, source, data)
     stages = report.stages_beside(options.pipeline, source.facts["stages"]) if not isinstance(source, Lying) else {}
     tools = _tools(options, source, data, stages, device)
@@ -94,7 +98,7 @@ def _main(argv: Sequence[str]) -> None:
         **measured.scores,
         "remarks": measured.remarks,
         "seconds": report.seconds(stages, time.perf_counter() - started),
-        "protocol": {**_protocol(options, question, tools), **protocol},
+        "protocol": {**_protocol(options, question, tools, data), **protocol},
     }
     _write(options, full, measured, source, stages)
     if not isinstance(source, Lying):
@@ -103,12 +107,12 @@ def _main(argv: Sequence[str]) -> None:
 
 def _question(options: argparse.Namespace, source: Maker | Lying, data: DataConfig) -> Question:
     if isinstance(source, Lying):
-        return ask_lying(data, source.prompts, options.seed or 0)
+        return ask_lying(data, source.prompts, options.seed or 0, options.reference)
     if options.data != SHAPES:
-        return ask_captions(data, options.prompts)
+        return ask_captions(data, options.prompts, options.reference)
     if source.resolution < MIN_SIDE:
         raise UserError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
-    return ask_shapes(options.prompts, options.seed or 0, source.resolution)
+    return ask_shapes(options.prompts, options.seed or 0, source.resolution, options.reference)
 
 
 def _scene_seed(options: argparse.Namespace) -> int:
@@ -136,6 +140,7 @@ def _tools(
         probe=TextProbe(stages["text_encoder"]) if "text_encoder" in stages else None,
         training=training_data(run) if options.training == "run" and "noise_predictor" in stages else None,
         data=data.model_copy(update={"seed": _scene_seed(options)}) if data.source == SHAPES else data,
+        blame=options.blame == "all",
     )
 
 
@@ -175,7 +180,7 @@ def _made_by(options: argparse.Namespace, maker: Maker, sampling: Sampling) -> d
     }
 
 
-def _protocol(options: argparse.Namespace, question: Question, tools: Tools) -> dict[str, Any]:
+def _protocol(options: argparse.Namespace, question: Question, tools: Tools, data: DataConfig) -> dict[str, Any]:
     """Everything needed to measure the same again."""
     resize = "short side by Lanczos, antialiased; the centre kept" if options.data != SHAPES else "drawn at that size"
     protocol = {
@@ -191,7 +196,7 @@ def _protocol(options: argparse.Namespace, question: Question, tools: Tools) -> 
         "cpu_count": os.cpu_count(),
     }
     if options.data != SHAPES:
-        return protocol
+        return {**protocol, "columns": {name: getattr(data, name) for name in COLUMNS}}
     return {**protocol, "scene_seed": _scene_seed(options), "phrasing": "the index modulo their number"}
 
 

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from eval.data_options import SHAPES, recorded_data
 from eval.reconstruction import FIRST_SCENE_SEED, PROMPTS
 from sd_mini import shapes
-from sd_mini.config import check
 from sd_mini.data import CaptionedPictures, DataConfig, load
 from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, read_contract
 
-SHAPES = "shapes"
 REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
 _FURTHER_SCENES = 500_000_000  # added to the scenes' seed, for those of the reference
 MOST = 500  # captions of other data that are asked for when nothing else is said
@@ -46,22 +44,26 @@ class Question:
     fingerprint: str
 
 
-def ask_shapes(prompts: int | None, seed: int, resolution: int) -> Question:
-    """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn."""
+def ask_shapes(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
+    """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn. `most`: pictures of
+    the reference, REFERENCE if not given."""
     splits = []
     for split, usual in PROMPTS.items():
         scenes = shapes.sample_scenes(usual if prompts is None else prompts, split, FIRST_SCENE_SEED + seed)
         captions = [shapes.caption(scene, i % len(shapes.PHRASINGS[scene.kind])) for i, scene in enumerate(scenes)]
         splits.append(Asked(split, captions, shapes.draw_batch(scenes, resolution), scenes))
     further = DataConfig(
-        split=splits[0].split, count=REFERENCE, seed=FIRST_SCENE_SEED + seed + _FURTHER_SCENES, resolution=resolution
+        split=splits[0].split,
+        count=REFERENCE if most is None else most,
+        seed=FIRST_SCENE_SEED + seed + _FURTHER_SCENES,
+        resolution=resolution,
     )
     reference = load(further)
     return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
 
 
-def ask_captions(data: DataConfig, prompts: int | None) -> Question:
-    """The first captions of other data: half of its rows or `prompts`; the rest is the reference.
+def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None) -> Question:
+    """The first captions of other data: half of its rows or `prompts`; the rest, or its first `most`, is the reference.
 
     Where fewer than two rows are left, all rows are. Raises ValueError for what `data` cannot be read as, pictures
     without captions, and fewer rows than `prompts`.
@@ -69,26 +71,26 @@ def ask_captions(data: DataConfig, prompts: int | None) -> Question:
     rows = load(data)
     captions = [several[0] for several in rows.captions if several]
     if not captions:
-        raise UserError(f"--data {data.source}: its pictures have no captions; expected a column 'text'")
+        raise UserError(f"--data {data.source}: its pictures have no captions; give --text_column")
     if prompts is not None and prompts > len(captions):
         raise UserError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
     count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
     is_apart = len(captions) - count >= 2
-    reference = rows.pictures[count:] if is_apart else rows.pictures
+    reference = (rows.pictures[count:] if is_apart else rows.pictures)[:most]
     asked = Asked(data.split, captions[:count], rows.pictures[:count])
     return Question([asked], reference, is_apart, rows.name, rows.fingerprint)
 
 
-def ask_lying(data: DataConfig, prompts: list[str], seed: int) -> Question:
-    """Pictures that lie there, compared with all of `data`. Where they are asked what the shapes' test split asks, the
-    judge knows their scenes."""
+def ask_lying(data: DataConfig, prompts: list[str], seed: int, most: int | None = None) -> Question:
+    """Pictures that lie there, compared with all of `data`, or its first `most`. Where they are asked what the shapes'
+    test split asks, the judge knows their scenes."""
     if data.source == SHAPES:
-        whole = ask_shapes(len(prompts), seed, data.resolution)
+        whole = ask_shapes(len(prompts), seed, data.resolution, most)
         test = whole.splits[0]
         asked = test if test.captions == prompts else Asked(test.split, prompts)
         return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
-    rows = load(data)
-    return Question([Asked(data.split, prompts)], rows.pictures, True, rows.name, rows.fingerprint)
+    rows = load(data, pictures_only=True)
+    return Question([Asked(data.split, prompts)], rows.pictures[:most], True, rows.name, rows.fingerprint)
 
 
 def training_data(run: Path | None) -> CaptionedPictures | None:
@@ -99,10 +101,9 @@ def training_data(run: Path | None) -> CaptionedPictures | None:
     folder = run / "noise_predictor" if run is not None else None
     if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
         return None
-    values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     try:
-        data = load(check(DataConfig, values["data"], source=str(folder / "config.yaml")))
-    except ValueError as error:
+        data = load(recorded_data(folder)["data"])
+    except UserError as error:
         raise UserError(
             f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"
         ) from None

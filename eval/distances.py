@@ -48,10 +48,7 @@ def compare(
     }
     remarks = []
     if count < 2 * dim or bias > 0.1 * found["fd"]:
-        remarks.append(
-            f"{extractor.distance}: {count} pictures are few for {dim} features; about {bias:.3g} of {found['fd']:.3g} "
-            "is bias by their number (at unit covariance d (d + 5) / (2 N)): compare at equal N only, or ask for more"
-        )
+        remarks.append(_few(extractor.distance, count, dim, found["fd"], bias))
     found["kid_low"], found["kid_high"] = _kid_interval(found["kid"], seen, known, prompts)
     moved = moved_by_prompts(seen, known, prompts) if dim <= _WIDEST else None
     if moved is not None:
@@ -68,6 +65,17 @@ def compare(
     else:
         remarks.append(f"precision and recall left out: {count} pictures, more than {NEIGHBOURS} needed")
     return found, remarks
+
+
+def _few(name: str, count: int, dim: int, distance: float, bias: float) -> str:
+    """What is to be said of a distance that is in good part bias, which is an expectation and may exceed it."""
+    part = f"about {bias:.3g} of {distance:.3g} is bias by their number"
+    if bias >= distance:
+        part = f"the distance, {distance:.3g}, is no larger than the bias that is expected by their number, {bias:.3g}"
+    return (
+        f"{name}: {count} pictures are few for {dim} features; {part} (at unit covariance d (d + 5) / (2 N)): compare "
+        "at equal N only, or ask for more"
+    )
 
 
 def _neighbours(seen: Seen, known: Seen, prompts: Sequence[str]) -> dict[str, float]:

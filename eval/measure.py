@@ -36,6 +36,8 @@ class Tools:
     training: CaptionedPictures | None = None
     data: DataConfig = field(default_factory=DataConfig)
     """where the asked rows come from: the text stage looks at them at a size of its own"""
+    blame: bool = True
+    """whether each stage's share of every distance is measured"""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _distances(scores: dict[str, Any], question: Question, sets: Sets, tools: To
             extractor, sets[MADE], question.reference, first.captions, tools.cache
         )
         remarks += said
-        if REAL in sets and question.is_apart:
+        if tools.blame and REAL in sets and question.is_apart:
             known = reference(extractor, question.reference, tools.cache)
             apart = {n: Seen.of(extractor(pictures)).distance(known) for n, pictures in sets.items() if n != MADE}
             shares = share_out({**apart, MADE: scores["distances"][name]["fd"]})

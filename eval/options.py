@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eval.asked import SHAPES
+from eval.data_options import SHAPES, add_data, check_columns
 from eval.sources import Lying, Maker, Sampling
 from eval.sweep import PROMPTS as SWEEP_PROMPTS
 from eval.sweep import SCALES
@@ -31,10 +31,10 @@ def parser() -> Parser:
     made = Parser(prog="python -m eval", description="Measure a pipeline: report.json, report.html and grid.png.")
     add = made.add_argument
     add("pipeline", metavar="PIPELINE", type=Path, help="a pipeline folder, a run, or a folder of pictures and prompts")
-    add("--data", required=True, help="'shapes', a .parquet file or a folder of captioned pictures")
+    add_data(made, "the `valid` part of the run that PIPELINE lies in", "test")
     add("--out", required=True, type=Path, help="report folder; an older report is replaced")
-    add("--split", help="of data other than shapes (test)")
     add("--prompts", type=whole(2), help="a split (shapes: 500 of test, 300 of the others; else half, at most 500)")
+    add("--reference", type=whole(2), help="at most so many pictures to compare with (shapes: 1000; else all others)")
     add("--seed", type=whole(0), help="of the scenes that shapes asks for (0)")
     add("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
     add("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
@@ -48,6 +48,7 @@ def parser() -> Parser:
     add("--clip", metavar="NAME", help="CLIP score by this open_clip model: ARCHITECTURE=FILE or local-dir:FOLDER")
     add("--sweep", type=float, nargs="*", metavar="SCALE", help="guidance scales to compare; none after it: no sweep")
     add("--sweep_prompts", type=whole(2), help=f"at each of them ({SWEEP_PROMPTS})")
+    add("--blame", choices=("all", "none"), default="all", help="none: no stage's share of each distance, to save time")
     add("--training", choices=("run", "none"), default="run", help="whether to look for copies of training pictures")
     add("--cache", type=Path, help="folder for the features of reference pictures (OUT/../cache/features)")
     return made
@@ -55,6 +56,7 @@ def parser() -> Parser:
 
 def check_data(options: argparse.Namespace) -> None:
     """Raises ValueError, the option named, for one that the data has no use for."""
+    check_columns(options, options.data)
     if options.data == SHAPES and options.split is not None:
         raise UserError(f"--split {options.split}: shapes is measured on all its splits; leave --split out")
     if options.data != SHAPES and options.seed is not None:

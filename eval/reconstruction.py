@@ -19,16 +19,17 @@ from tqdm import tqdm
 from eval.bootstrap import prompt_interval
 from eval.composition import judge, summarise
 from eval.composition_objects import MIN_SIDE
+from eval.data_options import SHAPES, add_data, asked_data, check_columns, recorded_data
 from eval.features import open_features
 from eval.reference import Seen
 from sd_mini import images, shapes
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.cli import Parser, check_target, whole
 from sd_mini.config import command
-from sd_mini.data import DataConfig, load
+from sd_mini.data import load
 from sd_mini.load_autoencoder import load_autoencoder
 from sd_mini.perceptual import load_lpips
-from sd_mini.stages import atomic_folder
+from sd_mini.stages import CONTRACT, atomic_folder
 
 REPORT, WORST, FIRST, SPECTRA = "reconstruction.json", "worst.png", "first.png", "spectra.png"
 SHOWN = 20
@@ -120,7 +121,7 @@ def measure(autoencoder: Autoencoder, pictures: np.ndarray, options: argparse.Na
         scores["rfid"] = Seen.of(extract(pictures)).distance(Seen.of(extract(made)))
     scores["latents"] = latent_statistics(autoencoder, pictures, options.batch)
     scores["spectrum"] = {"pictures": spectrum(pictures / 127.5 - 1), "reconstructions": spectrum(made / 127.5 - 1)}
-    if options.data == "shapes" and options.resolution >= MIN_SIDE:
+    if options.data == SHAPES and options.resolution >= MIN_SIDE:
         scores["ceiling"] = {
             split: ceiling(
                 autoencoder, split, min(n, options.count or n), options.resolution, options.seed, options.batch
@@ -159,16 +160,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     check_target(options.out, REPORT)
+    stage = Path(options.autoencoder)  # RUN/autoencoder/final, which was trained by the config beside it, or another's
+    recorded = recorded_data(stage.parent) if (stage / CONTRACT).is_file() else {}
+    config = asked_data(options, recorded, "valid", "test")
+    options.data = config.source
+    check_columns(options, options.data)
     autoencoder, contract = load_autoencoder(options.autoencoder)
     autoencoder.eval()
     if options.resolution is None:
         options.resolution = (contract or {}).get("resolution", 64)
     autoencoder.latent_shape(options.resolution, options.resolution)
-    count = options.count or (500 if options.data == "shapes" else None)
-    seed = FIRST_SCENE_SEED + options.seed if options.data == "shapes" else 0
-    data = load(
-        DataConfig(source=options.data, split=options.split, count=count, resolution=options.resolution, seed=seed)
-    )
+    count = options.count or (500 if options.data == SHAPES else config.count)
+    seed = FIRST_SCENE_SEED + options.seed if options.data == SHAPES else 0
+    asked = {"count": count, "resolution": options.resolution, "seed": seed}
+    data = load(config.model_copy(update=asked), pictures_only=True)
     scores, made = measure(autoencoder, data.pictures, options)
     scores["protocol"] = {
         "data": data.name,
@@ -217,9 +222,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "autoencoder", metavar="AUTOENCODER", help="an exported stage, a diffusers folder or a hub name"
     )
-    parser.add_argument("--data", required=True, help="'shapes', a .parquet file or a folder of pictures")
+    add_data(parser, "the `valid` part of the run that AUTOENCODER lies in", "test", ("image_column",))
     parser.add_argument("--out", required=True, type=Path, help="folder of the report; an older one is replaced")
-    parser.add_argument("--split", default="test", help="of the data (%(default)s)")
     parser.add_argument(
         "--count", type=whole(2), help="pictures (shapes: 500, and 300 of the held-out splits; else all)"
     )

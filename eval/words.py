@@ -1,6 +1,6 @@
 """Words that no training caption holds: what does a text encoder make of them?
 
-python -m eval.words RUN RUN ... --data DATA --words kitten=cat serpent=snake --out FOLDER
+python -m eval.words RUN RUN ... --words kitten=cat serpent=snake --out FOLDER
 
 Each word is asked for as a prompt, and stands for captions that do hold the word behind the `=`. A picture is right if
 the training picture nearest to it has that word in one of its captions. The judge knows neither captions nor encoders:
@@ -19,13 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.composition import wilson
+from eval.data_options import add_data, asked_data, check_columns, recorded_data
 from eval.generate import generate
 from eval.memorisation import nearest, small_pixels
+from eval.report import run_of
 from eval.sources import Ours, Sampling
 from sd_mini import images
 from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
-from sd_mini.data import CaptionedPictures, DataConfig, load
+from sd_mini.data import CaptionedPictures, load
 from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder
 
@@ -40,9 +42,11 @@ def _main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     check_target(options.out, SCORES)
     pairs = dict(_pair(text) for text in options.words)
+    recorded = recorded_data(run_of(options.runs[0]) / "noise_predictor")
+    config = asked_data(options, recorded, "data", "train")
+    check_columns(options, config.source)
     runs = [open_pipeline(folder) for folder in options.runs]
-    config = DataConfig(source=options.data, resolution=runs[0].config.resolution, aliases_column=options.aliases)
-    data = load(config)
+    data = load(config.model_copy(update={"resolution": runs[0].config.resolution}))
     classes = {word: _holding(data, known) for word, known in pairs.items()}
     check_words(data, pairs, classes)
     prompts = [word for word in pairs for _ in range(options.seeds)]
@@ -71,8 +75,7 @@ def _main(argv: Sequence[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="python -m eval.words", description="Pictures for words that no training caption holds.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="pipeline or run folders, trained alike")
-    parser.add_argument("--data", required=True, help="the data they were trained on, split train")
-    parser.add_argument("--aliases", default=None, help="its column of further captions")
+    add_data(parser, "what the first run was trained on", "train")
     parser.add_argument("--words", required=True, nargs="+", help="WORD=KNOWN ...")
     parser.add_argument(
         "--seeds", type=whole(1), default=8, help="pictures a word (%(default)s); the grid shows the first"

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd_mini.errors import UserError
+from sd_mini.texts import read_text
 
 C = TypeVar("C", bound="Config")
 
@@ -61,8 +62,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"config {path}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_text(path)) or {}
+    except yaml.YAMLError as error:
         raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path}: expected fields with values, got a {type(values).__name__}")

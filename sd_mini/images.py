@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from sd_mini.errors import UserError
 
@@ -23,6 +24,27 @@ MAX_PIXELS = 2**28 // 3  # a quarter GiB of RGB, the size at which Pillow warns 
 _GAP = 4  # px around every tile of a grid
 _LABEL_SIZE = 11  # px; the smallest at which Pillow's own font reads well
 _LABEL_WIDTH = 96  # px; a labelled column is at least this wide, so that words keep whole
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Endings, in lower case, of the files that Pillow decodes: ".png", ".jpg", ".avif", ...
+
+    Left out are the formats that it knows without being able to read a pixel: its stubs (HDF5, GRIB, ...) and MPEG.
+    """
+    known = Image.registered_extensions()  # which also loads every plugin of Pillow's
+    return frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and _reads_pixels(name))
+
+
+def _reads_pixels(name: str) -> bool:
+    factory = Image.OPEN[name][0]
+    is_stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+    return name != "MPEG" and not is_stub
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's ending says that it is a picture."""
+    return path.suffix.lower() in picture_suffixes()
 
 
 def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int, int] = WHITE) -> np.ndarray:

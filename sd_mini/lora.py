@@ -28,7 +28,7 @@ class LoraConfig(Config):
     rank: int = Field(0, ge=0)
     """of the update to each matrix; 0: no adapters, every weight is trained"""
     alpha: float | None = Field(None, gt=0)
-    """the update is scaled by alpha / rank; none: the rank"""
+    """the update is scaled by alpha / rank; null: the rank"""
     targets: tuple[str, ...] = ATTENTION
     """ends of the names of the linear layers that get one"""
 

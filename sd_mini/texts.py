@@ -1,9 +1,11 @@
-"""Texts: what may be one, and its twin, a text of nearly the same words that says something else."""
+"""Texts: how files of them are read, what may be one, and its twin, a text of nearly the same words that says something
+else."""
 
 from __future__ import annotations
 
 import re
 from itertools import islice
+from pathlib import Path
 
 from sd_mini.errors import UserError
 
@@ -30,6 +32,26 @@ _MEANING = {  # word => (its class, its meaning)
 _MOST = 64  # words of a text that are looked at, and of its twins in another order
 _OPPOSITE = {a: b for pair in _OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
 _WORD = re.compile(r"[^\W_]+")
+
+
+def read_text(path: Path) -> str:
+    """A user's text file, UTF-8 with or without a byte-order mark. Raises UserError where it cannot be read as that."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise UserError(f"{path}: is not UTF-8 ({byte}); save it as UTF-8") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a user's text file, without their ends. Raises UserError as `read_text` does.
+
+    Only a newline ends one: U+2028, U+0085 and the like, at which `str.splitlines` cuts, may stand within a caption.
+    """
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 def check_text(value: object, where: str) -> None:

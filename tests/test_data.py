@@ -89,7 +89,7 @@ def test_a_parquet_file_is_train_and_its_own_name(tmp_path):
     assert_is_the_four(load(config(tmp_path / "some.parquet")))
     loaded = load(config(tmp_path / "some.parquet", split="some"))
     assert_is_the_four(loaded)
-    assert loaded.name == "some:some"
+    assert loaded.name == "some.parquet"
     refused(config(tmp_path / "some.parquet", split="test"), "no split 'test'; it has train, some$")
 
 
@@ -183,13 +183,19 @@ def test_a_caption_without_text_is_refused_with_its_row(tmp_path, bad):
 
 def test_captions_that_are_numbers_are_refused(tmp_path):
     table(tmp_path, [1, 2]).to_parquet(tmp_path / "a.parquet")
-    refused(config(tmp_path / "a.parquet"), r"row 0 of .*a caption is a int \(1\); expected text")
+    refused(
+        config(tmp_path / "a.parquet"),
+        r"2 of 2 rows of .*: row 0: a caption is a int \(1\); expected text; row 1: a caption is a int \(2\)",
+    )
 
 
 def test_half_a_surrogate_pair_is_refused_with_its_row(tmp_path):
     """JSON can hold one, and no tokenizer can read it."""
     lines = [{"file_name": "0.png", "text": "red"}, {"file_name": "1.png", "text": "red \ud83d"}]
-    refused(config(folder_of_pictures(tmp_path / "a", lines)), "surrogate pair .* in row 1")
+    refused(
+        config(folder_of_pictures(tmp_path / "a", lines)),
+        r"row 1 of .*a caption has a lone surrogate, U\+D83D, at character 4",
+    )
 
 
 def test_missing_columns_are_refused_and_those_there_named(tmp_path):

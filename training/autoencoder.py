@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from sd_mini import images, stages
 from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import Config, command
-from sd_mini.data import DataConfig, check_alike, load
+from sd_mini.data import DataConfig, check_alike, load_pictures
 from sd_mini.errors import UserError
 from sd_mini.load_autoencoder import load_autoencoder
 from sd_mini.perceptual import load_lpips
+from sd_mini.remarks import remark
 from training import launch
 from training.adversarial import AdversaryConfig, Discriminator, DiscriminatorObjective
 from training.augment import AugmentConfig, augment
@@ -31,10 +32,12 @@ from training.batches import Batch, generator
 from training.players import Player
 from training.task import TrainConfig
 
+COARSE = 4  # cells a side of latents that lose most of a picture's details
+
 
 class ModelConfig(Config):
     kind: Literal["dc", "kl", "vq", "tiny", "small_picture"] | None = None
-    """dc: AutoencoderDC (the fewest FLOPs), which is what none means too; kl: AutoencoderKL; vq: VQModel; tiny:
+    """dc: AutoencoderDC (the fewest FLOPs), which is what null means too; kl: AutoencoderKL; vq: VQModel; tiny:
     AutoencoderTiny; small_picture: the latent is a small picture, the decoder makes it large"""
     patch_size: int = Field(1, ge=1)
     """pixels a side that are folded into channels before the network (space-to-depth) and unfolded behind it"""
@@ -104,6 +107,8 @@ class AutoencoderTask:
         torch.manual_seed(config.train.seed)
         autoencoder, self.started_from = _built(config.model)
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
+        if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
+            remark(coarse)
         decoder_only, is_vq = config.model.train == "decoder", autoencoder.config.kind == "vq"
         if is_vq and not decoder_only and "commitment" not in loss.begun(0):
             raise UserError(
@@ -119,7 +124,7 @@ class AutoencoderTask:
             discriminator = Discriminator(config.adversary.width, config.adversary.layers)
             discriminator.to(memory_format=torch.channels_last)
         _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
-        self.train, self.valid = load(config.data), load(config.valid)
+        self.train, self.valid = load_pictures(config.data, config.valid)
         self.count, self.valid_count = len(self.train), len(self.valid)
         self.identity = {"data": self.train.fingerprint}
         for name, contract in (("start", self.started_from), ("teacher", self.taught_by)):
@@ -239,6 +244,19 @@ def _teacher(model: ModelConfig, student: Autoencoder) -> tuple[Autoencoder | No
             f"here {ours[0]} and {ours[1]}; give the network the same"
         )
     return teacher.requires_grad_(False), contract
+
+
+def coarse_grid(autoencoder: Autoencoder, resolution: int) -> str | None:
+    """What is to be said of latents that have at most COARSE cells a side, too few to hold a picture's details."""
+    _, height, width = autoencoder.latent_shape(resolution, resolution)
+    if height > COARSE:
+        return None
+    patch = autoencoder.config.patch_size
+    finer = f"a smaller model.patch_size than {patch}" if patch > 1 else "one level fewer in model.network"
+    return (
+        f"data.resolution {resolution}: the latents are {height} x {width} cells, each of {autoencoder.stride} px a "
+        f"side, too few for much detail; give {finer}, or a larger resolution"
+    )
 
 
 def _check_sizes(

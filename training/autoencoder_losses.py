@@ -68,7 +68,7 @@ class LossConfig(Config):
     lpips_network: str = "vgg"
     """vgg or alex"""
     lpips_weights: str | None = None
-    """torchvision's weights file of that network; none: downloaded"""
+    """torchvision's weights file of that network; null: downloaded"""
 
     def begun(self, step: int) -> dict[str, Term]:
         """The terms that count at an update, by name."""

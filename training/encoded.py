@@ -25,7 +25,16 @@ STD = (0.97, 1.03)  # of latents that are standardised by their own statistics
 class Encoded:
     """A data set as stage 3 sees it: latents and prompt embeddings, from the caches."""
 
-    def __init__(self, pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path, dtype: str):
+    def __init__(
+        self,
+        pictures: CaptionedPictures,
+        text: Stage,
+        vae: Stage,
+        captions: int,
+        folder: Path,
+        dtype: str,
+        is_held_out: bool = False,
+    ):
         texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
         unique = unique_captions(texts)
         number = {text: i for i, text in enumerate(unique)}
@@ -56,7 +65,8 @@ class Encoded:
             f"latents of {pictures.name}",
             dtype,
         )["latents"]
-        check_scale(self.latents, pictures, vae.contract)
+        if not is_held_out:  # the latents are standardised over training pictures, which others differ from
+            check_scale(self.latents, pictures, vae.contract)
         words = cache.encode(
             folder / "prompts",
             {"stage": text.hash, "texts": stages.combined_hash(unique)},
@@ -111,7 +121,9 @@ def check_scale(latents: cache.Rows, pictures: CaptionedPictures, contract: dict
         f"latents of {pictures.name}: std a channel from {std.min():.3f} to {std.max():.3f}, expected {STD[0]} to "
         f"{STD[1]}"
     )
-    if contract.get("data", {}).get("fingerprint") == pictures.fingerprint and "latents_of" not in contract:
+    measured_on = contract.get("data", {}).get("fingerprint")
+    is_same = measured_on in (pictures.fingerprint, pictures.pictures_fingerprint)
+    if is_same and "latents_of" not in contract:
         raise UserError(f"{said}; train the autoencoder again, with a larger statistics_count if that was small")
     cache.say(f"{said}: the autoencoder was measured on other pictures; train it on these if much is missing")
 

@@ -32,7 +32,7 @@ class EvaluateConfig(Config):
     """The evaluators in the loop, on the first captions of `valid`; of shapes, on what `python -m eval` asks first."""
 
     every: int | None = Field(None, ge=1)
-    """steps between two evaluations of the pipeline as it stands; none: off"""
+    """steps between two evaluations of the pipeline as it stands; null: off"""
     prompts: int = Field(64, ge=2)
     """pictures made for each"""
     batch: int = Field(64, ge=1)

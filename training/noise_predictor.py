@@ -44,7 +44,7 @@ class SamplingConfig(Config):
     interval: tuple[float, float] = (0.0, 1.0)
     """noise levels between which steps are guided; 0 is the picture, 1 the noise"""
     sampler: str | None = None
-    """euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm; none: the one that did best for its kind"""
+    """euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm; null: the one that did best for its kind"""
 
     @model_validator(mode="after")
     def _guided(self) -> SamplingConfig:
@@ -69,9 +69,9 @@ class PredictorConfig(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     train: TrainConfig = TrainConfig()
     text_encoder: str | None = None
-    """folder of the exported text stage; none: RUN/text_encoder/final"""
+    """folder of the exported text stage; null: RUN/text_encoder/final"""
     autoencoder: str | None = None
-    """folder of the exported autoencoder; none: RUN/autoencoder/final"""
+    """folder of the exported autoencoder; null: RUN/autoencoder/final"""
 
     @model_validator(mode="after")
     def _sampler_fits(self) -> PredictorConfig:
@@ -99,10 +99,8 @@ class PredictorTask:
         pictures, valid = load_captioned(config.data, config.valid)
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
-        self.train, self.valid = (
-            Encoded(p, self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
-            for p in (pictures, valid)
-        )
+        how = (self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
+        self.train, self.valid = Encoded(pictures, *how), Encoded(valid, *how, is_held_out=True)
         self.count, self.valid_count = len(self.train), len(self.valid)
         self.device = PartialState().device if config.resident else torch.device("cpu")
         if config.resident:

@@ -69,7 +69,7 @@ class OptimizerConfig(Config):
     lr: float = Field(1e-3, gt=0)
     """peak learning rate"""
     muon_lr: float | None = Field(None, gt=0)
-    """peak learning rate of Muon, which then trains the matrices of the blocks; none: AdamW trains everything"""
+    """peak learning rate of Muon, which then trains the matrices of the blocks; null: AdamW trains everything"""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """how the learning rate goes down to 0 after the warm-up ("constant" does not)"""
     warmup_steps: int = Field(50, ge=0)

@@ -31,16 +31,16 @@ class TrainConfig(OptimizerConfig):
     accumulation: int = Field(1, ge=1)
     """forward/backward passes that share one update"""
     ema_width: float | None = Field(None, gt=0, le=0.28)
-    """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; none: off"""
+    """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; null: off"""
     ema_every: int = Field(1, ge=1)
     """updates between two of the averages; a few more cost less time and change next to nothing"""
     ema_snapshots: int = Field(8, ge=0)
     """snapshots of the averages over the training, from which any other width can be made when it has ended"""
     mixed_precision: Literal["no", "bf16", "auto"] | None = None
-    """precision of the passes, over float32 weights; auto: bf16 where the device multiplies in it; none: what
+    """precision of the passes, over float32 weights; auto: bf16 where the device multiplies in it; null: what
     `accelerate launch` says"""
     compile: str | None = None
-    """torch.compile backend for the networks' repeated blocks ("inductor"); none: off"""
+    """torch.compile backend for the networks' repeated blocks ("inductor"); null: off"""
     gradient_checkpointing: bool = False
     """compute the blocks' states again in the backward pass instead of keeping them: less memory, more time"""
     workers: int = Field(0, ge=0)

@@ -19,7 +19,7 @@ class EncoderConfig(Config):
 
     name: str | None = None
     """pretrained: a hub name, a folder, "package:PACKAGE/FOLDER", an open_clip architecture (with `weights`) or
-    "local-dir:FOLDER"; kept frozen unless the fields below say otherwise. none: a small CLIP model from scratch"""
+    "local-dir:FOLDER"; kept frozen unless the fields below say otherwise. null: a small CLIP model from scratch"""
     weights: str | None = None
     """weights file of an open_clip architecture"""
     max_length: int = Field(24, ge=3)

@@ -1,0 +1,73 @@
+"""Which data an evaluation reads: options that all its programs share, and a run's own data where they are left out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from sd_mini.config import check, read_yaml
+from sd_mini.data import DataConfig
+from sd_mini.errors import UserError
+
+SHAPES = "shapes"
+COLUMNS = ("image_column", "text_column", "aliases_column")
+
+
+def add_data(parser: argparse.ArgumentParser, own: str, split: str, columns: tuple[str, ...] = COLUMNS) -> None:
+    """--data, --split and the columns; `own` says what is read where --data is left out, `split` where that is."""
+    add = parser.add_argument
+    add("--data", help=f"'shapes', a .parquet file, a folder of pictures or a hub name; {own} if left out")
+    add("--split", help=f"of data other than shapes; the run's own where the data are, else {split}")
+    helps = {
+        "image_column": "of the pictures; the run's own where the data are, else image",
+        "text_column": "of the captions; the run's own where the data are, else text",
+        "aliases_column": "of lists of further captions; the run's own where the data are, else there is none",
+    }
+    for name in columns:
+        names = [f"--{name}", *(["--aliases"] if name == "aliases_column" else [])]
+        add(*names, dest=name, metavar="COLUMN", help=helps[name])
+
+
+def recorded_data(stage: Path) -> dict[str, DataConfig]:
+    """`data` and `valid` of the config that a stage, RUN/STAGE, was trained with; none where it is not there.
+
+    Raises UserError for one that cannot be read.
+    """
+    path = stage / "config.yaml"
+    values = read_yaml(path) if path.is_file() else {}
+    return {part: check(DataConfig, values[part], str(path)) for part in ("data", "valid") if part in values}
+
+
+def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], part: str, split: str) -> DataConfig:
+    """The data of the command line.
+
+    What its options leave out is, of the run's own data, as `recorded` for `part`, and of any other data `split` and the
+    usual columns.
+
+    Raises UserError where neither says which data.
+    """
+    if options.data is None and part not in recorded:
+        raise UserError("--data: expected it, as no config of a run says what this was trained on")
+    source = options.data if options.data is not None else recorded[part].source
+    if source == SHAPES:
+        return DataConfig(source=SHAPES, split=options.split or split)
+    own = recorded.get(part)
+    if own is None or not _is_same(own.source, source):
+        other = next((one for one in recorded.values() if _is_same(one.source, source)), DataConfig(source=source))
+        own = other.model_copy(update={"split": split, "count": None})
+    changes = {"source": source}
+    changes |= {name: given for name in COLUMNS if (given := getattr(options, name, None)) is not None}
+    changes |= {"split": options.split, "count": None} if options.split is not None else {}
+    return own.model_copy(update=changes)
+
+
+def _is_same(recorded: str, given: str) -> bool:
+    return recorded == given or (Path(given).exists() and Path(recorded).resolve() == Path(given).resolve())
+
+
+def check_columns(options: argparse.Namespace, source: str) -> None:
+    """Raises UserError for a column of data that have none."""
+    for name in COLUMNS if source == SHAPES else ():
+        if getattr(options, name, None) is not None:
+            raise UserError(f"--{name} {getattr(options, name)}: shapes has no columns; leave it out")

@@ -1,0 +1,122 @@
+"""What lies beside pictures and says what they show: metadata.jsonl, .csv, .tsv or .parquet, a row a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sd_mini.errors import UserError
+from sd_mini.texts import read_lines, read_text, shown
+
+FILE_NAME = "file_name"
+_NAMED = 5  # faults that a message names
+
+
+@dataclass(frozen=True)
+class MetadataRow:
+    """A picture that metadata lists."""
+
+    file_name: str
+    """its path, relative to the metadata's own folder"""
+    fields: dict[str, Any]
+    """the other columns"""
+    place: str
+    """where it stands: "line 3 of set/metadata.jsonl\""""
+
+
+def some(things: list[str], joint: str = "; ") -> str:
+    """A list for a message: the first five, and how many more there are."""
+    more = f"{joint}and {len(things) - _NAMED:,} more" if len(things) > _NAMED else ""
+    return joint.join(things[:_NAMED]) + more
+
+
+def is_metadata(path: Path) -> bool:
+    return path.stem == "metadata" and path.suffix in _READERS
+
+
+def read_metadata(path: Path) -> list[MetadataRow]:
+    """Every row of a metadata file.
+
+    Raises UserError for a file that cannot be read and, all together, for the rows that name no picture.
+    """
+    rows, faults = [], []
+    for place, fields in _READERS[path.suffix](path):
+        name = fields.get(FILE_NAME)
+        if isinstance(name, str) and name.strip():
+            rest = {key: value for key, value in fields.items() if key != FILE_NAME}
+            rows.append(MetadataRow(name, rest, f"{place} of {path}"))
+        else:
+            there = f"has {shown(name)} there" if FILE_NAME in fields else f"has {', '.join(fields) or 'nothing'}"
+            faults.append(f"{place} {there}")
+    if faults:
+        raise UserError(
+            f"{path}: expected a column {FILE_NAME!r} with the path of a picture, relative to this folder; "
+            f"{some(faults)}"
+        )
+    return rows
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    faults = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield f"line {number}", row
+        else:
+            faults.append(f"line {number} ({shown(line)})")
+    if faults:
+        example = '{"file_name": ..., "text": ...}'
+        raise UserError(f"{path}: {some(faults)}: no JSON object; expected lines such as {example}")
+
+
+def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]:
+    def rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        # ends of lines are left as they are: within quotes they belong to the text
+        reader = csv.DictReader(_kept_ends(read_text(path)), delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():  # too many fields, too few
+                    raise UserError(
+                        f"{path}: line {reader.line_num} has another number of fields than the first line, which has "
+                        f"{len(reader.fieldnames)}; put quotes around texts that hold the delimiter"
+                    )
+                yield f"line {reader.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num} is not readable as CSV: {error}") from None
+
+    return rows
+
+
+def _kept_ends(text: str) -> Iterator[str]:
+    *lines, last = text.split("\n")
+    yield from (f"{line}\n" for line in lines)
+    if last:
+        yield last
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None
+    yield from ((f"row {number}", row) for number, row in enumerate(rows))
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".parquet": _parquet,
+}
