@@ -18,8 +18,8 @@ _IN_PIPELINE = ("vae", "autoencoder")  # where a pipeline keeps it: a stock one,
 
 def load_autoencoder(name: str | Path) -> tuple[Autoencoder, dict[str, Any] | None]:
     """An exported stage's folder => the autoencoder and the stage's contract; an `Autoencoder` or a stock diffusers
-    autoencoder (AutoencoderKL, AutoencoderDC, VQModel, AutoencoderTiny), by its folder, the folder of a pipeline that it
-    is part of, or hub name, => it and none.
+    autoencoder (AutoencoderKL, AutoencoderDC, VQModel, AutoencoderTiny), by its folder, the folder of a pipeline that
+    it is part of, or hub name, => it and none.
 
     A stock folder says how its latents were once scaled; that is not taken over, as it was measured on other pictures.
     Raises ValueError, one line, where there is none, it is of another class or its weights cannot be read.

@@ -237,7 +237,8 @@ def open_clip_training(architecture: str, pictures: bool = True) -> dict[str, An
         values = {cfg.get(field) for cfg in published} - {None}
         if len(values) > 1:
             raise _disagree(architecture, field, values)
-        given |= {argument: value for value in values}
+        if values:
+            given[argument] = values.pop()
     if not (open_clip.get_model_config(architecture) or {}).get("quick_gelu"):
         quick = {bool(cfg.get("quick_gelu")) for cfg in published}
         if len(quick) > 1:

@@ -121,7 +121,9 @@ def _components(folder: Path) -> set[str]:
 
 def _is_card(path: Path) -> bool:
     """A model card that an evaluation wrote: it is about the weights that it lay beside."""
-    return path.name == "README.md" and path.is_file() and GENERATED in path.read_text(encoding="utf-8", errors="replace")
+    return (
+        path.name == "README.md" and path.is_file() and GENERATED in path.read_text(encoding="utf-8", errors="replace")
+    )
 
 
 def _take_over(old: Path, new: Path) -> None:
@@ -288,11 +290,11 @@ def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
 
 
 def check_files(folder: Path, files: dict[str, str], mend: str) -> None:
-    """Raises ValueError, the file named, unless each of `files` is there with its SHA-256; others may lie there, too."""
+    """Raises ValueError, the file named, unless each of `files` is there with its SHA-256; others may lie there."""
     for name, expected in files.items():
         is_there = (folder / name).is_file()
         if not is_there or file_hash(folder / name) != expected:
-            what = "is not the file that was written (SHA-256 differs)" if is_there else "is missing"
+            what = "is not the file that was exported (SHA-256 differs)" if is_there else "is missing"
             raise UserError(f"{folder / name}: {what}; {mend}")
 
 

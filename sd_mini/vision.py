@@ -212,7 +212,9 @@ def _processing(name: str) -> tuple[int | None, Sequence[float], Sequence[float]
     if not said.get("do_normalize", True):
         return _side(said), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if "image_mean" not in said or "image_std" not in said:
-        raise UserError(f"transformers:{name}: its preprocessor_config.json names no image_mean and image_std; add them")
+        raise UserError(
+            f"transformers:{name}: its preprocessor_config.json names no image_mean and image_std; add them"
+        )
     return _side(said), said["image_mean"], said["image_std"]
 
 

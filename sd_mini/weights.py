@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
+from sd_mini.stages import PIPELINE_MARK
 
 # model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors, or, as older
 # libraries have it, model-00001-of-00002.fp16.safetensors
@@ -42,7 +46,9 @@ def load_complete(
         loaded, report = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     check_found(what, [key for key in report["missing_keys"] if not may_lack(key)], complaint)
     if has_only and (extra := sorted(report["unexpected_keys"])):
-        raise UserError(f"{what}: its weights file holds besides {extra[0]}, for which {cls.__name__} has no place; give its own")
+        raise UserError(
+            f"{what}: its weights file holds besides {extra[0]}, for which {cls.__name__} has no place; give its own"
+        )
     return loaded
 
 
@@ -82,6 +88,46 @@ def pipeline_variant(folder: str | Path) -> str | None:
     """The variant that a diffusers pipeline's folder needs to be asked for: of a component that has no plain weights."""
     found = {variant_of(part) for part in Path(folder).glob("*/")} - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of a diffusers pipeline's folder, but for those among `options`, each complete, by name.
+
+    `options`: of `DiffusionPipeline.from_pretrained`; of those that say where weights go (device_map,
+    quantization_config) diffusers alone knows what to do, and loads the networks itself. Raises ValueError, one
+    line, that names a tensor that is missing.
+    """
+    if options.get("device_map") is not None or options.get("quantization_config") is not None:
+        return {}
+    dtypes, loaded = options.get("torch_dtype", options.get("dtype")), {}
+    for name, entry in json.loads((folder / PIPELINE_MARK).read_text(encoding="utf-8")).items():
+        cls = _network_class(entry) if name not in options else None
+        if cls is None:
+            continue
+        dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
+        variants = (variant_of(folder / name), options.get("variant"))
+        variant = next((variant for variant in variants if variant and _has(folder / name, variant)), None)
+        given = {"variant": variant, "dtype": dtype or torch.float32}
+        try:
+            loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{folder / name}: cannot be loaded ({reason(error)}); save the pipeline again") from error
+    return loaded
+
+
+def _network_class(entry: Any) -> Any:
+    """The class that a pipeline's index names as [library, class], if it is one of weights, of diffusers, transformers
+    or ours."""
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if not isinstance(library, str) or library.split(".")[0] not in ("diffusers", "transformers", "sd_mini"):
+        return None
+    cls = getattr(importlib.import_module(library), str(name), None)
+    return cls if isinstance(cls, type) and issubclass(cls, torch.nn.Module) else None
+
+
+def _has(folder: Path, variant: str | None) -> bool:
+    matches = [_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors")]
+    return any(variant in (match["first"], match["last"]) for match in matches if match is not None)
 
 
 def reason(error: Exception) -> str:
