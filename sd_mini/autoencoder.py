@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from sd_mini.errors import UserError
@@ -110,6 +111,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             return encoded.latent_dist.mean, encoded.latent_dist.logvar
         return encoded.latent if self.config.kind == "dc" else encoded.latents, None
 
+    @apply_forward_hook  # so that an offloaded one is brought in
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] => latents (B, C, h, w) of mean 0 and std 1 a channel."""
         return (self.raw_latents(pixels)[0] - self.mean) / self.std
@@ -118,6 +120,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Latents before standardisation => pixels. For training only."""
         return nn.functional.pixel_shuffle(self.network.decode(raw).sample, self.config.patch_size)
 
+    @apply_forward_hook
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """latents (B, C, h, w), standardised => pixels (B, 3, H, W), about [-1, 1] (not clamped).
 

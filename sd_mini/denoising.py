@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
@@ -34,15 +36,18 @@ class Denoising:
         guide: ModelMixin | None = None,
     ):
         samplers.check(scheduler, process)
+        # a scheduler keeps its place and its last predictions: of several calls at a time each needs its own
+        scheduler = copy.deepcopy(scheduler)
         self.network, self.scheduler, self.process = network, scheduler, process
         self.guidance, self.guide = guidance, guide
         self.timesteps = samplers.set_timesteps(scheduler, steps, device)
-        self.levels: list[float] = levels(self.timesteps).tolist()
+        grain = samplers.level_grain(scheduler)
+        self.is_guided = [guidance.is_active(level, grain) for level in levels(self.timesteps).tolist()]
 
     @property
     def needs_null(self) -> bool:
         """Whether any step asks for a prediction without the prompt."""
-        return self.guide is None and any(map(self.guidance.is_active, self.levels))
+        return self.guide is None and any(self.is_guided)
 
     def start(self, noise: Tensor) -> Tensor:
         """Noise N(0, I) => what the scheduler begins with."""
@@ -60,7 +65,7 @@ class Denoising:
         return samplers.step(self.scheduler, answer, t, latents, generator)
 
     def _answer(self, number: int, latents: Tensor, prompt: Condition, null: Condition | None) -> Tensor:
-        if not self.guidance.is_active(self.levels[number]):
+        if not self.is_guided[number]:
             return self._predict(self.network, number, latents, prompt)
         if self.guide is not None:
             good, bad = (self._predict(one, number, latents, prompt) for one in (self.network, self.guide))

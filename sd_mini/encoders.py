@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini.errors import UserError
+from sd_mini.offload import device_of
 from sd_mini.texts import check_text, shown
 
 logger = logging.getLogger("sd_mini")
 
 _WARNINGS = 3  # prompts of one call that are named one by one
+_tokenizing = threading.Lock()  # a tokenizer keeps in itself how the call at hand cuts
 _CAUSAL: dict[tuple, bool] = {}
 OPEN_CLIP_CLEANING = "open_clip_cleaning"  # a tokenizer's init argument, so that it is saved and loaded with it
 
@@ -58,7 +61,7 @@ class Encoder:
 
         Raises ValueError for a model that does not make a state of each token of a text.
         """
-        ids = torch.full((1, 2), self.tokenizer.pad_token_id, device=self.model.device)
+        ids = torch.full((1, 2), self.tokenizer.pad_token_id, device=device_of(self.model))
         try:
             with torch.no_grad():
                 hidden = self(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -90,7 +93,8 @@ class Encoder:
         for number, prompt in enumerate(prompts):
             check_text(prompt, where(number))
         texts = [self.clean(prompt) for prompt in prompts]
-        rows = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
+        with _tokenizing:
+            rows = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
         cuts = {}
         for number, row in enumerate(rows):
             if not row:
@@ -122,7 +126,8 @@ class Encoder:
 
     def _shortened(self, text: str, row: list[int]) -> tuple[list[int], str]:
         """A text and its tokens => the tokens that fit, marks kept as the tokenizer sets them, and the words cut."""
-        kept = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+        with _tokenizing:
+            kept = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
         same = next((i for i, (a, b) in enumerate(zip(kept, row, strict=False)) if a != b), len(kept))
         return kept, self.tokenizer.decode(row[same:], skip_special_tokens=True).strip()
 
@@ -162,7 +167,7 @@ def _is_causal(model: PreTrainedModel) -> bool:
     """Whether a token's state knows nothing of those after it; tried once a class, by changing the last of two."""
     kind = (type(model), getattr(model.config, "is_decoder", None))
     if kind not in _CAUSAL:
-        ids = torch.tensor([[0, 1], [0, 2]], device=model.device)
+        ids = torch.tensor([[0, 1], [0, 2]], device=device_of(model))
         was_training = model.training
         with torch.no_grad():
             first = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]

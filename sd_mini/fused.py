@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -33,11 +32,13 @@ _STOCK = {
 
 
 def speed_up(network: ModelMixin) -> ModelMixin:
-    """Replace what has a faster equal. The weights and the saved config stay the stock ones."""
-    if isinstance(network, PRXTransformer2DModel):
+    """Replace what has a faster equal. The weights and the saved config stay the stock ones. A compiled network is left
+    alone."""
+    if isinstance(network, PRXTransformer2DModel) and "forward" not in vars(network):
         for block in network.blocks:
             block.attention.processor = FusedPRXAttention()
-        network.forward, network.read = MethodType(_forward, network), None
+        # a partial, as a bound function that is no method of its class cannot be pickled
+        network.forward, network.read = partial(_forward, network), None
     return network
 
 
@@ -103,7 +104,7 @@ def _forward(
     """PRXTransformer2DModel.forward, written out where network and inputs are what that was written for: float32 on a
     CPU, or that under autocast to bfloat16; no part replaced, hooked or compiled."""
     given = hidden_states, timestep, encoder_hidden_states, attention_mask
-    if not _fits(network, given):
+    if torch.compiler.is_compiling() or not _fits(network, given):
         reading = nullcontext() if network.read is None else _kept(network.blocks[network.read[0]], network.read[1])
         with reading:
             return type(network).forward(network, *given, attention_kwargs, return_dict)
@@ -143,15 +144,22 @@ def is_written(network: nn.Module, half: bool = False) -> bool:
         and "forward" in vars(network)
         and not network.gradient_checkpointing
         and network.resolution_embedder is None
-        and all(map(_is_stock, network.modules()))
+        and all(_is_stock(module, module is network) for module in network.modules())
         and all(type(p) in (nn.Parameter, Tensor) for p in network.parameters())
         and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in network.parameters())
         and (not half or compiles(network.config.hidden_size // network.config.num_heads))
     )
 
 
-def _is_stock(module: nn.Module) -> bool:
-    changed = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._compiled_call_impl
+def _is_stock(module: nn.Module, is_root: bool) -> bool:
+    changed = not is_root and "forward" in vars(module)  # as Accelerate's hooks replace it
+    changed = (
+        changed
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._compiled_call_impl
+    )
     if type(module) is prx.PRXAttention and type(module.processor) is not FusedPRXAttention:
         return False
     return type(module) in _STOCK and not changed

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from sd_mini.errors import UserError
+from sd_mini.pipeline_inputs import number
+
+_SLACK = 1e-6  # at an interval's ends: a scheduler's levels are float32, in which 0.7 is 0.69999999
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Guidance:
     high: float = 1.0
 
     def __post_init__(self):
+        for name in ("scale", "rescale", "low", "high"):
+            object.__setattr__(self, name, number(getattr(self, name)))
         if not _is_number(self.scale) or self.scale < 0:
             raise UserError(f"guidance_scale {self.scale!r}: expected a finite number of at least 0 (1 is no guidance)")
         if not _is_number(self.rescale) or not 0 <= self.rescale <= 1:
@@ -37,9 +43,11 @@ class Guidance:
                 "first"
             )
 
-    def is_active(self, level: float) -> bool:
-        """Whether a step that starts at noise level `level` is guided. Kynkaanniemi et al. 2024, eq. 3."""
-        return self.scale != 1 and self.low <= level <= self.high
+    def is_active(self, level: float, grain: float = 0.0) -> bool:
+        """Whether a step that starts at noise level `level`, known to within `grain`, is guided. Kynkaanniemi et al.
+        2024, eq. 3, both ends included."""
+        slack = grain + _SLACK
+        return self.scale != 1 and self.low - slack <= level <= self.high + slack
 
     def join(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Two predictions (B, C, h, w) => one."""
@@ -48,6 +56,8 @@ class Guidance:
 
 def interval(given: object) -> tuple[float, float]:
     """Raises ValueError for anything but two values."""
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise UserError(f"guidance_interval {given!r}: expected two noise levels from 0 to 1, the lower first")
     return given[0], given[1]

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_mini.errors import UserError
-from sd_mini.stages import CONTRACT, KINDS, check_belonging, read_contract
-
-PIPELINE_MARK = "model_index.json"  # the file by which diffusers knows a pipeline folder
+from sd_mini.stages import CONTRACT, KINDS, PIPELINE_MARK, check_belonging, read_contract
 
 
 def inspect(run: Path) -> list[str]:

@@ -10,12 +10,16 @@ import torch
 
 from sd_mini.autoencoder import KINDS, Autoencoder
 from sd_mini.errors import UserError
-from sd_mini.stages import CONTRACT, load_stage
+from sd_mini.stages import CONTRACT, PIPELINE_MARK, load_stage
+from sd_mini.weights import load_complete, reason
+
+_IN_PIPELINE = ("vae", "autoencoder")  # where a pipeline keeps it: a stock one, one of ours
 
 
 def load_autoencoder(name: str | Path) -> tuple[Autoencoder, dict[str, Any] | None]:
     """An exported stage's folder => the autoencoder and the stage's contract; an `Autoencoder` or a stock diffusers
-    autoencoder (AutoencoderKL, AutoencoderDC, VQModel, AutoencoderTiny), by folder or hub name, => it and none.
+    autoencoder (AutoencoderKL, AutoencoderDC, VQModel, AutoencoderTiny), by its folder, the folder of a pipeline that
+    it is part of, or hub name, => it and none.
 
     A stock folder says how its latents were once scaled; that is not taken over, as it was measured on other pictures.
     Raises ValueError, one line, where there is none, it is of another class or its weights cannot be read.
@@ -24,6 +28,9 @@ def load_autoencoder(name: str | Path) -> tuple[Autoencoder, dict[str, Any] | No
     if (folder / CONTRACT).is_file():
         stage = load_stage(folder, "autoencoder")
         return stage.parts["autoencoder"], stage.contract
+    if (folder / PIPELINE_MARK).is_file():
+        folder = next((folder / part for part in _IN_PIPELINE if (folder / part / "config.json").is_file()), folder)
+        name = folder
     classes = {cls.__name__: cls for cls in (Autoencoder, *KINDS.values())}
     found = _class_name(folder) if folder.is_dir() else _hub_class(str(name))
     if found not in classes:
@@ -32,9 +39,11 @@ def load_autoencoder(name: str | Path) -> tuple[Autoencoder, dict[str, Any] | No
             "pipeline's folder the autoencoder is one below (vae/)"
         )
     try:
-        loaded = classes[found].from_pretrained(str(name), use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        loaded = load_complete(classes[found], str(name), str(name), dtype=torch.float32)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
+        raise UserError(f"{name}: cannot be loaded ({reason(error)})") from None
     return (loaded if isinstance(loaded, Autoencoder) else wrapped(loaded)), None
 
 

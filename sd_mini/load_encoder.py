@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sd_mini.errors import UserError
+from sd_mini.weights import load_complete, reason, variant_of
 
 PACKAGE = "package:"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -76,49 +77,59 @@ def load_encoder(name: str | Path, tokenizer: bool = True) -> tuple[PreTrainedTo
     """A hub name, a local folder or "package:PACKAGE/FOLDER" => (tokenizer, text encoder), float32, evaluation mode.
 
     CLIP's text model, with its projection or without; T5's encoder half; whatever else AutoModelForTextEncoding or
-    AutoModel makes of the folder's config: BERT-like, and GPT-like with their causal mask. The tokenizer pads on the
-    right, where a causal mask never looks, and with the end token if it has none for padding. `tokenizer=False` leaves
-    it out (None), for a folder that holds the model alone. Weights come from safetensors only.
+    AutoModel makes of the folder's config: BERT-like, and GPT-like with their causal mask. Of a diffusers pipeline's
+    folder its text_encoder/, and of a text encoder's folder without a tokenizer the one beside it, are taken. The
+    tokenizer pads on the right, where a causal mask never looks, and with the end token if it has none for padding.
+    `tokenizer=False` leaves it out (None), for a folder that holds the model alone. Weights come from safetensors only.
 
     Raises ValueError that names the files that are missing, and for a model that is an encoder and a decoder in one.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     name = _package_folder(str(name)) if str(name).startswith(PACKAGE) else name
-    local, missing = Path(name).exists(), _missing_files(str(name), tokenizer)
+    place = _text_encoder_of(Path(name)) if Path(name).is_dir() else name
+    words_place = _tokenizer_beside(Path(place)) if Path(name).is_dir() else name
+    missing = _missing_files(str(place), str(words_place) if tokenizer else None)
     needed = [files for files in missing if files != _TOKENIZER]  # of which some families have other files
-    if local and needed:
-        raise UserError(
-            f"text encoder {str(name)!r}: it is a folder without {', '.join(missing)}; put what is missing there"
-        )
+    what = f"text encoder {str(name)!r}"
+    if Path(name).exists() and needed:
+        raise UserError(f"{what}: it is a folder without {', '.join(missing)}; put what is missing there")
     sides = {"padding_side": "right", "truncation_side": "right"}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        family = _encoder_class(config)
-        encoder, report = family.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        # transformers' poolers are not read
+        encoder = load_complete(
+            _encoder_class(config), place, what, may_lack=lambda key: "pooler" in key, dtype=torch.float32
         )
-        words = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **sides) if tokenizer else None
+        words = AutoTokenizer.from_pretrained(words_place, trust_remote_code=False, **sides) if tokenizer else None
+    except UserError as error:
+        raise error if str(error).startswith(what) else UserError(f"{what}: {error}") from error
     except Exception as error:  # the libraries raise whatever their parsers do
-        reason = " ".join(str(error).split())[:300]
-        where = "it is a folder without" if local else "the hub's local cache has none of its"
+        where = "it is a folder without" if Path(name).exists() else "the hub's local cache has none of its"
         lacks = f"{where} {', '.join(missing)}; " if missing else ""
         raise UserError(
-            f"text encoder {str(name)!r}: {lacks}expected a hub name, or a folder with config.json, model.safetensors "
-            f"and the tokenizer's files, of a text model: {reason}"
+            f"{what}: {lacks}expected a hub name, or a folder with config.json, model.safetensors and the tokenizer's "
+            f"files, of a text model: {reason(error)}"
         ) from error
-    if drawn := sorted(key for key in report["missing_keys"] if "pooler" not in key):
-        raise UserError(
-            f"text encoder {str(name)!r}: its weights lack {drawn[0]} and {len(drawn) - 1} more that its config asks "
-            "for; give the config that they were saved with"
-        )
     if words is not None and words.pad_token is None:
         if words.eos_token is None:
-            raise UserError(
-                f"text encoder {str(name)!r}: its tokenizer has neither a padding nor an end token; set one"
-            )
+            raise UserError(f"{what}: its tokenizer has neither a padding nor an end token; set one")
         words.pad_token = words.eos_token
     return words, encoder.eval()
+
+
+def _text_encoder_of(folder: Path) -> Path:
+    """Of a pipeline's folder the text encoder's, else the folder itself."""
+    inner = folder / "text_encoder"
+    return inner if inner.is_dir() and not (folder / "config.json").is_file() else folder
+
+
+def _tokenizer_beside(folder: Path) -> Path:
+    """Where the tokenizer of a text encoder's folder is: there, or as in a pipeline beside it (text_encoder_2/ and
+    tokenizer_2/)."""
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    has_own = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    return folder if has_own or folder.name[:12] != "text_encoder" or not beside.is_dir() else beside
 
 
 def _package_folder(name: str) -> Path:
@@ -130,20 +141,21 @@ def _package_folder(name: str) -> Path:
     return Path(found.submodule_search_locations[0]) / folder
 
 
-def _missing_files(name: str, tokenizer: bool) -> list[str]:
-    """What a text encoder needs and a folder, or the hub's local cache, does not hold."""
+def _missing_files(name: str, tokenizer: str | None) -> list[str]:
+    """What a text encoder and its tokenizer need and their folders, or the hub's local cache, do not hold."""
     from huggingface_hub import try_to_load_from_cache
 
-    def there(file: str) -> bool:
-        if Path(name).exists():
-            return (Path(name) / file).is_file()
+    def there(place: str, file: str) -> bool:
+        if Path(place).exists():
+            return (Path(place) / file).is_file() or (file in _WEIGHTS and variant_of(place) is not None)
         try:
-            return isinstance(try_to_load_from_cache(name, file), str)
+            return isinstance(try_to_load_from_cache(place, file), str)
         except ValueError:  # not a name that a hub could have
             return False
 
-    wanted = [("config.json",), _WEIGHTS, *([_TOKENIZER_FILES] if tokenizer else [])]
-    return [" or ".join(files) for files in wanted if not any(map(there, files))]
+    wanted = [(name, ("config.json",)), (name, _WEIGHTS)]
+    wanted += [(tokenizer, _TOKENIZER_FILES)] if tokenizer is not None else []
+    return [" or ".join(files) for place, files in wanted if not any(there(place, file) for file in files)]
 
 
 def _encoder_class(config: PretrainedConfig) -> Any:
@@ -171,10 +183,11 @@ def is_open_clip(name: str, weights: str | None) -> bool:
     return weights is not None or name.startswith(("local-dir:", "hf-hub:"))
 
 
-def load_open_clip(name: str, weights: str | None = None) -> tuple[Any, Any]:
+def load_open_clip(name: str, weights: str | None = None, pictures: bool = True) -> tuple[Any, Any]:
     """An open_clip architecture and its weights file, or "local-dir:FOLDER" => (model, picture transform).
 
-    Raises ValueError, one line, for an unknown architecture and for weights that are missing or do not fit.
+    Raises ValueError, one line, for an unknown architecture, for weights that are missing or do not fit, and where the
+    architecture alone does not tell how they were trained. `pictures`: whether the transform will be used.
     """
     try:
         parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -186,22 +199,60 @@ def load_open_clip(name: str, weights: str | None = None) -> tuple[Any, Any]:
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
     except ImportError:
         raise UserError(f"{name}: open_clip models need the package open_clip_torch; pip install it") from None
+    trained_with: dict[str, Any] = {}
     if not name.startswith(("local-dir:", "hf-hub:")):
         if name not in open_clip.list_models():
             raise UserError(f"open_clip: no architecture {name!r}; open_clip.list_models() names them")
         if not Path(weights or "").is_file():
             raise UserError(f"open_clip {name!r}: no weights file {weights}; give its path")
+        trained_with = open_clip_training(name, pictures)
     folder = Path(name.removeprefix("local-dir:"))
     files = ("open_clip_config.json", "open_clip_model.safetensors")
     if name.startswith("local-dir:") and (missing := [file for file in files if not (folder / file).is_file()]):
         raise UserError(f"open_clip {name!r}: {', '.join(missing)} is missing in that folder")
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            name, pretrained=weights, precision="fp32", weights_only=True
+            name, pretrained=weights, precision="fp32", weights_only=True, **trained_with
         )
     except Exception as error:  # whatever its parsers and torch's raise
-        raise UserError(f"open_clip {name!r}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"open_clip {name!r}: cannot be loaded: {reason(error)}") from error
     return model.eval(), transform
+
+
+def open_clip_training(architecture: str, pictures: bool = True) -> dict[str, Any]:
+    """What the published weights of an open_clip architecture were trained with, as create_model_and_transforms takes
+    it: QuickGELU, and of `pictures` mean, std and how they are resized. A weights file says nothing of it.
+
+    An architecture without published weights has open_clip's own defaults. Raises ValueError, one line, where its
+    published weights do not agree.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    published = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    fields = {"image_mean": "mean", "image_std": "std", "image_interpolation": "interpolation"}
+    fields |= {"image_resize_mode": "resize_mode"}
+    given: dict[str, Any] = {}
+    for argument, field in fields.items() if pictures else ():
+        values = {cfg.get(field) for cfg in published} - {None}
+        if len(values) > 1:
+            raise _disagree(architecture, field, values)
+        if values:
+            given[argument] = values.pop()
+    if not (open_clip.get_model_config(architecture) or {}).get("quick_gelu"):
+        quick = {bool(cfg.get("quick_gelu")) for cfg in published}
+        if len(quick) > 1:
+            raise _disagree(architecture, "quick_gelu", quick)
+        given["force_quick_gelu"] = quick == {True}
+    return given
+
+
+def _disagree(architecture: str, field: str, values: Iterable[Any]) -> UserError:
+    return UserError(
+        f"open_clip {architecture!r}: a weights file does not say its {field}, and of the published weights of that "
+        f"architecture some have {' and some '.join(sorted(map(str, values)))}; give local-dir:FOLDER, with its "
+        "open_clip_config.json"
+    )
 
 
 def open_clip_encoder(name: str, weights: str | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
@@ -212,5 +263,5 @@ def open_clip_encoder(name: str, weights: str | None = None) -> tuple[PreTrained
     """
     from sd_mini.open_clip_text import converted
 
-    model, _ = load_open_clip(name, weights)
+    model, _ = load_open_clip(name, weights, pictures=False)
     return converted(model, name)

@@ -11,6 +11,7 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from sd_mini.errors import UserError
 from sd_mini.fused import speed_up
 from sd_mini.noise_predictor import check_call, class_of, condition_field
+from sd_mini.weights import load_complete, reason
 
 _SUBFOLDERS = ("unet", "transformer", "noise_predictor")  # where a diffusers pipeline keeps its denoiser
 
@@ -25,27 +26,21 @@ def load_network(name: str, latent_shape: tuple[int, int, int], dim: int) -> Mod
     cls = class_of(config.pop("_class_name"))
     subfolder = config.pop("subfolder")
     _check_widths(name, cls, config, latent_shape, dim)
+    what = f"network.pretrained {name}"
     try:
-        network, info = cls.from_pretrained(
-            name, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        options = {"subfolder": subfolder, "low_cpu_mem_usage": False}
+        complaint = "its weights file lacks"
+        network = load_complete(cls, name, what, has_only=True, complaint=complaint, **options).float()
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
-        reason = " ".join(str(error).split())
-        raise UserError(f"network.pretrained {name}: cannot be loaded ({reason}); give a whole folder") from error
-    for what, keys in (("lacks", info["missing_keys"]), ("holds besides", info["unexpected_keys"])):
-        if keys:
-            raise UserError(
-                f"network.pretrained {name}: its weights file {what} {sorted(keys)[0]} ({len(keys)} in all); give the "
-                f"weights of this {cls.__name__}"
-            )
-    network = network.float()
+        raise UserError(f"{what}: cannot be loaded ({reason(error)}); give a whole folder") from error
     try:
         check_call(network, latent_shape, dim)
     except Exception as error:  # whatever a network says that wants more than it is given
-        reason = " ".join(str(error).split())
         raise UserError(
             f"network.pretrained {name}: {cls.__name__} cannot be called with latents {latent_shape} and prompt "
-            f"embeddings of width {dim} alone ({reason}); give a network without further conditions"
+            f"embeddings of width {dim} alone ({reason(error)}); give a network without further conditions"
         ) from error
     return speed_up(network)
 

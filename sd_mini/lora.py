@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sd_mini.config import Config
 from sd_mini.errors import UserError
+from sd_mini.stages import usual_modes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft puts before every name in its files
@@ -39,15 +40,15 @@ def add(network: ModelMixin, config: LoraConfig) -> None:
     Raises ValueError where the network has no layer of these names, or peft is not installed.
     """
     peft = _peft()
-    found = [n for n, m in network.named_modules() if isinstance(m, nn.Linear) and _matches(n, config.targets)]
+    found = list(_adaptable(network, config.targets))
     if not found:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(
             f"network.lora.targets {', '.join(config.targets)}: {type(network).__name__} has no such linear layers; it "
             f"has {', '.join(linear[:12])}"
         )
-    network.requires_grad_(False)
     given = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=found)
+    network.requires_grad_(False)
     peft.inject_adapter_in_model(given, network)
 
 
@@ -65,17 +66,27 @@ def save(network: ModelMixin, folder: Path, base: dict[str, Any]) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS)
+    usual_modes(folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(network: ModelMixin, folder: str | Path) -> None:
     """Add the adapters saved in `folder` to `network`, in place, ready to be trained on or merged.
 
-    Raises ValueError, one line: files that are missing or cut short, layers that this network does not have, or that
-    have another shape in it.
+    Raises ValueError, one line, with the network as it was: files that are missing or cut short, layers that this
+    network does not have, or that have another shape in it.
     """
     folder = Path(folder)
     config, weights = _read(folder)
+    _check_fit(network, folder, config, weights)
+    add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
+    with torch.no_grad():
+        for name, tensor in state(network).items():
+            tensor.copy_(weights[f"{_PREFIX}{_file_name(name)}"])
+
+
+def _check_fit(network: ModelMixin, folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the file holds the adapters of this network's layers, and nothing else."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     for target in config["target_modules"]:
         if not any(_matches(name, [target]) for name in linear):
@@ -83,20 +94,24 @@ def load(network: ModelMixin, folder: str | Path) -> None:
                 f"LoRA {folder}: adapts {target}, which this {type(network).__name__} does not have; it was made for "
                 "another network"
             )
-    add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
-    expected = {f"{_PREFIX}{_file_name(name)}": tensor for name, tensor in state(network).items()}
-    if odd := sorted(set(expected) ^ set(weights)):
-        what = "lacks" if odd[0] in expected else "has no place for"
+    shapes = {}
+    for name, layer in _adaptable(network, config["target_modules"]).items():
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (config["r"], layer.in_features)
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (layer.out_features, config["r"])
+    if odd := sorted(set(shapes) ^ set(weights)):
+        what = "lacks" if odd[0] in shapes else "has no place for"
         raise UserError(f"LoRA {folder}: {what} {odd[0]}; expected the adapters of {type(network).__name__}")
-    for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
             raise UserError(
-                f"LoRA {folder}: {name} is {tuple(weights[name].shape)}, but this network's layer takes "
-                f"{tuple(tensor.shape)}; it was made for another network"
+                f"LoRA {folder}: {name} is {tuple(weights[name].shape)}, but this network's layer takes {shape}; it was "
+                "made for another network"
             )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(weights[name])
+
+
+def _adaptable(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    modules = network.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and _matches(name, targets)}
 
 
 def state(network: nn.Module) -> dict[str, Tensor]:
@@ -154,6 +169,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     said = config if isinstance(config, dict) else {}
     if not isinstance(said.get("target_modules"), list) or not {"r", "lora_alpha"} <= set(said):
         raise UserError(f"LoRA {folder}: {CONFIG} names no target_modules, r and lora_alpha; give one of a LoRA")
+    is_number = isinstance(said["lora_alpha"], int | float) and said["lora_alpha"] > 0
+    if not isinstance(said["r"], int) or said["r"] < 1 or not is_number:
+        raise UserError(
+            f"LoRA {folder}: r is {said['r']!r} and lora_alpha {said['lora_alpha']!r}; expected a whole number of at "
+            "least 1, and a number above 0"
+        )
     for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias"):
         if said.get(name) not in (None, False, {}, [], "none"):
             raise UserError(f"LoRA {folder}: {name} is {said[name]!r}; expected plain low-rank adapters without it")

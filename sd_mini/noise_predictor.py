@@ -129,15 +129,21 @@ def condition_field(cls: type[ModelMixin]) -> str | None:
     return next((name for name in names if name in known), None)
 
 
+def unwrapped(network: torch.nn.Module) -> ModelMixin:
+    """The network itself of what torch.compile made of it."""
+    return getattr(network, "_orig_mod", network)
+
+
 def predict(
     network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
 ) -> Tensor:
     """latents (B, C, h, w), timesteps (B,) from 0 to 1000 (the noise), prompt_embeds (B, L, D), prompt_mask (B, L) bool
     => (B, C, h, w). PRX alone counts time in [0, 1]."""
-    if isinstance(network, PRXTransformer2DModel):
+    kind = unwrapped(network)
+    if isinstance(kind, PRXTransformer2DModel):
         return network(latents, timesteps / STEPS, prompt_embeds, attention_mask=prompt_mask, return_dict=False)[0]
     more: dict[str, Any] = {}
-    if isinstance(network, PixArtTransformer2DModel):
+    if isinstance(kind, PixArtTransformer2DModel):
         more["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     return network(
         latents,

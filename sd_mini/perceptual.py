@@ -53,7 +53,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of a file that is cut or holds code, parsers raise whatever they do
         raise UserError(f"lpips weights {path}: not readable ({' '.join(str(error).split())[:160]})") from None
 

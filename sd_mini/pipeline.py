@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +19,28 @@ from sd_mini.denoising import Denoising
 from sd_mini.errors import UserError
 from sd_mini.fused import speed_up, used_for
 from sd_mini.guidance import Guidance, interval
-from sd_mini.pipeline_inputs import Generators
+from sd_mini.noise_predictor import unwrapped
+from sd_mini.pipeline_inputs import Generators, as_generators, given_negative, number, tensor
 from sd_mini.process import Process
 from sd_mini.prompted_pipeline import PromptedPipeline
-from sd_mini.stages import Stage, atomic_folder, check_belonging, combined_hash, file_hash, load_stage
+from sd_mini.stages import (
+    MANIFEST,
+    PIPELINE_MARK,
+    Stage,
+    atomic_folder,
+    atomic_text,
+    check_belonging,
+    check_files,
+    combined_hash,
+    file_hash,
+    load_stage,
+    usual_modes,
+    written,
+    written_to,
+)
 from sd_mini.text_encoder import TextAdapter
 from sd_mini.tiles import check_tile
+from sd_mini.weights import load_components, pipeline_variant
 
 
 class Pipeline(PromptedPipeline):
@@ -32,10 +49,12 @@ class Pipeline(PromptedPipeline):
     `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
     and `default_interval` are the recipe's own; `objective` says what the network predicts, which the scheduler has to
     step by; `guide` is an earlier snapshot of the network, for autoguidance; `stages` holds the hashes of the stages
-    this was joined from.
+    this was joined from. Any part may be None for a pipeline of which the rest is used: its text half to encode
+    prompts, or all but that to make pictures of embeddings.
     """
 
-    _callback_tensor_inputs = ("latents",)
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "prompt_mask"]
     _optional_components: ClassVar[list[str]] = [
         "tokenizer_2",
         "text_encoder_2",
@@ -60,18 +79,19 @@ class Pipeline(PromptedPipeline):
         resolution: int = 64,
         default_steps: int = 20,
         default_guidance: float = 3.0,
-        default_interval: tuple[float, float] = (0.0, 1.0),
+        default_interval: list[float] | tuple[float, float] = (0.0, 1.0),
         objective: dict[str, Any] | None = None,
         stages: dict[str, str] | None = None,
     ):
         super().__init__()
         process = Process.of({"objective": objective})
-        samplers.check(scheduler, process)
+        if scheduler is not None:
+            samplers.check(scheduler, process)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             text_adapter=text_adapter,
-            noise_predictor=speed_up(noise_predictor),
+            noise_predictor=noise_predictor if noise_predictor is None else speed_up(noise_predictor),
             autoencoder=autoencoder,
             scheduler=scheduler,
             tokenizer_2=tokenizer_2,
@@ -89,6 +109,26 @@ class Pipeline(PromptedPipeline):
             stages=dict(stages or {}),
         )
         self.tile: int | None = None
+        # of the call that began last, as diffusers' callbacks and pages read them
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, float(default_guidance), 0
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call at work is to end after its present step."""
+        return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How often the scheduler steps."""
+        return self._num_timesteps
 
     @classmethod
     def from_stages(
@@ -150,8 +190,9 @@ class Pipeline(PromptedPipeline):
 
     def load_lora(self, folder: str | Path) -> None:
         """Merge the LoRA saved in `folder` into the noise predictor. Raises ValueError if it is another network's."""
-        lora.load(self.noise_predictor, folder)
-        lora.merge(self.noise_predictor)
+        network = unwrapped(self.noise_predictor)
+        lora.load(network, folder)
+        lora.merge(network)
         stages = dict(self.config.stages)
         merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}
         self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
@@ -163,16 +204,44 @@ class Pipeline(PromptedPipeline):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Pipeline:
-        """Load what `save_pretrained` wrote. Weights come from safetensors only."""
-        index = Path(folder) / "model_index.json"
-        if not index.is_file():
-            raise UserError(f"{folder}: no pipeline here (model_index.json is missing); join one: sd-mini export RUN")
+        """Load what `save_pretrained` wrote. Weights come from safetensors only.
+
+        Raises ValueError, one line, where a file is not the one that was saved (its manifest says so; an older folder
+        has none), and for a tensor that a component's weights lack.
+        """
+        folder = Path(folder)
+        if not (folder / PIPELINE_MARK).is_file():
+            raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
+        manifest = {name: digest for name, digest in written(folder).items() if digest}
+        check_files(
+            folder, manifest, f"join or save the pipeline again, or delete {MANIFEST} if you changed it yourself"
+        )
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(folder, **kwargs)
+        kwargs.setdefault("variant", pipeline_variant(folder))
+        return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """diffusers', and a manifest of the files that were written, by which `from_pretrained` checks them."""
+        folder = Path(save_directory)
+        before, listed = _states(folder), written(folder)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        after = _states(folder)
+        files = {}
+        for name in sorted(after):
+            if after[name] != before.get(name):
+                usual_modes(folder / name)
+                files[name] = file_hash(folder / name)
+            elif listed.get(name):  # as of another variant
+                files[name] = listed[name]
+        atomic_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
 
     def save(self, folder: str | Path) -> None:
-        """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one."""
-        with atomic_folder(Path(folder)) as partial:
+        """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one.
+
+        Files in it that are not a pipeline's stay (a user's notes). Raises ValueError, one line, if it cannot be
+        written.
+        """
+        with written_to(Path(folder)), atomic_folder(Path(folder), keep=True) as partial:
             self.save_pretrained(partial)
 
     def enable_vae_tiling(self, tile: int = 64) -> None:
@@ -233,12 +302,15 @@ class Pipeline(PromptedPipeline):
         Raises:
             ValueError: one line that says what was given, what was expected and how to mend it.
         """
-        height = self.config.resolution if height is None else height
-        width = self.config.resolution if width is None else width
-        steps = self.config.default_steps if num_inference_steps is None else num_inference_steps
+        height = self.config.resolution if height is None else number(height)
+        width = self.config.resolution if width is None else number(width)
+        steps = self.config.default_steps if num_inference_steps is None else number(num_inference_steps)
         scale = self.config.default_guidance if guidance_scale is None else guidance_scale
         guided = self.config.default_interval if guidance_interval is None else guidance_interval
         guidance = Guidance(scale, guidance_rescale, *interval(guided))
+        num_images_per_prompt, generator = number(num_images_per_prompt), as_generators(generator)
+        latents, prompt_embeds, prompt_mask = tensor(latents), tensor(prompt_embeds), tensor(prompt_mask)
+        negative_prompt_embeds, negative_prompt_mask = tensor(negative_prompt_embeds), tensor(negative_prompt_mask)
         self.check_inputs(
             prompt,
             height,
@@ -252,6 +324,7 @@ class Pipeline(PromptedPipeline):
             negative_prompt_embeds,
             negative_prompt_mask,
         )
+        negative_prompt = given_negative(negative_prompt)
         if autoguidance and (negative_prompt is not None or negative_prompt_embeds is not None):
             raise UserError("autoguidance leads away from the guide, not from a negative prompt; leave one of them out")
         if autoguidance and self.guide is None:
@@ -272,7 +345,8 @@ class Pipeline(PromptedPipeline):
         if denoising.needs_null:
             embeds = (negative_prompt_embeds, negative_prompt_mask)
             null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict, *embeds)
-        self._interrupt, latents = False, denoising.start(noise)
+        self._interrupt, self._guidance_scale = False, guidance.scale
+        self._num_timesteps, latents = len(denoising.timesteps), denoising.start(noise)
         # what a callback computes has all of torch's threads
         shared_out = used_for(self.noise_predictor, batch if callback_on_step_end is None else 0)
         with self.progress_bar(total=len(denoising.timesteps)) as progress, shared_out:
@@ -281,8 +355,10 @@ class Pipeline(PromptedPipeline):
                     continue
                 latents = denoising.step(i, latents, condition, null, generator)
                 if callback_on_step_end is not None:
-                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    latents = (callback_on_step_end(self, i, t, given) or {}).get("latents", latents)
+                    known = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
+                    wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    latents, *changed = (known | (callback_on_step_end(self, i, t, wanted) or {})).values()
+                    condition = tuple(changed)
                 progress.update()
         pictures = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -297,3 +373,9 @@ class Pipeline(PromptedPipeline):
 
 
 _STAGE_ORDER = ("text_encoder", "autoencoder", "noise_predictor")
+
+
+def _states(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether a file was written anew, by relative path."""
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from sd_mini.denoising import Condition
 from sd_mini.errors import UserError
-from sd_mini.pipeline_inputs import Generators, check_counts, check_embeds, check_texts, draw_noise, listed
+from sd_mini.pipeline_inputs import (
+    Generators,
+    as_generators,
+    check_counts,
+    check_embeds,
+    check_latents,
+    check_texts,
+    draw_noise,
+    given_negative,
+    is_blank,
+    listed,
+    number,
+    tensor,
+)
 from sd_mini.text_encoder import PromptEmbeds, TextStage
 
 
@@ -37,22 +51,23 @@ class PromptedPipeline(DiffusionPipeline):
         """Raises ValueError, one line, for anything no picture can be made from. Nothing has been computed yet."""
         check_texts(prompt, negative_prompt, prompt_embeds)
         for embeds, mask in ((prompt_embeds, prompt_mask), (negative_prompt_embeds, negative_prompt_mask)):
-            check_embeds(embeds, mask, self.text_adapter.length, self.text_adapter.config.dim)
+            check_embeds(embeds, mask, *self._embeds_shape)
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise UserError("expected negative_prompt or negative_prompt_embeds, got both")
         check_counts(num_inference_steps=steps, num_images_per_prompt=num_images_per_prompt)
         self.latent_shape(height, width)
-        if latents is not None and tuple(latents.shape[1:]) != self.latent_shape(height, width):
-            raise UserError(
-                f"latents are {tuple(latents.shape)}; expected (B, {str(self.latent_shape(height, width))[1:]}"
-            )
+        if latents is not None:
+            check_latents(latents, self.latent_shape(height, width))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
         patch = getattr(self.noise_predictor.config, "patch_size", 1)
         cell = self.autoencoder.stride * patch
+        height, width = number(height), number(width)
         for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, int) or side <= 0 or side % cell:
+            if not isinstance(side, int) or isinstance(side, bool):
+                raise UserError(f"{name} {side!r}: expected a whole number of pixels, a multiple of {cell}")
+            if side <= 0 or side % cell:
                 below = max(int(side) // cell, 1) * cell
                 raise UserError(
                     f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}"
@@ -71,21 +86,38 @@ class PromptedPipeline(DiffusionPipeline):
 
         A prompt that is too long is cut, with a warning that names the words; `strict` raises ValueError instead.
         """
+        prompt_embeds, prompt_mask, repeat = tensor(prompt_embeds), tensor(prompt_mask), number(num_images_per_prompt)
         check_texts(prompt, None, prompt_embeds)
-        check_embeds(prompt_embeds, prompt_mask, self.text_adapter.length, self.text_adapter.config.dim)
+        check_embeds(prompt_embeds, prompt_mask, *self._embeds_shape)
+        check_counts(num_images_per_prompt=repeat)
         if prompt_embeds is None:
-            encoded = self.text_stage.encode(listed(prompt), strict)
+            with torch.no_grad():
+                encoded = self.text_stage.encode(listed(prompt), strict)
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
-        prompt_embeds = prompt_embeds.to(self._execution_device, self.noise_predictor.dtype)
+        prompt_embeds = prompt_embeds.to(self._execution_device, self._condition_dtype)
         prompt_mask = prompt_mask.to(self._execution_device)
-        repeat = num_images_per_prompt
         return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
+
+    @property
+    def _embeds_shape(self) -> tuple[int | None, int | None]:
+        """(L, D) of prompt embeddings; unknown without the adapter that makes them."""
+        return (None, None) if self.text_adapter is None else (self.text_adapter.length, self.text_adapter.config.dim)
+
+    @property
+    def _condition_dtype(self) -> torch.dtype:
+        """The noise predictor's; of a pipeline that is loaded for its text half alone the adapter's."""
+        return (self.text_adapter if self.noise_predictor is None else self.noise_predictor).dtype
 
     def null_condition(self, batch: int) -> Condition:
         """The trained condition of no prompt at all: (batch, L, D), (batch, L)."""
+        if self.text_adapter is None:
+            raise UserError(
+                "guidance leads away from the null condition, which a pipeline without text_adapter lacks; "
+                "give negative_prompt_embeds and negative_prompt_mask, or guidance_scale 1"
+            )
         null: PromptEmbeds = self.text_adapter.null(batch)
         device = self._execution_device
-        return null.tokens.to(device, self.noise_predictor.dtype), null.mask.to(device)
+        return null.tokens.to(device, self._condition_dtype), null.mask.to(device)
 
     def _encode_negative(
         self,
@@ -103,6 +135,7 @@ class PromptedPipeline(DiffusionPipeline):
                     f"{len(embeds)} negative_prompt_embeds for {batch // per_prompt} prompts; give one each"
                 )
             return self.encode_prompt(None, per_prompt, embeds, mask)
+        negative = given_negative(negative)
         if negative is None:
             return self.null_condition(batch)
         texts = listed(negative)
@@ -110,12 +143,21 @@ class PromptedPipeline(DiffusionPipeline):
             texts = texts * (batch // per_prompt)
         if len(texts) * per_prompt != batch:
             raise UserError(f"{len(texts)} negative prompts for {batch // per_prompt} prompts; give one, or one each")
-        return self.encode_prompt(texts, per_prompt, strict=strict)
+        rows = [row for row, text in enumerate(texts) if not is_blank(text)]
+        said, mask = self.encode_prompt([texts[row] for row in rows], per_prompt, strict=strict)
+        if len(rows) == len(texts):
+            return said, mask
+        # a blank one keeps the null condition
+        pictures = [row * per_prompt + i for row in rows for i in range(per_prompt)]
+        tokens, present = (part.clone() for part in self.null_condition(batch))
+        tokens[pictures], present[pictures] = said, mask
+        return tokens, present
 
     def prepare_latents(
         self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
     ) -> Tensor:
         """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
+        latents, generator = tensor(latents), as_generators(generator)
         if latents is not None:
             if len(latents) != batch:
                 raise UserError(f"{len(latents)} latents for {batch} pictures; give one each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sd_mini import diffusion
 from sd_mini.diffusion import STEPS
 from sd_mini.errors import UserError
+from sd_mini.pipeline_inputs import Generators, draws
 from sd_mini.process import Process
 
 FLOW: dict[str, type[SchedulerMixin]] = {
@@ -103,8 +106,7 @@ def _spacing(process: Process) -> dict[str, Any]:
 def check(scheduler: SchedulerMixin, process: Process) -> None:
     """Raises ValueError, one line, for a scheduler that would step by something else than what the network predicts."""
     config, name = scheduler.config, type(scheduler).__name__
-    is_flow = isinstance(scheduler, tuple(FLOW.values())) and not isinstance(scheduler, _MULTISTEP)
-    is_flow = is_flow or bool(config.get("use_flow_sigmas"))
+    is_flow = is_flow_match(scheduler) or bool(config.get("use_flow_sigmas"))
     steps_by = config.get("prediction_type", "flow_prediction" if is_flow else "epsilon")
     wanted = "flow_prediction" if process.is_flow else process.kind
     mend = "make one that fits: sd_mini.samplers.build(NAME, process), or Pipeline.use_sampler(NAME)"
@@ -118,8 +120,14 @@ def check(scheduler: SchedulerMixin, process: Process) -> None:
         raise UserError(f"scheduler {name}: clip_sample holds latents within [-1, 1], which they exceed; {mend}")
     if config.get("num_train_timesteps") != STEPS:
         raise UserError(f"scheduler {name}: num_train_timesteps {config.num_train_timesteps}; expected {STEPS}")
+    if "noise_sampler_seed" in config:
+        raise UserError(
+            f"scheduler {name}: draws its noise from a seed of its own, not from a picture's generator; {mend}"
+        )
     if process.is_flow:
         return
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise UserError(f"scheduler {name}: has no discrete schedule, as this network was trained on; {mend}")
     expected = diffusion.alphas_cumprod(process.schedule, process.zero_snr)
     # the last value apart: diffusers keeps zero signal a hair above zero where it divides by it
     if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, rtol=1e-4, atol=1e-6):
@@ -160,13 +168,40 @@ def _check_start(scheduler: SchedulerMixin, steps: int) -> None:
         )
 
 
+def is_flow_match(scheduler: SchedulerMixin) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def level_grain(scheduler: SchedulerMixin) -> float:
+    """How finely a scheduler's timesteps tell noise levels: whole steps of a schedule are a thousandth apart, and which
+    of two neighbours stands for a level (699 or 700 for 0.7) depends on the spacing."""
+    return 0.0 if is_flow_match(scheduler) else 1 / STEPS
+
+
 def step(
-    scheduler: SchedulerMixin,
-    answer: Tensor,
-    timestep: Tensor,
-    latents: Tensor,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    scheduler: SchedulerMixin, answer: Tensor, timestep: Tensor, latents: Tensor, generator: Generators = None
 ) -> Tensor:
-    """One step of `scheduler`: latents (B, C, h, w) => the next. A sampler that draws noise draws from `generator`."""
-    draws = {"generator": generator} if isinstance(scheduler, DDPMScheduler) else {}
-    return scheduler.step(answer, timestep, latents, return_dict=False, **draws)[0]
+    """One step of `scheduler`: latents (B, C, h, w) => the next. A sampler that draws noise draws from `generator`: in
+    order from one, or each picture's from its own."""
+    with OwnDraws(generator) if generator is not None else nullcontext():
+        return scheduler.step(answer, timestep, latents, return_dict=False)[0]
+
+
+class OwnDraws(TorchFunctionMode):
+    """Within, in this thread, torch.randn and torch.randn_like draw from `generator`, wherever it lies: some schedulers
+    take none, or one alone, or ignore the one that they take. With a list row i of a draw is its i-th generator's."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator]):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in (torch.randn, torch.randn_like) or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        like = args[0] if func is torch.randn_like else None
+        sizes = args[0] if len(args) == 1 else args
+        shape = tuple(like.shape if like is not None else kwargs.get("size", sizes))
+        device = kwargs.get("device") or (None if like is None else like.device)
+        dtype = kwargs.get("dtype") or (None if like is None else like.dtype)
+        return draws(shape, self.generator, dtype).to(device)

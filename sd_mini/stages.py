@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sd_mini.errors import UserError
 
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
 CONTRACT = "stage.json"
+PIPELINE_MARK = "model_index.json"  # by which diffusers knows a pipeline's folder
+MANIFEST = "manifest.json"  # of a pipeline's files
+GENERATED = "<!-- written by python -m eval -->"  # in a model card: nobody wrote it by hand
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,14 @@ class Stage:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, keep: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; once everything in it is on disk, it takes `target`'s name.
 
     `target` is never half written. A folder that it replaces is moved aside first; if the process is killed between the
-    two renames, the next call moves it back.
+    two renames, the next call moves it back. `keep`: what somebody else has put into the replaced folder is taken over
+    into the new one (`foreign`). Where `target` is a link to a folder, that folder is replaced and the link stays.
     """
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, retired = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     if retired.exists() and not target.exists():
@@ -52,8 +61,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        usual_modes(partial)
+        if keep and target.is_dir():
+            _take_over(target, partial)
         for path in sorted(partial.rglob("*")):
-            sync(path)
+            if not path.is_symlink():
+                sync(path)
         sync(partial)
         if retired.exists():
             shutil.rmtree(retired)
@@ -65,6 +78,117 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def foreign(folder: Path) -> list[Path]:
+    """Files, links and empty folders in `folder` that no stage and no pipeline of ours has written there, by relative
+    path: what its stage.json or manifest.json does not list. In a folder without either, of an older pipeline, whatever
+    lies in its components' folders is ours; elsewhere nothing is, and a new file of the same name replaces it.
+    """
+    listed = written(folder)
+    parts = set() if listed or not (folder / PIPELINE_MARK).is_file() else _components(folder)
+    strangers = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        is_leaf = path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+        if is_leaf and relative.as_posix() not in listed and relative.parts[0] not in parts and not _is_card(path):
+            strangers.append(relative)
+    return strangers
+
+
+def written(folder: Path) -> dict[str, str]:
+    """SHA-256 by relative path of what a stage's contract or a pipeline's manifest lists; itself, with "", among it.
+
+    Empty where there is neither, or it cannot be read.
+    """
+    for name in (CONTRACT, MANIFEST):
+        try:
+            files = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+            return {**files, name: ""}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _components(folder: Path) -> set[str]:
+    """What of an older pipeline is ours: its index, and the folder of each component that the index names."""
+    try:
+        index = json.loads((folder / PIPELINE_MARK).read_text(encoding="utf-8"))
+    except ValueError:
+        return {PIPELINE_MARK}
+    return {PIPELINE_MARK, *(name for name, entry in index.items() if isinstance(entry, list))}
+
+
+def _is_card(path: Path) -> bool:
+    """A model card that an evaluation wrote: it is about the weights that it lay beside."""
+    return (
+        path.name == "README.md" and path.is_file() and GENERATED in path.read_text(encoding="utf-8", errors="replace")
+    )
+
+
+def _take_over(old: Path, new: Path) -> None:
+    """Another's files of the folder `old`, linked into `new`: `old` keeps its own until it has gone."""
+    for relative in foreign(old):
+        source, target = old / relative, new / relative
+        if os.path.lexists(target) or any((new / parent).is_file() for parent in relative.parents):
+            continue  # a name that is ours now
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(os.readlink(source))
+        elif source.is_dir():
+            target.mkdir()
+        else:
+            try:
+                os.link(source, target)
+            except OSError:  # a file system without hard links
+                shutil.copy2(source, target)
+
+
+def usual_modes(path: Path) -> None:
+    """Give a file, or every file below a folder, the permissions that a new file has there: by the umask.
+
+    safetensors writes its files for their owner alone, whatever the umask.
+    """
+    folder = path if path.is_dir() else path.parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode-") as probes:
+        probe = Path(probes, "probe")
+        probe.touch()
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Raises UserError, one line, where neither `path` nor what is made beside it on the way could be written.
+
+    A file is made and deleted again, as permissions alone do not tell (a read-only disk, a full one, root).
+    """
+    path = Path(os.path.realpath(path))
+    nearest = next(folder for folder in path.parents if folder.exists())
+    for folder in (nearest, *([path] if path.is_dir() else [])):
+        if not folder.is_dir():
+            raise UserError(f"{option} {path}: {folder} is a file, expected a folder; give another name")
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"0")
+        except OSError as error:
+            raise UserError(
+                f"{option} {path}: nothing can be written in {folder} ({error.strerror}); give another place, or mend "
+                "its permissions"
+            ) from error
+
+
+@contextmanager
+def written_to(path: Path) -> Iterator[None]:
+    """In which a file or folder is written: an error of the disk comes out as UserError, one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room, mend the permissions, or give another place"
+        ) from error
 
 
 def atomic_text(path: Path, text: str) -> None:
@@ -121,7 +245,7 @@ def model_hash(model: Any) -> str:
 def export(folder: Path, kind: str, parts: dict[str, Any], contract: dict[str, Any]) -> str:
     """Write a stage folder in one go: each part by its own `save_pretrained`, then `stage.json`. Returns its hash."""
     assert kind in KINDS
-    with atomic_folder(folder) as partial:
+    with written_to(folder), atomic_folder(folder, keep=True) as partial:
         for name, part in parts.items():
             part.save_pretrained(partial / name)
         files = file_hashes(partial, CONTRACT)
@@ -155,13 +279,9 @@ def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
     """
     folder = Path(folder)
     contract = read_contract(folder, kind)
-    found = file_hashes(folder, CONTRACT)
-    for name, expected in contract["files"].items():
-        if found.get(name) != expected:
-            what = "is missing" if name not in found else "is not the file that was exported (SHA-256 differs)"
-            raise UserError(f"{folder / name}: {what}; export the stage again")
+    check_files(folder, contract["files"], "export the stage again")
     parts = {}
-    for name in _part_names(folder):
+    for name in sorted({name.split("/")[0] for name in contract["files"] if "/" in name}):
         try:
             parts[name] = _load_part(folder / name)
         except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
@@ -169,8 +289,13 @@ def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
     return Stage(folder, contract, parts)
 
 
-def _part_names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+def check_files(folder: Path, files: dict[str, str], mend: str) -> None:
+    """Raises ValueError, the file named, unless each of `files` is there with its SHA-256; others may lie there."""
+    for name, expected in files.items():
+        is_there = (folder / name).is_file()
+        if not is_there or file_hash(folder / name) != expected:
+            what = "is not the file that was exported (SHA-256 differs)" if is_there else "is missing"
+            raise UserError(f"{folder / name}: {what}; {mend}")
 
 
 def _load_part(folder: Path) -> Any:
@@ -183,6 +308,7 @@ def _load_part(folder: Path) -> Any:
     from sd_mini.noise_predictor import class_of
     from sd_mini.retrieval import Matcher
     from sd_mini.text_encoder import TextAdapter
+    from sd_mini.weights import load_complete
 
     if folder.name.startswith("tokenizer"):
         return AutoTokenizer.from_pretrained(folder)
@@ -193,7 +319,7 @@ def _load_part(folder: Path) -> Any:
     cls = class_of(str(name)) if folder.name == "noise_predictor" else classes.get(name)
     if cls is None:
         raise UserError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
-    return cls.from_pretrained(folder, use_safetensors=True, dtype=torch.float32).eval()
+    return load_complete(cls, folder, str(folder), dtype=torch.float32).eval()
 
 
 def latents_of(contract: dict[str, Any]) -> str:

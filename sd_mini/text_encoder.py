@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
 from sd_mini.errors import UserError
+from sd_mini.offload import device_of
 
 MAX_ENCODERS = 3
 _SUFFIXES = (
@@ -166,6 +168,7 @@ class TextAdapter(ModelMixin, ConfigMixin):
         """Tokens (B, L, dim) as they were before they were standardised."""
         return tokens * self.token_std + self.token_mean
 
+    @apply_forward_hook  # so that an offloaded one is brought in
     def null(self, batch: int) -> PromptEmbeds:
         """The null condition, `batch` times, at the whole length: one learned token, the rest padding."""
         mask = torch.zeros(batch, self.length, dtype=torch.bool, device=self.null_word.device)
@@ -208,9 +211,10 @@ class TextStage:
 
     def hidden(self, tokens: Sequence[Tokens]) -> list[Hidden]:
         """Each encoder's Hidden, where the adapter is and in its dtype; the encoder may be elsewhere, in bfloat16."""
-        device, dtype, found = self.adapter.device, self.adapter.dtype, []
+        device, dtype, found = device_of(self.adapter), self.adapter.dtype, []
         for encoder, (ids, mask) in zip(self.encoders, tokens, strict=True):
-            states, words, mask, pooled = encoder(ids.to(encoder.model.device), mask.to(encoder.model.device))
+            own = device_of(encoder.model)
+            states, words, mask, pooled = encoder(ids.to(own), mask.to(own))
             states, words, pooled = (x.to(device, dtype) for x in (states, words, pooled))
             found.append(Hidden(states, words, mask.to(device), pooled))
         return found
@@ -222,10 +226,10 @@ class TextStage:
         beside it by rounding alone. One that is too long is cut with a warning, or refused if `strict`.
         """
         tokens, adapter = self.tokenize(prompts, strict, warn), self.adapter
-        count, dim = len(prompts), adapter.config.dim
-        made = torch.zeros(count, adapter.length, dim, device=adapter.device, dtype=adapter.dtype)
-        masks = torch.zeros(count, adapter.length, device=adapter.device, dtype=torch.bool)
-        pooled = torch.zeros(count, dim, device=adapter.device, dtype=adapter.dtype)
+        count, dim, device = len(prompts), adapter.config.dim, device_of(adapter)
+        made = torch.zeros(count, adapter.length, dim, device=device, dtype=adapter.dtype)
+        masks = torch.zeros(count, adapter.length, device=device, dtype=torch.bool)
+        pooled = torch.zeros(count, dim, device=device, dtype=adapter.dtype)
         lengths = [mask.sum(1) for _, mask in tokens]
         for rows in buckets(torch.stack(lengths).sum(0)):
             longest = [int(length[rows].max()) for length in lengths]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_mini.errors import UserError
+from sd_mini.offload import device_of
 
 SMALLEST = 8  # cells a side of a tile
 _BLENDED = 2  # cells over which one tile goes over into the next
@@ -59,7 +60,7 @@ def reach_of(decode: Callable[[Tensor], Tensor], network: nn.Module, channels: i
 
     hooks = [layer.register_forward_hook(add) for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     try:
-        decode(torch.zeros(1, channels, side, side, device=parameter.device, dtype=parameter.dtype))
+        decode(torch.zeros(1, channels, side, side, device=device_of(network), dtype=parameter.dtype))
     finally:
         for hook in hooks:
             hook.remove()

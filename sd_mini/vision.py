@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from sd_mini.errors import UserError
 from sd_mini.load_encoder import load_open_clip
 from sd_mini.retrieval import Matcher
+from sd_mini.weights import check_found, load_complete, reason
 
 _HALF = (0.5, 0.5, 0.5)
 
@@ -62,33 +63,81 @@ def load_tower(name: str) -> VisionTower:
 
 
 def open_timm(model: str, weights: str | None) -> nn.Module:
-    """A timm model without its head, with `weights`, a file, or its own download. Raises ValueError, one line."""
+    """A timm model without its head, with `weights`, a file, or its own download.
+
+    Raises ValueError, one line; for a file that lacks a tensor of the model, too.
+    """
     try:
         import timm
     except ImportError:
         raise UserError(f"timm:{model}: timm models need the package timm; pip install 'sd-mini[train]'") from None
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"timm:{model}: no weights file {weights}; give its path")
-    source = {"file": weights} if weights is not None else None
+    what, folder = f"timm model {model!r}", Path(model.removeprefix("local-dir:"))
     try:
-        return timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
+        if model.startswith("local-dir:"):
+            found = [file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).is_file()]
+            weights = weights or (str(folder / found[0]) if found else None)
+        if weights is None:
+            return timm.create_model(model, pretrained=True, num_classes=0)
+        tensors = timm.models.load_state_dict(weights, weights_only=True)
+        network, missing = _filled(model, tensors)
     except Exception as error:  # whatever its parsers, torch's and the hub's raise
-        raise UserError(cannot_load(f"timm model {model!r}", error)) from error
+        raise UserError(cannot_load(what, error)) from error
+    check_found(f"{what} from {weights}", missing)
+    return network
+
+
+def _filled(model: str, tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
+    """The timm model with `tensors`, and the names of its own that were not among them.
+
+    timm renames and reshapes what a file holds, and loads what fits: so the same names are loaded once with NaN alone,
+    and what is finite then was not there.
+    """
+    import timm
+
+    def filled(state: dict[str, Any]) -> nn.Module:
+        # as a source of timm's own, whose converter is the model's
+        source = {"state_dict": state, "source": "timm", "custom_load": False}
+        network = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
+        for name in ("pretrained_cfg", "default_cfg"):  # the whole file would stay in memory
+            getattr(network, name).pop("state_dict", None)
+        return network
+
+    floats = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    probe = filled({**tensors, **{name: torch.full_like(t, torch.nan) for name, t in floats.items()}})
+    missing = [name for name, t in probe.state_dict().items() if t.is_floating_point() and not t.isnan().all()]
+    return (probe if missing else filled(dict(tensors))), missing
 
 
 def open_transformers(folder: str) -> nn.Module:
-    """What AutoModel makes of a folder or hub name, in float32, from safetensors. Raises ValueError, one line."""
+    """What AutoModel makes of a folder or hub name, in float32, from safetensors. Raises ValueError, one line.
+
+    A pooler that is not among its weights is left out.
+    """
     from transformers import AutoModel
 
+    what, drawn = f"transformers model {folder!r}", []
+
+    def is_pooler(key: str) -> bool:
+        if "pooler" in key.split("."):
+            drawn.append(key)
+        return bool(drawn) and drawn[-1] == key
+
     try:
-        return AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
+        network = load_complete(AutoModel, folder, what, is_pooler, trust_remote_code=False, dtype=torch.float32)
+    except UserError:
+        raise
     except Exception as error:  # whatever its parsers and the hub's client raise
-        raise UserError(cannot_load(f"transformers model {folder!r}", error)) from error
+        raise UserError(cannot_load(what, error)) from error
+    for key in drawn:
+        parent, _, _ = key.partition("pooler")
+        network.get_submodule(parent.rstrip(".")).pooler = None
+    return network
 
 
 def cannot_load(what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"{what} cannot be loaded ({reason}); where there is no hub, give a file or a folder"
+    return f"{what} cannot be loaded ({reason(error)}); where there is no hub, give a file or a folder"
 
 
 def matcher_tower(matcher: Matcher) -> VisionTower:
@@ -123,7 +172,7 @@ def _open_clip(architecture: str, weights: str | None) -> VisionTower:
     def read(module: Any, x: Tensor) -> Tensor:
         return module.forward_intermediates(x, indices=1, intermediates_only=True)["image_intermediates"][-1]
 
-    return VisionTower(visual, read, side, visual.image_mean or _HALF, visual.image_std or _HALF)
+    return VisionTower(visual, read, side, visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
 
 
 def _transformers(folder: str, weights: str | None) -> VisionTower:
@@ -131,23 +180,50 @@ def _transformers(folder: str, weights: str | None) -> VisionTower:
     module, vision = getattr(whole, "vision_model", whole), getattr(whole.config, "vision_config", whole.config)
     if weights is not None or not hasattr(vision, "patch_size") or not hasattr(vision, "image_size"):
         raise UserError(f"transformers:{folder}: a {whole.config.model_type}; expected a ViT with patches, as DINOv2")
-    rows = vision.image_size // vision.patch_size
+    side, mean, std = _processing(folder)
+    side = side or vision.image_size
+    rows = side // vision.patch_size
+    # a picture of another size than the places that the tower learnt: they are interpolated, by itself or when told
+    told = side != vision.image_size and "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
+    more = {"interpolate_pos_encoding": True} if told else {}
 
     def read(module: nn.Module, x: Tensor) -> Tensor:
-        states = module(pixel_values=x).last_hidden_state
+        states = module(pixel_values=x, **more).last_hidden_state
         return as_grid(states[:, -(rows**2) :])  # class and register tokens come first
 
-    return VisionTower(module, read, vision.image_size, *_colours(Path(folder)))
+    return VisionTower(module, read, side, mean, std)
 
 
 _KINDS = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
 
 
-def _colours(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and std of a transformers folder's pictures; half each where it does not say."""
-    path = folder / "preprocessor_config.json"
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return said.get("image_mean", _HALF), said.get("image_std", _HALF)
+def _processing(name: str) -> tuple[int | None, Sequence[float], Sequence[float]]:
+    """Side in px (none: it does not say), mean and std of the pictures that a transformers model was trained on, by the
+    image processor of its folder or hub name. Raises ValueError, one line, where there is none."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except Exception as error:  # whatever its parsers and the hub's client raise
+        raise UserError(
+            f"transformers:{name}: its image processor (preprocessor_config.json), which says how pictures are "
+            f"normalised, cannot be had ({reason(error)}); put it beside the weights"
+        ) from error
+    if not said.get("do_normalize", True):
+        return _side(said), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if "image_mean" not in said or "image_std" not in said:
+        raise UserError(
+            f"transformers:{name}: its preprocessor_config.json names no image_mean and image_std; add them"
+        )
+    return _side(said), said["image_mean"], said["image_std"]
+
+
+def _side(said: Mapping[str, Any]) -> int | None:
+    """The side of the square that an image processor makes: of the crop, else what it resizes to."""
+    size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
+    if isinstance(size, Mapping):
+        size = size.get("height", size.get("shortest_edge"))
+    return size if isinstance(size, int) else None
 
 
 def as_grid(tokens: Tensor) -> Tensor:

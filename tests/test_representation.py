@@ -5,7 +5,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from transformers import Dinov2Config, Dinov2Model
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sd_mini import noise_predictor, shapes
 from sd_mini.config import read
@@ -26,6 +26,9 @@ def dino(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("dino")
     Dinov2Model(Dinov2Config(**DINO)).save_pretrained(folder)
+    BitImageProcessor(
+        size={"shortest_edge": 28}, crop_size=28, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
     return folder
 
 

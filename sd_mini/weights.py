@@ -1,0 +1,135 @@
+"""Weights from folders: every tensor that a network has is found there, or the load is refused by the tensor's name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from sd_mini.errors import UserError
+from sd_mini.stages import PIPELINE_MARK
+
+# model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors, or, as older
+# libraries have it, model-00001-of-00002.fp16.safetensors
+_WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(\.(?P<first>\w+))?(-\d{5}-of-\d{5})?(\.(?P<last>\w+))?\.safetensors"
+)
+_NAMED = 3  # tensors that a message names
+
+
+def load_complete(
+    cls: Any,
+    name: str | Path,
+    what: str,
+    may_lack: Callable[[str], bool] = lambda key: False,
+    has_only: bool = False,
+    complaint: str = "its weights lack",
+    **kwargs: Any,
+) -> Any:
+    """`cls.from_pretrained(name, **kwargs)`, of diffusers or transformers, from safetensors alone, plain or `variant`.
+
+    Raises ValueError, one line that begins with `what`, for tensors that the files lack, but for those that `may_lack`,
+    and with `has_only` for tensors that have no place in `cls`; and whatever the libraries raise for files that cannot
+    be read.
+    """
+    folder = Path(name, kwargs.get("subfolder") or "")
+    kwargs.setdefault("variant", variant_of(folder))
+    with _quiet():  # the libraries would print a table of what is missing
+        loaded, report = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
+    check_found(what, [key for key in report["missing_keys"] if not may_lack(key)], complaint)
+    if has_only and (extra := sorted(report["unexpected_keys"])):
+        raise UserError(
+            f"{what}: its weights file holds besides {extra[0]}, for which {cls.__name__} has no place; give its own"
+        )
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """In which diffusers and transformers log errors alone."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def check_found(what: str, missing: Iterable[str], complaint: str = "its weights lack") -> None:
+    """Raises ValueError for tensors that a file lacks, the first few named."""
+    missing = sorted(missing)
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise UserError(
+            f"{what}: {complaint} {', '.join(missing[:_NAMED])}{more}; give the weights of this very network"
+        )
+
+
+def variant_of(folder: str | Path) -> str | None:
+    """The variant (such as fp16) that a model's folder holds alone; none where the plain weights are there, or none at
+    all, or several variants."""
+    matches = [_WEIGHTS.fullmatch(file.name) for file in Path(folder).glob("*.safetensors")]
+    variants = {match["first"] or match["last"] for match in matches if match is not None}
+    return variants.pop() if len(variants) == 1 else None
+
+
+def pipeline_variant(folder: str | Path) -> str | None:
+    """The variant that a diffusers pipeline's folder needs to be asked for: of a component that has no plain weights."""
+    found = {variant_of(part) for part in Path(folder).glob("*/")} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks of a diffusers pipeline's folder, but for those among `options`, each complete, by name.
+
+    `options`: of `DiffusionPipeline.from_pretrained`; of those that say where weights go (device_map,
+    quantization_config) diffusers alone knows what to do, and loads the networks itself. Raises ValueError, one
+    line, that names a tensor that is missing.
+    """
+    if options.get("device_map") is not None or options.get("quantization_config") is not None:
+        return {}
+    dtypes, loaded = options.get("torch_dtype", options.get("dtype")), {}
+    for name, entry in json.loads((folder / PIPELINE_MARK).read_text(encoding="utf-8")).items():
+        cls = _network_class(entry) if name not in options else None
+        if cls is None:
+            continue
+        dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
+        variants = (variant_of(folder / name), options.get("variant"))
+        variant = next((variant for variant in variants if variant and _has(folder / name, variant)), None)
+        given = {"variant": variant, "dtype": dtype or torch.float32}
+        try:
+            loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{folder / name}: cannot be loaded ({reason(error)}); save the pipeline again") from error
+    return loaded
+
+
+def _network_class(entry: Any) -> Any:
+    """The class that a pipeline's index names as [library, class], if it is one of weights, of diffusers, transformers
+    or ours."""
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    if not isinstance(library, str) or library.split(".")[0] not in ("diffusers", "transformers", "sd_mini"):
+        return None
+    cls = getattr(importlib.import_module(library), str(name), None)
+    return cls if isinstance(cls, type) and issubclass(cls, torch.nn.Module) else None
+
+
+def _has(folder: Path, variant: str | None) -> bool:
+    matches = [_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors")]
+    return any(variant in (match["first"], match["last"]) for match in matches if match is not None)
+
+
+def reason(error: Exception) -> str:
+    """A library's complaint on one line."""
+    return " ".join(str(error).split())[:300]
