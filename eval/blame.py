@@ -55,9 +55,9 @@ def picture_sets(
 
 def _taken_for(asked: Asked, probe: TextProbe, data: CaptionedPictures) -> tuple[np.ndarray, np.ndarray]:
     """The captions that the text stage does not know, and pictures of what it takes them for: of a scene graph its
-    twin, and of any other data the picture that it finds first."""
+    twin, and of any other data a picture of the caption whose picture it finds first."""
     if asked.scenes is None:
-        found = probe.retrieved(data)
+        found = probe.taken_for(data)
         rows = np.flatnonzero(found != np.arange(len(found)))
         return rows, asked.pictures[found[rows]]
     rows = np.flatnonzero(probe.doubtful(data))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval import kid
-from eval.bootstrap import prompt_interval
+from eval.bootstrap import bootstrap_rows, prompt_interval
 from eval.composition import wilson
 from eval.features import Extractor
 from eval.fid import distance_to, fewest_for_a_line, frechet_infinity, null_bias
@@ -110,10 +110,6 @@ def infinity(seen: Seen, known: Seen, moved: np.ndarray | None) -> dict[str, flo
 def moved_by_prompts(seen: Seen, known: Seen, prompts: Sequence[str]) -> np.ndarray:
     """(_DRAWS,): how far the distance moves when other prompts are drawn. Drawn sets hold copies, which adds a bias; so
     it is around their own mean."""
-    clusters = np.unique(np.asarray(prompts), return_inverse=True)[1]
-    members = np.split(np.argsort(clusters, kind="stable"), np.cumsum(np.bincount(clusters))[:-1])
-    draw, distance, found = np.random.default_rng(0), distance_to(known.mean, known.covariance), []
-    for _ in range(_DRAWS):
-        rows = np.concatenate([members[i] for i in draw.integers(0, len(members), len(members))])
-        found.append(distance(*statistics(seen.features[rows])))
+    distance = distance_to(known.mean, known.covariance)
+    found = [distance(*statistics(seen.features[rows])) for rows in bootstrap_rows(prompts, _DRAWS)]
     return np.array(found) - np.mean(found)

@@ -11,6 +11,7 @@ import numpy as np
 
 from eval.asked import Asked, Question
 from eval.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out, share_out_each
+from eval.bootstrap import few_prompts
 from eval.clip_score import Clip, clip_part, cosines
 from eval.composition import Verdict, judge_found, look, summarise
 from eval.distances import compare
@@ -58,6 +59,13 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
     first, pictures = question.splits[0], made[question.splits[0].split]
     verdicts: list[Verdict] = []
     remarks: list[str] = []
+    if (few := few_prompts(first.captions)) is not None:
+        scores["different_captions"] = few
+        remarks.append(
+            f"only {few} different captions for {len(first.captions)} pictures: intervals are over pictures of these "
+            "captions, not over captions; binding and recall of captions are left out, and the text stage's share of a "
+            "distance rests on so few captions"
+        )
     for asked in question.splits:
         data = _text_scores(scores, asked, question, tools)
         sets = _sets(asked, made[asked.split], maker, tools, data)

@@ -128,7 +128,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append("text stage: " + "; ".join(_text_line(*entry) for entry in report["text"].items()))
     for name, found in report["distances"].items():
         infinity = f", {found['fd_infinity']:.4g} of infinitely many" if "fd_infinity" in found else ""
-        lines.append(f"{name} {found['fd']:.4g} of {found['n']}{infinity}, KID {found['kid']:.4g}")
+        few = f" ({report['different_captions']} different captions)" if "different_captions" in report else ""
+        lines.append(f"{name} {found['fd']:.4g} of {found['n']}{few}{infinity}, KID {found['kid']:.4g}")
     if "clip" in report:
         score = report["clip"]
         lines.append(f"CLIP score {score['x100']['mean']:.2f}, CMMD {score['cmmd']:.4g} by {score['model']}")
@@ -143,11 +144,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _text_line(split: str, scores: dict[str, float]) -> str:
-    shares = {name: f"{100 * scores[name]:.1f}" for name in ("binding", "binding_projection", "recall_at_1")}
-    return (
-        f"{split}: binding {shares['binding']} % (plain projection {shares['binding_projection']} %), "
-        f"recall@1 {shares['recall_at_1']} % of {scores['n']}"
-    )
+    shares = {name: f"{100 * value:.1f}" for name, value in scores.items()}
+    recall = f"recall@1 {shares['recall_at_1']} % of {scores['n']}"
+    if "binding" not in scores:  # of too few different captions
+        return f"{split}: {recall}"
+    return f"{split}: binding {shares['binding']} % (plain projection {shares['binding_projection']} %), {recall}"
 
 
 def _blame_line(measure: str, entry: dict[str, Any]) -> str:

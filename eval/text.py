@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.bootstrap import few_prompts
 from eval.composition import wilson
 from sd_mini.data import CaptionedPictures
 from sd_mini.retrieval import (
@@ -49,7 +50,9 @@ class TextProbe:
         """Each measure's share of all pictures of `data`, the 95 % interval of the two of binding, and n."""
         count = len(data)
         found = text_scores(self.stage, self.matcher, data, data.pixels(range(count)), slice(0, count))
-        return _summary({name: float(np.sum(values)) for name, values in found.items()}, count)
+        captions = [own[measured_caption(data, i)] for i, own in enumerate(data.captions)]
+        few = few_prompts(captions) is not None
+        return _summary({name: float(np.sum(values)) for name, values in found.items()}, count, few)
 
     @torch.no_grad()
     def doubtful(self, data: CaptionedPictures) -> np.ndarray:
@@ -68,15 +71,27 @@ class TextProbe:
         return found
 
     @torch.no_grad()
-    def retrieved(self, data: CaptionedPictures) -> np.ndarray:
-        """(N,) the number of the picture that is found first for each caption; one of the same caption is its own."""
+    def taken_for(self, data: CaptionedPictures) -> np.ndarray:
+        """(N,) the number of a picture that each row's caption is taken for: its own where that caption finds a picture
+        of itself first, else one of the caption whose picture it finds.
+
+        Where captions repeat, the rows of one take the pictures of the other in turn: one picture in all their places
+        would be a collapsed set, which no text stage makes.
+        """
         captions = [own[0] for own in data.captions]
         scores = similarity(
             look(self.matcher, data.pixels(range(len(data)))), say(self.stage, self.matcher, captions)[0]
         )
         best = scores.argmax(0).cpu().numpy()
-        same = np.array([captions[n] == caption for n, caption in zip(best, captions, strict=True)])
-        return np.where(same, np.arange(len(data)), best)
+        rows_of: dict[str, list[int]] = {}
+        for row, caption in enumerate(captions):
+            rows_of.setdefault(caption, []).append(row)
+        found, turns = np.arange(len(captions)), dict.fromkeys(rows_of, 0)
+        for row, caption in enumerate(captions):
+            if (other := captions[best[row]]) != caption:
+                found[row] = rows_of[other][turns[other] % len(rows_of[other])]
+                turns[other] += 1
+        return found
 
     def recorded(self, name: str) -> dict[str, Any] | None:
         """What was measured of the data set `name` ("emoji:test") at the end of training, if it was: for a matcher that
@@ -87,10 +102,12 @@ class TextProbe:
         return _summary({name: value * valid["count"] for name, value in scores.items()}, valid["count"])
 
 
-def _summary(hits: Mapping[str, float], count: int) -> dict[str, Any]:
+def _summary(hits: Mapping[str, float], count: int, few: bool = False) -> dict[str, Any]:
     """Hits by name, of `count` => the report's entry of one split. The other direction's and the plain projection's
-    recalls are kept too."""
-    entry: dict[str, Any] = {name: value / count for name, value in hits.items()}
+    recalls are kept too. `few`: of so few different captions that only finding a picture means something."""
+    left_out = ("binding", "recall_of_captions") if few else ()
+    entry: dict[str, Any] = {name: value / count for name, value in hits.items() if not name.startswith(left_out)}
     for name in ("binding", "binding_projection"):
-        entry[f"{name}_low"], entry[f"{name}_high"] = wilson(round(hits[name]), count)
+        if name in entry:
+            entry[f"{name}_low"], entry[f"{name}_high"] = wilson(round(hits[name]), count)
     return {**entry, "n": count}

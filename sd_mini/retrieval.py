@@ -234,19 +234,19 @@ def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, n
     """`similarity` (N, N) of N pictures and their N captions => for each of `rows`, 0 or 1, whether the caption finds
     its picture among the first 1, 5, 10 of all N, and the picture its caption.
 
-    Equal captions are one: a picture of the same caption counts as found.
+    Equal captions are one: a picture of the same caption counts as found, and captions are ranked as different ones.
     """
-    numbers = torch.from_numpy(np.unique(captions, return_inverse=True)[1]).to(scores.device)
-    same = numbers[rows, None] == numbers
-    own = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
-    of_pictures, of_captions = scores.T[rows], scores[rows]
-    best = torch.where(same, of_pictures, -torch.inf).amax(1)
-    ways = {"recall": (of_pictures, best), "recall_of_captions": (of_captions, of_captions.gather(1, own)[:, 0])}
-    found = {}
-    for name, (way, reached) in ways.items():
-        beaten_by = ((way > reached[:, None]) & ~same).sum(1)
-        found |= {f"{name}_at_{k}": (beaten_by < k).float().cpu().numpy() for k in RANKS}
-    return found
+    _, first, numbers = np.unique(captions, return_index=True, return_inverse=True)
+    numbers = torch.from_numpy(numbers).to(scores.device)
+    own = numbers[rows]
+    of_pictures, of_captions = scores.T[rows], scores[rows][:, torch.from_numpy(first).to(scores.device)]
+    same = own[:, None] == numbers
+    reached = torch.where(same, of_pictures, -torch.inf).amax(1)
+    beaten_by = {
+        "recall": ((of_pictures > reached[:, None]) & ~same).sum(1),
+        "recall_of_captions": (of_captions > of_captions.gather(1, own[:, None])).sum(1),
+    }
+    return {f"{name}_at_{k}": (better < k).float().cpu().numpy() for name, better in beaten_by.items() for k in RANKS}
 
 
 def text_scores(

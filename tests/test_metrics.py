@@ -13,7 +13,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 
 from eval import kid
-from eval.bootstrap import prompt_interval
+from eval.bootstrap import few_prompts, prompt_interval
 from eval.cmmd import cmmd
 from eval.distances import infinity, moved_by_prompts
 from eval.fid import frechet_distance, frechet_infinity, null_bias
@@ -234,5 +234,24 @@ def test_the_interval_counts_prompts_and_not_pictures():
     expected = 2 * 1.96 * values.std() / math.sqrt(50)
     assert high - low == pytest.approx(expected, rel=0.15) and low < values.mean() < high
     assert prompt_interval(values, prompts) == (low, high)
+
+
+def test_the_interval_is_within_captions_where_they_are_few():
+    """Ten captions far apart, 200 pictures each: pictures are drawn anew, so the captions' spread is not in it."""
+    draw = np.random.default_rng(0)
+    values = np.repeat(100 * draw.normal(size=10), 200) + draw.normal(size=2000)
+    prompts = np.repeat([f"a photo of {i}" for i in range(10)], 200).tolist()
+    low, high = prompt_interval(values, prompts)
+    assert high - low == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.15) and low < values.mean() < high
+    assert few_prompts(prompts) == 10 and few_prompts(prompts[::200]) is None
+    # and of the Frechet distance: sets of ten captions whose features lie apart
+    centres = np.repeat(3 * draw.normal(size=(10, 8)), 60, axis=0)
+    seen, known = (Seen.of((centres + draw.normal(size=centres.shape)).astype(np.float32)) for _ in range(2))
+    moved = moved_by_prompts(seen, known, np.repeat(list("abcdefghij"), 60).tolist())
+    anew = [Seen.of((centres + draw.normal(size=centres.shape)).astype(np.float32)).distance(known) for _ in range(40)]
+    assert moved.std() == pytest.approx(np.std(anew), rel=0.5)
+
+
+def test_an_interval_needs_a_prompt_for_each_value():
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         prompt_interval([1, 2, 3], ["a", "b"])

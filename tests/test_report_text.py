@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from eval.composition import wilson
 from eval.text import TextProbe
 from sd_mini.data import CaptionedPictures, DataConfig, load
-from sd_mini.retrieval import text_scores
+from sd_mini.retrieval import recalls, text_scores
 from sd_mini.stages import load_stage
 from sd_mini.text_encoder import TextStage
 from tests.launching import launch
@@ -56,10 +57,46 @@ def test_doubtful_captions_are_the_misses_and_as_many_hits(tiny_run):
     assert misses > 0 and probe.doubtful(data).sum() == min(2 * misses, 40)
 
 
-def test_what_is_retrieved_for_a_caption_is_what_recall_counts(tiny_run):
+def test_what_a_caption_is_taken_for_is_what_recall_counts(tiny_run):
     probe = TextProbe(tiny_run / "text_encoder" / "final")
     data = load(DataConfig(split="test", count=40, seed=1000, resolution=32))
     plain = CaptionedPictures(data.pictures, [[captions[0]] for captions in data.captions], data.name)
-    found = probe.retrieved(plain)
+    found = probe.taken_for(plain)
     entry = text_scores(probe.stage, probe.matcher, plain, plain.pixels(range(40)), slice(0, 40))
     assert (found == np.arange(40)).tolist() == (entry["recall_at_1"] > 0).tolist()
+
+
+def repeated(count, captions):
+    """`count` pictures under so many captions in turn."""
+    data = load(DataConfig(split="test", count=count, seed=1000, resolution=32))
+    texts = list(dict.fromkeys(several[0] for several in data.captions))[:captions]
+    return CaptionedPictures(data.pictures, [[texts[i % len(texts)]] for i in range(count)], data.name)
+
+
+def test_where_captions_repeat_the_mistaken_rows_are_as_many_different_pictures(tiny_run):
+    """The untrained stage takes most of 5 captions for others: their 8 pictures each become 8 different ones."""
+    probe, data = TextProbe(tiny_run / "text_encoder" / "final"), repeated(40, 5)
+    found, captions = probe.taken_for(data), [several[0] for several in data.captions]
+    wrong = [row for row in range(40) if found[row] != row]
+    assert wrong
+    for caption in set(captions):
+        taken = [found[row] for row in wrong if captions[row] == caption]
+        assert len(set(taken)) == len(taken), "one picture in several places"
+        assert len({captions[number] for number in taken}) <= 1 and caption not in {captions[n] for n in taken}
+
+
+def test_of_few_captions_only_what_means_something_is_scored(tiny_run):
+    probe = TextProbe(tiny_run / "text_encoder" / "final")
+    few, many = probe.scores(repeated(40, 5)), probe.scores(repeated(40, 30))
+    assert {"binding", "recall_of_captions_at_1"} <= many.keys()
+    assert not any(name.startswith(("binding", "recall_of_captions")) for name in few) and "recall_at_1" in few
+
+
+def test_recall_of_captions_ranks_different_captions():
+    """Four pictures, the first three of one caption: the right caption of the last is second of two, not fourth."""
+    scores = torch.tensor([[0.9, 0.9, 0.9, 0.1]] * 3 + [[0.5, 0.5, 0.5, 0.4]])
+    found = recalls(scores, ["a", "a", "a", "b"], slice(0, 4))
+    assert found["recall_of_captions_at_1"].tolist() == [1, 1, 1, 0]
+    assert found["recall_of_captions_at_5"].tolist() == [1, 1, 1, 1]
+    several = torch.tensor([[0.5] * 9 + [0.4]] * 10)
+    assert recalls(several, ["a"] * 9 + ["b"], slice(0, 10))["recall_of_captions_at_5"][-1] == 1
