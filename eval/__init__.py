@@ -1,0 +1,3 @@
+from sd_mini.openmp import let_threads_sleep
+
+let_threads_sleep()  # before torch is imported

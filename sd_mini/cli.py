@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.inspection import PIPELINE_MARK, inspect, read_json
+from sd_mini.openmp import let_threads_sleep
 from sd_mini.stages import CONTRACT, KINDS, read_contract
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def whole(minimum: int) -> Callable[[str], int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`sd-mini ...` => exit code: 0, or 2 after one line on stderr that says what to mend."""
+    let_threads_sleep()  # nothing has imported torch yet
     return command(_main, argv)
 
 

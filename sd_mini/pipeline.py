@@ -212,7 +212,8 @@ class Pipeline(PromptedPipeline):
         folder = Path(folder)
         if not (folder / PIPELINE_MARK).is_file():
             raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
-        manifest = {name: digest for name, digest in written(folder).items() if digest}
+        # the index holds settings (steps, guidance, ...), which a user may edit
+        manifest = {name: digest for name, digest in written(folder).items() if digest and name != PIPELINE_MARK}
         check_files(
             folder, manifest, f"join or save the pipeline again, or delete {MANIFEST} if you changed it yourself"
         )

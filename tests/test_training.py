@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from sd_mini import stages
-from sd_mini.config import command
+from sd_mini.config import command, read_yaml
 from sd_mini.pipeline import Pipeline
 from tests.launching import MAINS, ROOT, arguments, launch, lines
 from training import checkpoint
@@ -162,3 +162,16 @@ def test_help_lists_every_field(capsys):
     assert command(MAINS["noise_predictor"], ["--help"]) == 0
     out = capsys.readouterr().out
     assert "--train.batch_size" in out and "--objective.caption_dropout" in out and "accelerate launch" in out
+
+
+def test_a_run_remembers_its_data(tmp_path, capsys):
+    """What the first launch says of the data holds for the other stages, unless they say something themselves."""
+    run = tmp_path / "run"
+    data = ["--data.count", "40", "--data.seed=3", "--valid.count", "12"]
+    assert launch("autoencoder", run, *data) == 0
+    assert launch("text_encoder", run) == 0
+    assert "--data.count=40 --data.seed=3 --valid.count=12, as the run's first launch" in capsys.readouterr().err
+    recorded = read_yaml(run / "text_encoder" / "config.yaml")
+    assert (recorded["data"]["count"], recorded["data"]["seed"], recorded["valid"]["count"]) == (40, 3, 12)
+    assert launch("noise_predictor", run, "--data.count", "48") == 0
+    assert read_yaml(run / "noise_predictor" / "config.yaml")["data"]["seed"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sd_mini.config import Config, read
+import yaml
+
+from sd_mini.config import Config, read, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.stages import CONTRACT, atomic_text, read_contract
 from training import checkpoint
@@ -22,6 +25,7 @@ from training.task import Origin, Task
 from training.watch import check_trackers
 
 C = TypeVar("C", bound=Config)
+DATA = "data.yaml"  # of a run: the data options that its first launch was given
 
 # What may change from one start to the next without making it another training: when it is looked at and saved; how
 # the same sums are computed; where the data and the other stages lie, whose hashes a checkpoint holds.
@@ -49,6 +53,8 @@ class Launch(Generic[C]):
     log_with: tuple[str, ...] = ()
     begun_from: Path | None = None
     """what --resume was given, of which `resume` is the checkpoint"""
+    data_options: tuple[str, ...] = ()
+    """what the command line says of `data` and `valid`, which the run's other stages take over"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Program(Generic[C]):
                 launched.folder.mkdir(parents=True, exist_ok=True)
             with only_writer(launched.folder) if processes.is_main_process else nullcontext():
                 if processes.is_main_process:
+                    _remember_data(launched)
                     atomic_text(launched.folder / "config.yaml", launched.config.to_yaml())
                 wait_for_everyone()
                 loop.run()
@@ -107,7 +114,8 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
         raise UserError(f"expected --run FOLDER, for example --run runs/mine ({stage}/ is made in it)")
     if steps is not None:
         argv += ["--train.steps", steps]
-    config = read(cls, config_file, argv)
+    data_options = _data_options(argv)
+    config = read(cls, config_file, [*(() if data_options else _remembered_data(Path(run))), *argv])
     nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
@@ -115,9 +123,34 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
         )
     folder, begun_from = Path(run) / stage, Path(resume) if resume is not None else None
     found = _check_resume(config, folder, stage, begun_from) if begun_from is not None else None
-    return Launch(
-        config, Path(run), folder, found, tuple(check_trackers((log_with or "tensorboard").split(","))), begun_from
-    )
+    trackers = tuple(check_trackers((log_with or "tensorboard").split(",")))
+    return Launch(config, Path(run), folder, found, trackers, begun_from, tuple(data_options))
+
+
+def _data_options(argv: Sequence[str]) -> list[str]:
+    """Those of `--data.FIELD VALUE` and `--valid.FIELD VALUE` (or with =), as `--NAME=VALUE`."""
+    found = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith(("--data.", "--valid.")):
+            found.append(word if "=" in word else f"{word}={following}")
+    return found
+
+
+def _remembered_data(run: Path) -> list[str]:
+    """The data options that the run's first launch was given, if any; said, as nobody gives them now."""
+    path = run / DATA
+    options = [f"--{name}={value}" for name, value in read_yaml(path).items()] if path.is_file() else []
+    if options and os.environ.get("RANK", "0") == "0":
+        said = f"{path}: {' '.join(options)}, as the run's first launch was told; data options of your own replace them"
+        print(said, file=sys.stderr)
+    return options
+
+
+def _remember_data(launched: Launch[C]) -> None:
+    path = launched.run / DATA
+    if launched.data_options and not path.exists():
+        pairs = (option.removeprefix("--").split("=", 1) for option in launched.data_options)
+        atomic_text(path, yaml.safe_dump(dict(pairs), sort_keys=False))
 
 
 def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path | None:
