@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +31,7 @@ DATA = "data.yaml"  # of a run: the data options that its first launch was given
 # What may change from one start to the next without making it another training: when it is looked at and saved; how
 # the same sums are computed; where the data and the other stages lie, whose hashes a checkpoint holds.
 _FREE = {
-    *(f"train.{name}" for name in ("log_every", "valid_every", "valid_most", "preview_every", "checkpoint_every")),
+    *(f"train.{name}" for name in ("log_every", "valid_every", "preview_every", "checkpoint_every")),
     *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
     *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
     *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
@@ -130,7 +131,7 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
 def _data_options(argv: Sequence[str]) -> list[str]:
     """Those of `--data.FIELD VALUE` and `--valid.FIELD VALUE` (or with =), as `--NAME=VALUE`."""
     found = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in pairwise([*argv, ""]):
         if word.startswith(("--data.", "--valid.")):
             found.append(word if "=" in word else f"{word}={following}")
     return found

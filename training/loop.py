@@ -193,10 +193,15 @@ class Loop:
 
     def _evaluate(self, wanted: list[bool]) -> None:
         """Of the held-out scores, the preview and the evaluators' scores, those wanted, where they are due."""
-        every = (self.config.valid_every, self.config.preview_every, self.task.measure_every)
-        for steps, look, asked in zip(every, (self.validate, self.preview, self.measure), wanted, strict=True):
-            if asked and steps is not None and self._due(steps):
-                look()
+        looks = (
+            (self.config.valid_every, self.validate, f"scoring {self.task.valid_count:,} held-out samples"),
+            (self.config.preview_every, self.preview, "drawing a preview"),
+            (self.task.measure_every, self.measure, "asking the evaluators"),
+        )
+        for (every, look, what), asked in zip(looks, wanted, strict=True):
+            if asked and every is not None and self._due(every):
+                with self.watch.doing(what):
+                    look()
 
     def log(self) -> None:
         """One line of metrics.jsonl: means since the last line, over all processes."""

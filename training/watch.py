@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ class Watch:
             mininterval=0.5 if sys.stderr.isatty() else 15,
             disable=not self.main,
         )
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Let the bar say why it stands still."""
+        self.bar.set_description(f"{self.folder.name}, {what}")
+        try:
+            yield
+        finally:
+            self.bar.set_description(self.folder.name)
 
     def finish(self) -> None:
         self.bar.close()
