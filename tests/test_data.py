@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from sd_mini import images, shapes
+from sd_mini import images, memory, shapes
 from sd_mini.data import CaptionedPictures, DataConfig, load, load_captioned, load_pictures, unique_captions
 from sd_mini.data_stored import READERS
 from sd_mini.memory import available
@@ -422,3 +422,14 @@ def test_nothing_is_said_to_be_downloaded_that_lies_here(tmp_path, capfd):
     assert not datasets.are_progress_bars_disabled()
     load(config(tmp_path / "a.parquet"))
     assert capfd.readouterr().err == "" and not datasets.are_progress_bars_disabled()
+
+
+def test_a_container_s_limit_counts_as_the_machine_s_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    whole = available()
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    assert available() == 650_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available() == pytest.approx(whole, rel=0.5)

@@ -48,11 +48,11 @@ def test_a_stage_without_captions_looks_at_none(folder, capsys):
 def test_latents_of_few_cells_are_remarked_with_what_to_change(folder, capsys):
     size = ["--data.resolution", "32", "--valid.resolution", "32"]
     made = task(folder, *size, "--model.patch_size", "4").latent_shape
-    said = [line for line in capsys.readouterr().err.splitlines() if "cells" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "latents are" in line]
     assert made[1:] == (4, 4) and len(said) == 1
     assert "4 x 4 cells, each of 8 px" in said[0] and "model.patch_size than 4, or a larger resolution" in said[0]
     assert task(folder, *size, "--model.patch_size", "1").latent_shape[1:] == (16, 16)
-    assert "cells" not in capsys.readouterr().err
+    assert "latents are" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
