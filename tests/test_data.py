@@ -78,6 +78,11 @@ def test_shapes_are_the_world_s_own_scenes():
     assert loaded.captions == [shapes.captions(scene) for scene in scenes]
 
 
+def test_another_name_of_a_split_is_the_same_scenes():
+    loaded = load(DataConfig(count=3, resolution=32, split="eval"))
+    assert loaded.name == "shapes:test" and loaded.scenes == shapes.sample_scenes(3, "test", 0)
+
+
 def test_pixels_are_rows_in_the_range_of_the_network():
     loaded = load(DataConfig(count=6, resolution=32))
     for ids in ([4, 1], np.array([4, 1]), torch.tensor([4, 1])):
