@@ -42,8 +42,8 @@ def recorded_data(stage: Path) -> dict[str, DataConfig]:
 def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], part: str, split: str) -> DataConfig:
     """The data of the command line.
 
-    What its options leave out is, of the run's own data, as `recorded` for `part`, and of any other data `split` and the
-    usual columns.
+    What its options leave out is, of the run's own data, as `recorded` for `part`, and of any other data `split` and
+    the usual columns.
 
     Raises UserError where neither says which data.
     """

@@ -303,7 +303,7 @@ def _checked(source: Path, faults: dict[str, list[str]], files: list, prompts: l
 
 
 def _is_picture(path: Path) -> bool:
-    return images.is_picture(path) and not is_hidden(path.name)
+    return images.is_picture(path) and not is_hidden(path.name) and path.is_file()
 
 
 def _class_of(index: Path) -> str | None:

@@ -184,14 +184,14 @@ def unique_captions(captions: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _load_shapes(config: DataConfig, part: Part) -> CaptionedPictures:
-    asked_splits(config, part, shapes.SPLITS)
+    (split,) = asked_splits(config, part, shapes.SPLITS)
     count = SHAPES_COUNT if config.count is None else config.count
     check_room(part, count, config.resolution)
-    scenes = shapes.sample_scenes(count, config.split, config.seed)
+    scenes = shapes.sample_scenes(count, split, config.seed)
     return CaptionedPictures(
         pictures=shapes.draw_batch(scenes, config.resolution),
         captions=[shapes.captions(scene) for scene in scenes],
-        name=f"shapes:{config.split}",
+        name=f"shapes:{split}",
         scenes=scenes,
     )
 

@@ -79,7 +79,7 @@ def _open_folder(path: Path, config: DataConfig, part: Part) -> Table:
     with _source(part):
         parquet = data_stored.parquet_splits(path)
         beside = list_pictures(path)
-        has_pictures = parquet and config.image_column in data_stored.parquet_columns(next(iter(parquet.values()))[0])
+        has_pictures = parquet and data_stored.may_hold_pictures(next(iter(parquet.values()))[0], config.image_column)
     if parquet and (has_pictures or not beside):
         if beside:
             remark(f"{part}.source: {config.source!r}: left out {len(beside):,} pictures beside parquet files")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sd_mini.data_folder import TRAIN, is_hidden, is_split
@@ -102,9 +103,12 @@ def _base(stem: str) -> str:
     return _SHARD.sub("", stem)
 
 
-def parquet_columns(file: Path) -> list[str]:
+def may_hold_pictures(file: Path, column: str) -> bool:
+    """Whether a parquet file has that column, or another of bytes. img2dataset writes some that only describe files."""
     with reading(repr(str(file))):
-        return pq.read_schema(file).names
+        schema = pq.read_schema(file)
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_struct)
+    return column in schema.names or any(is_kind(one.type) for one in schema for is_kind in kinds)
 
 
 def read_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:

@@ -21,6 +21,15 @@ def test_file_then_overrides(tmp_path):
     assert read(Outer, None, []) == Outer()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_bytes("\ufeffname: b\r\n".encode())
+    assert read(Outer, file).name == "b"
+    file.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: is not UTF-8 \(byte 0xe9 at position 9\)"):
+        read(Outer, file)
+
+
 def test_yaml_round_trip(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(Outer(inner=Inner(depth=7)).to_yaml())

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from sd_mini import images, shapes
-from sd_mini.data import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini import images, memory, shapes
+from sd_mini.data import CaptionedPictures, DataConfig, load, load_captioned, load_pictures, unique_captions
+from sd_mini.data_stored import READERS
+from sd_mini.memory import available
 
 SIDE = 8
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 8, 7)]
@@ -74,6 +76,11 @@ def test_shapes_are_the_world_s_own_scenes():
     assert loaded.scenes == scenes and loaded.name == "shapes:heldout_pairs"
     assert (loaded.pictures == shapes.draw_batch(scenes, 32)).all()
     assert loaded.captions == [shapes.captions(scene) for scene in scenes]
+
+
+def test_another_name_of_a_split_is_the_same_scenes():
+    loaded = load(DataConfig(count=3, resolution=32, split="eval"))
+    assert loaded.name == "shapes:test" and loaded.scenes == shapes.sample_scenes(3, "test", 0)
 
 
 def test_pixels_are_rows_in_the_range_of_the_network():
@@ -263,3 +270,171 @@ def test_wrong_settings_are_refused():
     for wrong in ({"resolution": 0}, {"count": 0}, {"background": (0, 0, 256)}, {"sorce": "shapes"}):
         with pytest.raises(ValidationError):
             DataConfig(**wrong)
+
+
+def parquet(folder, *names):
+    """Files of a row each, in this order: red, green, ..."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        table(folder.parent).select([i]).to_parquet(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("00000.parquet", "00001.parquet", "00002.parquet", "00003.parquet"),
+        ("train/0000.parquet", "train/0001.parquet", "train/0002.parquet", "train/0003.parquet"),
+        ("faces_1.parquet", "faces_2.parquet", "faces_3.parquet", "faces_4.parquet"),
+        ("train-0.parquet", "train-1.parquet", "train-2.parquet", "train-5.parquet"),
+        tuple(f"part-0000{i}-1b2c3d4e-aaaa-bbbb-cccc-0123456789ab-c000.snappy.parquet" for i in range(4)),
+        tuple(f"data/train-0000{i}-of-00004-0123456789abcdef.parquet" for i in range(4)),
+        tuple(f"part.{i}.parquet" for i in range(4)),
+    ],
+)
+def test_the_parts_of_a_parquet_set_are_one_split(tmp_path, names):
+    folder = parquet(tmp_path / "set", *names)
+    (folder / "._SUCCESS.parquet").write_bytes(b"")
+    assert_is_the_four(load(config(folder)))
+
+
+def test_parquet_files_that_are_no_parts_are_splits(tmp_path):
+    folder = parquet(tmp_path / "set", "faces_2020.parquet", "faces_2021.parquet", "valid/0.parquet")
+    assert_is_the_four(load(config(folder, split="faces_2020")), ["red"])
+    refused(config(folder), "no split 'train'; it has faces_2020, faces_2021$")
+    folder = parquet(tmp_path / "other", "train-00000-of-00001.parquet", "val.parquet")
+    assert len(load(config(folder, split="validation"))) == 1
+
+
+def test_class_labels_that_are_read_as_captions_are_their_names(tmp_path):
+    kinds = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    rows = table(tmp_path, kinds=[[0], [1, 0], [0], [1]]).cast_column("kinds", kinds)
+    rows = rows.add_column("label", [1, 0, 1, 1]).cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert load(config(tmp_path / "a.parquet", text_column="label")).captions == [["dog"], ["cat"], ["dog"], ["dog"]]
+    assert load(config(tmp_path / "a.parquet", text_column="kinds")).captions == [["a"], ["b", "a"], ["a"], ["b"]]
+    unknown = table(tmp_path, label=[0, -1, 1, 0]).cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
+    unknown.save_to_disk(tmp_path / "unknown")
+    refused(config(tmp_path / "unknown", text_column="label"), "row 1 of .*a caption is a NoneType")
+
+
+def test_captions_as_lists_in_a_column_are_read(tmp_path):
+    table(tmp_path, captions=[["a", "b"], ["c"], ["d", "d"], ["e"]]).to_parquet(tmp_path / "a.parquet")
+    loaded = load(config(tmp_path / "a.parquet", text_column="captions"))
+    assert loaded.captions == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_bad_pictures_and_bad_captions_of_both_parts_are_named_together(tmp_path):
+    rows = table(tmp_path, ["red", "", "blue", "dark"])
+    rows = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[3]["image"] = {"bytes": b"no picture", "path": None}
+    made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    made.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError) as caught:
+        load_captioned(config(tmp_path / "train.parquet"), config(tmp_path / "train.parquet", count=2))
+    said = str(caught.value)
+    for part in ("data: 2 of 4 rows of", "row 1: a caption is empty", "row 3: cannot decode a picture of 10 bytes",
+                 "valid: row 1 of"):  # fmt: skip
+        assert part in said
+
+
+def test_a_training_on_pictures_reads_no_captions(tmp_path):
+    table(tmp_path, ["red", "", None, "dark"], aliases=["no", "list", "at", "all"]).to_parquet(tmp_path / "a.parquet")
+    asked = config(tmp_path / "a.parquet", aliases_column="aliases")
+    loaded = load(asked, pictures_only=True)
+    assert len(loaded) == 4 and loaded.captions == [[], [], [], []]
+    table(tmp_path).to_parquet(tmp_path / "b.parquet")
+    captioned = load(config(tmp_path / "b.parquet"))
+    assert captioned.pictures_fingerprint == loaded.fingerprint != captioned.fingerprint
+
+
+def test_a_training_on_pictures_says_what_later_stages_will_lack(tmp_path, capsys):
+    folder_of_pictures(tmp_path / "bare" / "train", None)
+    picture(1).save(tmp_path / "bare" / "train" / "4.png")
+    picture(2).resize((9, 9)).save(tmp_path / "other.png")
+    (tmp_path / "bare" / "test").mkdir()
+    (tmp_path / "other.png").rename(tmp_path / "bare" / "test" / "0.png")
+    parts = config(tmp_path / "bare"), config(tmp_path / "bare", split="test")
+    load_pictures(*parts)
+    said = capsys.readouterr().err.splitlines()
+    assert "bare' has no captions; valid: " in said[0] and "the text encoder and the noise predictor will" in said[0]
+    table(tmp_path).rename_column("text", "caption").to_parquet(tmp_path / "a.parquet")
+    load_pictures(config(tmp_path / "a.parquet"), config(tmp_path / "a.parquet", count=1))
+    assert "data.text_column: " in (said := capsys.readouterr().err) and "there are image, caption" in said
+    load_pictures(*(part.model_copy(update={"text_column": None}) for part in parts))
+    assert "captions" not in capsys.readouterr().err
+
+
+def test_validating_on_training_pictures_is_remarked(tmp_path, capsys):
+    table(tmp_path).to_parquet(tmp_path / "train.parquet")
+    table(tmp_path).select([1, 3]).to_parquet(tmp_path / "test.parquet")
+    load_captioned(config(tmp_path, split="train"), config(tmp_path, split="test"))
+    assert "note: valid: 2 of 2 pictures of" in capsys.readouterr().err
+    world = DataConfig(count=30, resolution=32)
+    load_captioned(world, world.model_copy(update={"split": "test"}))
+    assert capsys.readouterr().err == ""
+    load_pictures(world, world.model_copy(update={"count": 10}))
+    assert "valid: 10 of 10 pictures of shapes:train are training pictures" in capsys.readouterr().err
+
+
+def test_messages_name_the_field_of_the_part_that_is_meant(tmp_path):
+    table(tmp_path).to_parquet(tmp_path / "train.parquet")
+    train = config(tmp_path / "train.parquet")
+    for changes, says in (
+        ({"split": "valid"}, "^valid.split: .* no split 'valid'"),
+        ({"count": 9}, "^valid.count: got 9"),
+        ({"image_column": "typo"}, "^valid.image_column: no column"),
+        ({"text_column": "typo"}, "^valid.text_column: no column"),
+        ({"source": "lost.parquet"}, "^valid.source: 'lost.parquet': no such file"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_captioned(train, train.model_copy(update=changes))
+
+
+def test_more_pictures_than_memory_holds_are_refused_before_any_is_read(tmp_path):
+    table(tmp_path).to_parquet(tmp_path / "a.parquet")
+    side = int((available() / 6) ** 0.5)  # so that two fill it, and four take twice as much
+    with pytest.raises(ValueError, match=r"data: 4 pictures of \d+ px take [\d,.]+ GiB of memory, and [\d,.]+ GiB"):
+        load(DataConfig(source=str(tmp_path / "a.parquet"), resolution=side))
+    with pytest.raises(ValueError, match=r"valid: 1,000,000,000 pictures of 64 px take 11,444.1 GiB of memory"):
+        load(DataConfig(count=10**9), "valid")
+
+
+@pytest.mark.parametrize("name", ["webdataset", "imagefolder", "csv", "json", "WebDataset"])
+def test_a_reader_of_files_is_no_data_set(name, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    refused(config(name), f"^data.source: {name!r} is a reader of files in `datasets`, not a data set; give the folder")
+
+
+def test_every_reader_of_datasets_is_known():
+    assert set(datasets.packaged_modules._PACKAGED_DATASETS_MODULES) <= READERS
+
+
+def test_a_set_is_called_by_its_own_name(tmp_path, monkeypatch):
+    folder = parquet(tmp_path / "faces.v2", "train.parquet", "test.parquet")
+    assert load(config(folder, split="test")).name == "faces.v2:test"
+    assert load(config(folder / "train.parquet")).name == "train.parquet"
+    assert load(config(folder / "train.parquet", split="train")).name == "train.parquet"
+    folder_of_pictures(tmp_path / "train", None)
+    assert load(config(tmp_path / "train")).name == "train"
+    monkeypatch.chdir(folder)
+    assert load(config(".")).name == "faces.v2:train"
+
+
+def test_nothing_is_said_to_be_downloaded_that_lies_here(tmp_path, capfd):
+    table(tmp_path).to_parquet(tmp_path / "a.parquet")
+    capfd.readouterr()
+    assert not datasets.are_progress_bars_disabled()
+    load(config(tmp_path / "a.parquet"))
+    assert capfd.readouterr().err == "" and not datasets.are_progress_bars_disabled()
+
+
+def test_a_container_s_limit_counts_as_the_machine_s_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    whole = available()
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    assert available() == 650_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available() == pytest.approx(whole, rel=0.5)

@@ -79,6 +79,11 @@ def test_the_latents_scale_is_verified(tmp_path, capsys):
         Encoded(pictures, text, replace(vae, contract={"hash": "vae", "data": data}), 1, tmp_path, "float16")
     Encoded(pictures, text, vae, 1, tmp_path, "float16")
     assert "expected 0.97 to 1.03: the autoencoder was measured on other pictures" in capsys.readouterr().err
+    Encoded(pictures, text, vae, 1, tmp_path, "float16", is_held_out=True)
+    assert "measured on other pictures" not in capsys.readouterr().err  # as held-out pictures always are
+    alone = {"fingerprint": pictures.pictures_fingerprint}  # as an autoencoder has it, which reads no captions
+    with pytest.raises(ValueError, match=r"expected 0.97 to 1.03; train the autoencoder again"):
+        Encoded(pictures, text, replace(vae, contract={"hash": "vae", "data": alone}), 1, tmp_path, "float16")
     autoencoder = vae.parts["autoencoder"]
     raw = autoencoder.raw_latents(pictures.pixels(range(6)))[0].detach()
     autoencoder.set_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3)))

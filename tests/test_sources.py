@@ -283,6 +283,60 @@ def test_pictures_named_by_metadata_are_the_same(lying, tmp_path):
     assert first.prompts == second.prompts == prompts and np.array_equal(first.pictures, second.pictures)
 
 
+def test_a_byte_order_mark_and_hidden_files_change_nothing(lying, tmp_path):
+    """As an editor on Windows and a disk of macOS leave them: the judge still knows what was asked."""
+    prompts = (lying / "prompts.txt").read_text()
+    (lying / "prompts.txt").write_bytes(("\ufeff" + prompts.replace("\n", "\r\n")).encode())
+    (lying / "._0.png").write_bytes(b"no picture")
+    assert measure_folder(lying, tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["composition"]["test"]["all"]["exact"] == 1
+
+
+def test_a_prompt_keeps_what_is_no_newline(lying):
+    lines = (lying / "prompts.txt").read_text().splitlines()
+    lines[3] = "a red\u2028circle"
+    (lying / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert open_source(lying, None, "cpu").prompts == lines
+
+
+def listed_wrongly(folder):
+    texts = dict.fromkeys((f"{i}.png" for i in range(25)), "a red circle")
+    rows = [{"file_name": name, "text": text} for name, text in texts.items() if name != "7.png"]
+    rows[3]["text"] = None
+    rows += [{"file_name": "lost.png", "text": "lost"}, {"file_name": "5.png", "text": "again"}]
+    (folder / "prompts.txt").unlink()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def two_without_a_text(folder):
+    lines = (folder / "prompts.txt").read_text().splitlines()
+    lines[2] = lines[10] = " "
+    (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+
+
+def three_broken(folder):
+    for name in ("3.png", "11.png"):
+        (folder / name).write_bytes(b"no picture")
+    Image.new("RGB", (50, 50)).save(folder / "20.png")
+
+
+@pytest.mark.parametrize(
+    ("harm", "parts"),
+    [
+        (listed_wrongly, ["not listed: 7.png;", "listed but not there: lost.png;", "listed more than once: 5.png;",
+                          "without a text: 3.png (None)"]),
+        (two_without_a_text, ["prompts.txt", "without a text: 2.png, 10.png"]),
+        (three_broken, ["3.png: not a picture", "11.png: not a picture", "20.png: 50 x 50 px, but 0.png 48 x 48 px"]),
+    ],
+)  # fmt: skip
+def test_all_that_is_wrong_with_a_folder_of_pictures_is_named_at_once(lying, tmp_path, capsys, harm, parts):
+    harm(lying)
+    assert measure_folder(lying, tmp_path / "report") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(part in error for part in parts), error
+
+
 def one_prompt_less(folder):
     lines = (folder / "prompts.txt").read_text().splitlines()
     (folder / "prompts.txt").write_text("\n".join(lines[:-1]))

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from sd_mini.texts import check_text, shown, word_twins
+from sd_mini.texts import check_text, read_lines, shown, word_twins
 
 
 def test_attributes_are_exchanged_before_anything_else():
@@ -53,3 +53,12 @@ def test_check_text_names_where():
 
 def test_shown_is_one_short_line():
     assert shown("a\nb") == "'a\\nb'" and len(shown("x" * 10**6)) == 80
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa\u2028b\u0085c\x0cd\re\r\n\nf\n".encode())
+    assert read_lines(path) == ["a\u2028b\u0085c\x0cd\re", "", "f"]
+    path.write_bytes("a".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"is not UTF-8 \(byte 0xff at position 0\); save it as UTF-8"):
+        read_lines(path)

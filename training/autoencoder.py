@@ -107,8 +107,6 @@ class AutoencoderTask:
         torch.manual_seed(config.train.seed)
         autoencoder, self.started_from = _built(config.model)
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
-        if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
-            remark(coarse)
         decoder_only, is_vq = config.model.train == "decoder", autoencoder.config.kind == "vq"
         if is_vq and not decoder_only and "commitment" not in loss.begun(0):
             raise UserError(
@@ -125,6 +123,8 @@ class AutoencoderTask:
             discriminator.to(memory_format=torch.channels_last)
         _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
         self.train, self.valid = load_pictures(config.data, config.valid)
+        if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
+            remark(coarse)
         self.count, self.valid_count = len(self.train), len(self.valid)
         self.identity = {"data": self.train.fingerprint}
         for name, contract in (("start", self.started_from), ("teacher", self.taught_by)):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
     """Features made elsewhere, a .npy file of (N, F) numbers, a row for each picture in order. Raises ValueError."""
     try:
         features = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
     if not isinstance(features, np.ndarray):
         raise UserError(f"tower.features: {path} holds several arrays; expected a .npy file of one, (N, F)")

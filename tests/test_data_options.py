@@ -1,0 +1,119 @@
+"""Which data the evaluations read: those of the command line, or else the run's own."""
+
+import io
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from eval import reconstruction, words
+from eval.__main__ import main
+from eval.asked import ask_captions, ask_shapes
+from eval.data_options import asked_data, recorded_data
+from eval.options import parser
+from sd_mini.data import DataConfig
+
+COLUMNS = {"image_column": "seen", "text_column": "said", "aliases_column": "also"}
+
+
+def encoded(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), (shade, 40, 90)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of train.parquet and val.parquet, whose columns have names of their own."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for split, shades in (("train", range(0, 240, 40)), ("val", range(10, 240, 30))):
+        rows = {"seen": [encoded(shade) for shade in shades], "said": [f"shade {shade}" for shade in shades]}
+        pq.write_table(pa.table({**rows, "also": [["a tint"] for _ in shades]}), folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path, data):
+    """A run that says of its first and its third stage which data they were trained on."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    valid = {"source": str(data), "split": "val", "resolution": 32, **COLUMNS}
+    for stage in ("autoencoder", "noise_predictor"):
+        parts = {"data": {**valid, "split": "train"}, "valid": valid}
+        (run / stage / "config.yaml").write_text(yaml.safe_dump(parts))
+    return run
+
+
+def parsed(*given):
+    return parser().parse_args(["run", "--out", "report", *given])
+
+
+def test_what_is_left_out_is_the_run_s_own(run, data, tmp_path, monkeypatch):
+    recorded = recorded_data(run / "noise_predictor")
+    own = recorded["valid"]
+    assert asked_data(parsed(), recorded, "valid", "test") == own and own.text_column == "said"
+    monkeypatch.chdir(tmp_path)
+    assert asked_data(parsed("--data", "pictures/"), recorded, "valid", "test").split == "val"  # by another path
+    found = asked_data(parsed("--split", "train", "--text_column", "also"), recorded, "valid", "test")
+    assert (found.split, found.text_column, found.image_column) == ("train", "also", "seen")
+    other = asked_data(parsed("--data", "elsewhere", "--image_column", "jpg"), recorded, "valid", "test")
+    assert other == DataConfig(source="elsewhere", split="test", image_column="jpg")
+    assert asked_data(parsed("--data", "shapes"), recorded, "valid", "test") == DataConfig(split="test")
+
+
+def test_a_run_is_measured_on_its_own_held_out_part(run, tmp_path):
+    out = tmp_path / "report"
+    assert main([str(run), "--out", str(out), "--training", "none", "--prompts", "3", "--reference", "4"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["protocol"]["columns"] == COLUMNS and report["protocol"]["prompts"] == {"val": 3}
+    assert report["protocol"]["reference_count"] == report["distances"]["FD-mini"]["n_reference"] == 4
+    assert "FD-mini" in report["blame"]["val"]
+    asked = ["--data", str(run.parent / "pictures" / "val.parquet"), "--split", "val", "--blame", "none"]
+    columns = [word for name, column in COLUMNS.items() for word in (f"--{name}", column)]
+    assert main([str(run), "--out", str(out), "--training", "none", "--prompts", "3", *asked, *columns]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["distances"]["FD-mini"]["n_reference"] == 5 and "blame" not in report
+
+
+def test_without_a_run_s_data_they_are_asked_for(tiny_run, tmp_path, capsys):
+    for program, given in (
+        (main, [str(tiny_run)]),
+        (reconstruction.main, [str(tiny_run / "autoencoder" / "final")]),
+        (words.main, [str(tiny_run), "--words", "a=b"]),
+    ):
+        assert program([*given, "--out", str(tmp_path / "out")]) == 2
+        assert capsys.readouterr().err.startswith("error: --data: expected it, as no config of a run says")
+
+
+def test_shapes_have_no_columns(tiny_run, tmp_path, capsys):
+    asked = ["--data", "shapes", "--out", str(tmp_path / "out"), "--image_column", "a"]
+    for program, given in ((main, tiny_run), (reconstruction.main, tiny_run / "autoencoder" / "final")):
+        assert program([str(given), *asked]) == 2
+        assert "error: --image_column a: shapes has no columns; leave it out" in capsys.readouterr().err
+
+
+def test_the_reference_has_at_most_so_many_pictures(data):
+    config = DataConfig(source=str(data), split="val", resolution=32, **COLUMNS)
+    assert len(ask_captions(config, 2).reference) == 6 and len(ask_captions(config, 2, 3).reference) == 3
+    whole, part = ask_shapes(2, 0, 32), ask_shapes(2, 0, 32, 5)
+    assert len(whole.reference) == 1000 and (part.reference == whole.reference[:5]).all()
+
+
+def test_an_autoencoder_is_measured_on_its_run_s_held_out_part(run, tmp_path):
+    """Whose captions are nobody's concern."""
+    path = tmp_path / "pictures" / "val.parquet"
+    table = pq.read_table(path)
+    said = pa.array(["", *table["said"].to_pylist()[1:]])
+    pq.write_table(table.set_column(1, "said", said), path)
+    assert reconstruction.main([str(run / "autoencoder" / "final"), "--out", str(tmp_path / "out")]) == 0
+    scores = json.loads((tmp_path / "out" / "reconstruction.json").read_text())
+    assert scores["n"] == 8 and scores["protocol"]["data"] == "pictures:val"
+
+
+def test_words_are_looked_for_in_what_the_run_was_trained_on(run, tmp_path):
+    assert words.main([str(run), "--words", "hue=tint", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "words.json").read_text())["chance"] == {"hue": 1.0}
