@@ -41,6 +41,7 @@ from sd_mini.cli import check_target
 from sd_mini.config import command
 from sd_mini.data import DataConfig
 from sd_mini.errors import UserError
+from sd_mini.memory import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
+    keep_freed_memory()
     options = parser().parse_args(argv)
     check_target(options.out, report.REPORT)
     recorded = recorded_data(report.run_of(options.pipeline) / "noise_predictor")

@@ -28,6 +28,7 @@ from sd_mini.cli import Parser, check_target, whole
 from sd_mini.config import command
 from sd_mini.data import load
 from sd_mini.load_autoencoder import load_autoencoder
+from sd_mini.memory import keep_freed_memory
 from sd_mini.perceptual import load_lpips
 from sd_mini.stages import CONTRACT, atomic_folder
 
@@ -158,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
+    keep_freed_memory()
     options = _parser().parse_args(argv)
     check_target(options.out, REPORT)
     stage = Path(options.autoencoder)  # RUN/autoencoder/final, which was trained by the config beside it, or another's

@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sd_mini.cli import Parser, check_target
-from sd_mini.config import command
+from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.stages import atomic_folder, read_contract
 
@@ -87,7 +85,7 @@ _MEAN_ENDS = {"value": "mean", "low": "low", "high": "high"}
 def text_name(run: Path, contract: Mapping[str, Any]) -> str:
     """What a reader knows a text stage by: its encoder's name and its hash's beginning."""
     path = run / "text_encoder" / "config.yaml"
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_yaml(path) if path.is_file() else {}
     name = (values.get("encoder") or {}).get("name") or "trained from nothing"
     return f"{Path(name).name} ({contract['hash'][:6]})"
 

@@ -23,6 +23,7 @@ from sd_mini.memory import check_room
 from sd_mini.remarks import remark
 
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
+HELD_OUT_MOST = 1_000  # rows of `valid` that a training scores when `count` is not given
 
 _Level = Annotated[int, Field(ge=0, le=255)]
 _KEY_SIDE = 8  # cells a side by which pictures are first compared
@@ -40,7 +41,8 @@ class DataConfig(Config):
     resolution: int = Field(default=64, ge=1)
     """Side of the square pictures, px: the short side is scaled to it and the centre kept."""
     count: int | None = Field(default=None, ge=1)
-    """Shapes: how many scenes to draw (20000 if not given). Other sources: only the first rows."""
+    """Shapes: how many scenes to draw (20000 if not given). Other sources: only the first rows; of `valid`, when not
+    given, at most 1000, evenly spread."""
     seed: int = Field(default=0, ge=0)
     """Shapes: which scenes are drawn. Other sources do not use it."""
     image_column: str = "image"
@@ -131,9 +133,13 @@ def _load_both(
     for part, config in (("data", train), ("valid", valid)):
         try:
             if config.source == "shapes":
-                loaded.append(load(config, part, pictures_only))
+                most = HELD_OUT_MOST if part == "valid" else SHAPES_COUNT
+                drawn = config if config.count is not None else config.model_copy(update={"count": most})
+                loaded.append(load(drawn, part, pictures_only))
                 continue
             table = _rows(config, part)
+            if part == "valid" and config.count is None:
+                table = _at_most(table, HELD_OUT_MOST, config)
             if pictures_only and (reason := why_no_captions(table, config, part)) is not None:
                 lacking.append(reason)
             loaded.append(_read(table, config, part, pictures_only))
@@ -208,7 +214,18 @@ def _rows(config: DataConfig, part: Part) -> Table:
             f"{part}.count: got {config.count}, but {config.source!r} split {config.split!r} has {len(table)} rows;"
             " ask for fewer, or leave it out to read them all"
         )
-    return table.first(config.count)
+    return table.select(range(config.count))
+
+
+def _at_most(table: Table, most: int, config: DataConfig) -> Table:
+    """`most` rows, evenly from the whole: what is scored again and again while a stage trains."""
+    if len(table) <= most:
+        return table
+    remark(
+        f"valid: {most:,} of the {len(table):,} rows of {source_name(config)}, evenly spread, are scored while "
+        "training; give valid.count for its first rows instead"
+    )
+    return table.select([i * len(table) // most for i in range(most)])
 
 
 def _read(table: Table, config: DataConfig, part: Part, pictures_only: bool) -> CaptionedPictures:

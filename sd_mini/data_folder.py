@@ -105,8 +105,8 @@ class FolderTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def first(self, count: int) -> FolderTable:
-        return replace(self, rows=self.rows[:count])
+    def select(self, rows: Sequence[int]) -> FolderTable:
+        return replace(self, rows=[self.rows[row] for row in rows])
 
     def file(self, row: int) -> str | None:
         return os.path.relpath(self.rows[row].path, self.folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,8 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
 
-    def first(self, count: int) -> Table:
-        """Its first rows alone."""
+    def select(self, rows: Sequence[int]) -> Table:
+        """These rows alone, in this order."""
         ...
 
     def file(self, row: int) -> str | None:
@@ -55,8 +55,8 @@ class DatasetTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def first(self, count: int) -> DatasetTable:
-        return DatasetTable(self.rows.select(range(count)), self.source)
+    def select(self, rows: Sequence[int]) -> DatasetTable:
+        return DatasetTable(self.rows.select(rows), self.source)
 
     def file(self, row: int) -> str | None:
         return None

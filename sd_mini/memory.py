@@ -1,7 +1,8 @@
-"""Memory: is there room for the pictures that are about to be read?"""
+"""Memory: is there room for the pictures that are about to be read, and is what was freed kept for the next batch?"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def check_room(what: str, count: int, side: int) -> None:
             f"{what}: {count:,} pictures of {side} px take {_gib(needed)} of memory{each}, and {_gib(free)} are "
             "available; ask for fewer by count, or for a smaller resolution"
         )
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks: given back after each batch, the kernel would have to clear them for the next
+    one. A third of the time of a network at 224 px went there."""
+    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def _gib(size: int) -> str:

@@ -85,7 +85,7 @@ def variant_of(folder: str | Path) -> str | None:
 
 
 def pipeline_variant(folder: str | Path) -> str | None:
-    """The variant that a diffusers pipeline's folder needs to be asked for: of a component that has no plain weights."""
+    """The variant that a diffusers pipeline's folder needs to be asked for: of one without plain weights."""
     found = {variant_of(part) for part in Path(folder).glob("*/")} - {None}
     return found.pop() if len(found) == 1 else None
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from sd_mini import images, memory, shapes
+from sd_mini import data, images, memory, shapes
 from sd_mini.data import CaptionedPictures, DataConfig, load, load_captioned, load_pictures, unique_captions
 from sd_mini.data_stored import READERS
 from sd_mini.memory import available
@@ -438,3 +438,19 @@ def test_a_container_s_limit_counts_as_the_machine_s_memory(tmp_path, monkeypatc
     assert available() == 650_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available() == pytest.approx(whole, rel=0.5)
+
+
+def test_a_large_held_out_part_is_scored_in_an_even_sample(tmp_path, monkeypatch, capsys):
+    """A cap of 10 of 25 rows, said, unless a count is given; `load` itself, as evaluations use it, reads all."""
+    monkeypatch.setattr(data, "HELD_OUT_MOST", 10)
+    for part, count in (("train", 4), ("test", 25)):
+        (tmp_path / part).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8), (number, 7, 200)).save(tmp_path / part / f"{number:02}.png")
+    train, valid = (DataConfig(source=str(tmp_path), split=part, resolution=8) for part in ("train", "test"))
+    _, held_out = load_pictures(train, valid)
+    assert held_out.pictures[:, 0, 0, 0].tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
+    assert "valid: 10 of the 25 rows" in capsys.readouterr().err
+    _, first = load_pictures(train, valid.model_copy(update={"count": 12}))
+    assert len(first) == 12 and "evenly" not in capsys.readouterr().err
+    assert len(load(valid)) == 25

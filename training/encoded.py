@@ -59,7 +59,7 @@ class Encoded:
 
         self.latents = cache.encode(
             folder / "latents",
-            {"stage": stages.encoder_of(vae.contract), "data": pictures.fingerprint},
+            {"stage": stages.encoder_of(vae.contract), "data": pictures.pictures_fingerprint},
             len(pictures),
             encode_pictures,
             f"latents of {pictures.name}",

@@ -25,6 +25,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sd_mini.errors import UserError
+from sd_mini.memory import keep_freed_memory
 
 
 def join_processes() -> PartialState:
@@ -166,9 +167,7 @@ def tune_cpu(processes: int) -> None:
     asked = _users_environment().get("OMP_NUM_THREADS", "")
     torch.set_num_threads(int(asked) if asked.isdecimal() and int(asked) else max(cores // processes, 1))
     torch.set_flush_denormal(True)
-    if os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    keep_freed_memory()
 
 
 def _users_environment() -> dict[str, str]:

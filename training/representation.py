@@ -63,7 +63,7 @@ def features(
         resized = adaptive_avg_pool2d(found, grid) if shrinks else interpolate(found, grid, mode="bilinear")
         return {"features": resized.float().contiguous().cpu().numpy()}
 
-    key = {"tower": model_hash(tower.module), "data": pictures.fingerprint, "grid": list(grid)}
+    key = {"tower": model_hash(tower.module), "data": pictures.pictures_fingerprint, "grid": list(grid)}
     what = f"teacher features of {pictures.name}"
     return cache.encode(folder / "features", key, len(pictures), encode, what, dtype)["features"]
 

@@ -143,7 +143,7 @@ def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, 
         with torch.no_grad():
             return {"features": model.encode_image(batch.to(device)).float().cpu().numpy()}
 
-    key = {"tower": model_hash(model), "transform": str(transform), "data": pictures.fingerprint}
+    key = {"tower": model_hash(model), "transform": str(transform), "data": pictures.pictures_fingerprint}
     title = f"features of {pictures.name}"
     stored = cache.encode(folder / "picture_features", key, len(pictures), encode_rows, title, "float32")["features"]
     return torch.from_numpy(stored[np.arange(len(pictures))])
