@@ -46,12 +46,22 @@ def test_a_name_is_drawn_once(second):
         getattr(batch, second)("timesteps")
 
 
-def test_stratified_draws_fill_every_part_and_any_two_names_are_uncorrelated():
+def test_stratified_draws_fill_every_part_of_a_batch_and_over_the_steps():
     batches = [Batch(2, step, np.arange(64), slice(0, 64)) for step in range(3000)]
     parts = (torch.stack([b.stratified("t") for b in batches]) * 64).long()
     assert torch.equal(parts.sort(1).values, torch.arange(64).expand(3000, -1))
     # a row's part says nothing of the row: each is in the lower half half of the time
     assert ((parts < 32).double().mean(0) - 0.5).abs().max() < 4 * 0.5 / 3000**0.5
+    # 50 steps of batches of 3: each of 10 parts has its 15 draws, give or take two at its ends
+    few = torch.cat([Batch(1, step, np.arange(3), slice(0, 3)).stratified("t") for step in range(50)])
+    assert (torch.histc(few, 10, 0, 1) - 15).abs().max() <= 2
+    starts = torch.stack([Batch(seed, 0, np.arange(1), slice(0, 1)).stratified("t")[0] for seed in range(2000)])
+    assert starts.mean().item() == pytest.approx(0.5, abs=0.03) and starts.std().item() == pytest.approx(
+        12**-0.5, abs=0.02
+    )
+
+
+def test_any_two_names_are_uncorrelated():
     batches = [Batch(2, step, np.arange(64), slice(0, 64)) for step in range(3000)]
     draws = {
         "t": torch.stack([b.stratified("t") for b in batches]).flatten(),

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are the most evenly spread (Weyl's sequence)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -50,8 +52,9 @@ class Batch:
         return torch.rand(len(self.ids), *shape, generator=self._draws(name))
 
     def stratified(self, name: str) -> Tensor:
-        """As `uniform`, (b,), but with one row of the global batch in each of B equal parts of [0, 1)."""
-        return stratified(len(self.ids), self._draws(name))[self.rows]
+        """As `uniform`, (b,), but as evenly spread as can be, over the global batch and over the steps."""
+        start = torch.rand((), generator=generator(self.seed, 0, f"{name}/start"), dtype=torch.float64)
+        return shifted_grid(len(self.ids), float(start) + self.step * _GOLDEN, self._draws(name))[self.rows]
 
     def _draws(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
         if name in self._drawn:
@@ -66,14 +69,15 @@ def generator(seed: int, step: int, name: str, device: torch.device | str = "cpu
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def stratified(count: int, draws: torch.Generator | None = None) -> Tensor:
-    """(count,) draws from U[0, 1), one in each of `count` equal parts, in random order.
+def shifted_grid(count: int, offset: float, draws: torch.Generator | None = None) -> Tensor:
+    """(i + offset) / count, i from 0 to count - 1, modulo 1 and in random order: (count,) in [0, 1).
 
-    Each value alone is uniform; together they leave no part out. Kingma et al. 2021 ("Variational Diffusion Models"),
-    app. I.1, who shift one grid where this draws within each part.
+    For a uniform `offset` each value alone is uniform: Kingma et al. 2021 ("Variational Diffusion Models"), app. I.1.
+    Offsets that grow by the golden ratio fill [0, 1) evenly, too, however many of them are taken.
     """
-    within = torch.rand(count, generator=draws, dtype=torch.float64)
-    return ((torch.randperm(count, generator=draws) + within) / count).float()
+    places = torch.randperm(count, generator=draws, dtype=torch.float64)
+    # float32 rounds what is close below 1 up to it
+    return ((places + offset % 1) / count).float().clamp(max=1 - 2**-24)
 
 
 def batch_ids(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from sd_mini.errors import UserError
 from sd_mini.fused import stock
 from sd_mini.threads import one_thread
 from training import launch, noise_predictor
-from training.batches import stratified
+from training.batches import shifted_grid
 from training.encoded import Encoded, text_stage
 from training.flops import count_flops, measured_peak
 from training.interleaved import Spread, measure, ratios
@@ -189,7 +190,7 @@ def _plain_loop(argv: Sequence[str], cached: bool) -> Iterator[float]:
             given = encode(batch)
             noise = torch.randn_like(given["latents"])
             count = len(noise)
-            timesteps = config.objective.draw(stratified(count)).to(noise.device)
+            timesteps = config.objective.draw(shifted_grid(count, random.random())).to(noise.device)
             with accelerator.autocast():
                 losses, _ = objective(**given, noise=noise, timesteps=timesteps)
             loss = losses.float().mean()
