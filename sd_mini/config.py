@@ -7,6 +7,7 @@ checks its type, so `1e-4`, which YAML calls a string, is still a float where a 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -124,15 +125,39 @@ def _fields_at(cls: Any, where: Sequence[str]) -> set[str]:
 def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` as a command line: a UserError is one line on stderr and exit code 2.
 
-    Any other exception is our fault and keeps its traceback. `SD_MINI_TRACEBACK=1` lets a UserError through, too.
+    So is a stdout that takes no more (`> /dev/full`). One that nobody reads any more (`| head`) ends it without a word,
+    with the 141 that the shell gives to SIGPIPE. Any other exception is our fault and keeps its traceback.
+    `SD_MINI_TRACEBACK=1` lets a UserError through, too.
     """
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        code = main(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        if not _is_stdouts(error):
+            raise
+        if error.errno == errno.EPIPE:
+            return 141
+        print(f"error: stdout: nothing more can be written there ({error.strerror}); make room", file=sys.stderr)
+        return 2
     except UserError as error:
         if os.environ.get("SD_MINI_TRACEBACK"):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+def _is_stdouts(error: OSError) -> bool:
+    """Whether it is stdout that takes no more: what could not be written is in its buffer, and fails again. Then that
+    goes nowhere, as Python would try, and complain, once more at its end."""
+    if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        return False
+    try:
+        sys.stdout.flush()
+        return False
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -104,8 +104,8 @@ def _check_fit(network: ModelMixin, folder: Path, config: dict[str, Any], weight
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != shape:
             raise UserError(
-                f"LoRA {folder}: {name} is {tuple(weights[name].shape)}, but this network's layer takes {shape}; it was "
-                "made for another network"
+                f"LoRA {folder}: {name} is {tuple(weights[name].shape)}, but this network's layer takes {shape}; it "
+                "was made for another network"
             )
 
 

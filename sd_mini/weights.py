@@ -105,7 +105,7 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         if cls is None:
             continue
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
-        variants = (variant_of(folder / name), options.get("variant"))
+        variants = (options.get("variant"), variant_of(folder / name))
         variant = next((variant for variant in variants if variant and _has(folder / name, variant)), None)
         given = {"variant": variant, "dtype": dtype or torch.float32}
         try:
