@@ -68,7 +68,7 @@ def check_process(name: str, process: Process) -> None:
         was = _of_scheduler(record) if path.name == _SCHEDULER else Process.of(record)
         if was is None:
             raise UserError(
-                f"{what}: {path} is of {record.get('_class_name')} with prediction_type {record.get('prediction_type')} "
+                f"{what}: {path} is of {record.get('_class_name')}, prediction_type {record.get('prediction_type')} "
                 f"and beta_schedule {record.get('beta_schedule')}, which no objective of ours is; give another network"
             )
         # a scheduler does not tell flow from flow_x, by which it steps alike

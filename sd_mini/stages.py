@@ -164,9 +164,9 @@ def check_writable(path: Path, option: str = "--out") -> None:
 
     A file is made and deleted again, as permissions alone do not tell (a read-only disk, a full one, root).
     """
-    path = Path(os.path.realpath(path))
-    nearest = next(folder for folder in path.parents if folder.exists())
-    for folder in (nearest, *([path] if path.is_dir() else [])):
+    place = Path(os.path.realpath(path))
+    nearest = next(folder for folder in place.parents if folder.exists())
+    for folder in (nearest, *([place] if place.is_dir() else [])):
         if not folder.is_dir():
             raise UserError(f"{option} {path}: {folder} is a file, expected a folder; give another name")
         try:

@@ -42,7 +42,7 @@ def load_complete(
     """
     folder = Path(name, kwargs.get("subfolder") or "")
     kwargs.setdefault("variant", variant_of(folder))
-    with _quiet():  # the libraries would print a table of what is missing
+    with quiet():
         loaded, report = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     check_found(what, [key for key in report["missing_keys"] if not may_lack(key)], complaint)
     if has_only and (extra := sorted(report["unexpected_keys"])):
@@ -53,9 +53,9 @@ def load_complete(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """In which diffusers and transformers log errors alone."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+def quiet() -> Iterator[None]:
+    """In which the libraries that load weights log errors alone: they would print a table of what is missing."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "timm")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -85,7 +85,7 @@ def variant_of(folder: str | Path) -> str | None:
 
 
 def pipeline_variant(folder: str | Path) -> str | None:
-    """The variant that a diffusers pipeline's folder needs to be asked for: of a component that has no plain weights."""
+    """The variant that a diffusers pipeline's folder needs to be asked for: that of a component without plain ones."""
     found = {variant_of(part) for part in Path(folder).glob("*/")} - {None}
     return found.pop() if len(found) == 1 else None
 
@@ -132,4 +132,4 @@ def _has(folder: Path, variant: str | None) -> bool:
 
 def reason(error: Exception) -> str:
     """A library's complaint on one line."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__
