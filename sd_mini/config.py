@@ -7,10 +7,10 @@ checks its type, so `1e-4`, which YAML calls a string, is still a float where a 
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -130,15 +130,14 @@ def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     `SD_MINI_TRACEBACK=1` lets a UserError through, too.
     """
     try:
-        code = main(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()
-        return code
-    except OSError as error:
-        if not _is_stdouts(error):
-            raise
-        if error.errno == errno.EPIPE:
+        with redirect_stdout(_Stdout(sys.stdout)):
+            code = main(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()
+            return code
+    except _StdoutRefusal as error:
+        if isinstance(error.__cause__, BrokenPipeError):
             return 141
-        print(f"error: stdout: nothing more can be written there ({error.strerror}); make room", file=sys.stderr)
+        print(f"error: stdout: nothing more can be written there ({error}); make room", file=sys.stderr)
         return 2
     except UserError as error:
         if os.environ.get("SD_MINI_TRACEBACK"):
@@ -147,17 +146,32 @@ def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         return 2
 
 
-def _is_stdouts(error: OSError) -> bool:
-    """Whether it is stdout that takes no more: what could not be written is in its buffer, and fails again. Then that
-    goes nowhere, as Python would try, and complain, once more at its end."""
-    if error.errno not in (errno.EPIPE, errno.ENOSPC):
-        return False
-    try:
-        sys.stdout.flush()
-        return False
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+class _StdoutRefusal(Exception):
+    """Stdout takes no more."""
+
+
+class _Stdout:
+    """A stdout whose refusals are told from those of files: both are an OSError that names none."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._tried(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, call: Callable[..., Any], *given: str) -> Any:
+        try:
+            return call(*given)
+        except OSError as error:
+            # what is left in the buffer goes nowhere: Python would try, and complain, once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise _StdoutRefusal(error.strerror) from error
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -213,9 +213,8 @@ class Pipeline(PromptedPipeline):
         if not (folder / PIPELINE_MARK).is_file():
             raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
         manifest = {name: digest for name, digest in written(folder).items() if digest}
-        check_files(
-            folder, manifest, f"join or save the pipeline again, or delete {MANIFEST} if you changed it yourself"
-        )
+        mend = f"the pipeline cannot be loaded: save it again, or delete {MANIFEST} if you changed it yourself"
+        check_files(folder, manifest, mend)
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("variant", pipeline_variant(folder))
         return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))

@@ -242,13 +242,16 @@ def test_a_negative_prompt_of_nothing_is_none(tiny_run, tmp_path, capsys, by_han
     assert np.array_equal(np.asarray(Image.open(out)), by_hand(0))
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(("target", "code", "said"), [("| true", 141, ""), ("> /dev/full", 2, "error: stdout: ")])
-def test_an_output_that_takes_no_more_is_no_fault_of_ours(tiny_run, target, code, said):
+def test_an_output_that_takes_no_more_is_no_fault_of_ours(tiny_run, target, code, said, unbuffered):
     if not os.path.exists("/dev/full"):
         pytest.skip("Linux alone has /dev/full")
-    script = f"import sys, time; from sd_mini import cli; time.sleep(0.3); sys.exit(cli.main(['inspect', {str(tiny_run)!r}]))"
+    command = f"sys.exit(cli.main(['inspect', {str(tiny_run)!r}]))"
+    script = f"import sys, time; from sd_mini import cli; time.sleep(0.3); {command}"
+    environment = {**os.environ, "CODE": script, "PYTHONUNBUFFERED": unbuffered}
     line = f'"{sys.executable}" -c "$CODE" {target}; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "CODE": script})
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
