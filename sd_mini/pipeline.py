@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -201,6 +201,13 @@ class Pipeline(PromptedPipeline):
     def from_run(cls, run: str | Path, **kwargs: Any) -> Pipeline:
         """Join the three exported stages of a run folder, `RUN/STAGE/final`."""
         return cls.from_stages(*(Path(run) / kind / "final" for kind in _STAGE_ORDER), **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Pipeline:
+        """diffusers': another pipeline of the same parts. By itself it would leave out a network whose class is not the
+        very one of the annotation."""
+        networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
+        return super().from_pipe(pipeline, **networks | kwargs)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Pipeline:

@@ -173,3 +173,14 @@ def test_the_text_half_and_the_rest_work_apart(pipeline):
     assert np.array_equal(make(rest, None, **embeds, **negative), make(pipeline, guidance_scale=2.0))
     with pytest.raises(ValueError, match="without text_adapter lacks; give negative_prompt_embeds"):
         make(rest, None, **embeds)
+
+
+def test_another_pipeline_of_the_same_parts(pipeline):
+    class Other(Pipeline):
+        pass
+
+    other = Other.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    assert np.array_equal(make(other), make(pipeline)) and other.noise_predictor is pipeline.noise_predictor
+    same = ("resolution", "default_steps", "default_guidance", "objective", "stages")
+    assert all(other.config[name] == pipeline.config[name] for name in same)
