@@ -11,10 +11,10 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from sd_mini import diffusion
 from sd_mini.config import check
 from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, PIPELINE_MARK
 from sd_mini.fused import speed_up
 from sd_mini.noise_predictor import check_call, class_of, condition_field
 from sd_mini.process import Process
-from sd_mini.stages import CONTRACT, PIPELINE_MARK
 from sd_mini.weights import load_complete, reason
 
 _SCHEDULER = "scheduler_config.json"

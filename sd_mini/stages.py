@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +21,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, GENERATED, MANIFEST, PIPELINE_MARK, usual_modes
 
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
-CONTRACT = "stage.json"
-PIPELINE_MARK = "model_index.json"  # by which diffusers knows a pipeline's folder
-MANIFEST = "manifest.json"  # of a pipeline's files
-GENERATED = "<!-- written by python -m eval -->"  # in a model card: nobody wrote it by hand
 
 
 @dataclass(frozen=True)
@@ -142,21 +138,6 @@ def _take_over(old: Path, new: Path) -> None:
                 os.link(source, target)
             except OSError:  # a file system without hard links
                 shutil.copy2(source, target)
-
-
-def usual_modes(path: Path) -> None:
-    """Give a file, or every file below a folder, the permissions that a new file has there: by the umask.
-
-    safetensors writes its files for their owner alone, whatever the umask.
-    """
-    folder = path if path.is_dir() else path.parent
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode-") as probes:
-        probe = Path(probes, "probe")
-        probe.touch()
-        mode = stat.S_IMODE(probe.stat().st_mode)
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
 
 
 def check_writable(path: Path, option: str = "--out") -> None:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
-from sd_mini.stages import PIPELINE_MARK
+from sd_mini.files import PIPELINE_MARK
 
 # model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors, or, as older
 # libraries have it, model-00001-of-00002.fp16.safetensors
