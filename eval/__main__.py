@@ -42,6 +42,7 @@ from sd_mini.config import command
 from sd_mini.data import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.memory import keep_freed_memory
+from sd_mini.stages import check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +58,7 @@ def _main(argv: Sequence[str]) -> None:
     recorded = recorded_data(report.run_of(options.pipeline) / "noise_predictor")
     data = asked_data(options, recorded, "valid", "test")
     options.data = data.source
+    check_writable(_cache(options) / "features", "--out" if options.cache is None else "--cache")
     check_data(options)
     # one process needs no group, and leaves the environment's rank alone
     has_gpu, many = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -117,6 +119,11 @@ def _question(options: argparse.Namespace, source: Maker | Lying, data: DataConf
     return ask_shapes(options.prompts, options.seed or 0, source.resolution, options.reference)
 
 
+def _cache(options: argparse.Namespace) -> Path:
+    """The folder for the features of reference pictures."""
+    return options.cache or options.out.parent / "cache" / "features"
+
+
 def _scene_seed(options: argparse.Namespace) -> int:
     return FIRST_SCENE_SEED + (options.seed or 0)
 
@@ -136,7 +143,7 @@ def _tools(
     run = report.run_of(options.pipeline)
     return Tools(
         networks=open_all(options.features, device),
-        cache=options.cache or options.out.parent / "cache" / "features",
+        cache=_cache(options),
         batch=options.batch or BATCH,
         clip=Clip(options.clip, device) if options.clip is not None else None,
         probe=TextProbe(stages["text_encoder"]) if "text_encoder" in stages else None,
@@ -153,13 +160,14 @@ def _write(
     source: Maker | Lying,
     stages: dict[str, Path],
 ) -> None:
+    for remark in measured.remarks:
+        tqdm.write(f"note: {remark}", file=sys.stderr)
+    # before anything is written, which may fail: what was measured is not lost with the disk
+    print(report.table(full), flush=True)
     curves = report.training_curves(report.run_of(options.pipeline), stages)
     report.write(options.out, full, measured.galleries, curves)
     if not isinstance(source, Lying):
         card.write(source, full, options.out)
-    for remark in measured.remarks:
-        tqdm.write(f"note: {remark}", file=sys.stderr)
-    print(report.table(full))
     print(options.out / report.PAGE)
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from eval.headline import headline
 from eval.sources import CARD, Maker, Ours
-from sd_mini.stages import atomic_text
-
-_MARK = "<!-- written by python -m eval -->"
+from sd_mini.stages import GENERATED, atomic_text, written_to
 
 
 def write(maker: Maker, report: Mapping[str, Any], out: Path) -> Path | None:
     """README.md beside the weights of a saved pipeline of ours. A card that someone else wrote is left alone, and so is
-    another's pipeline: the report's folder has it then."""
-    target = maker.folder / CARD if isinstance(maker, Ours) and maker.folder is not None else out / CARD
-    if target.is_file() and _MARK not in target.read_text(encoding="utf-8"):
-        target = out / CARD
-    atomic_text(target, text(report))
-    return target
+    another's pipeline, and one that cannot be written to: the report's folder has it then. None where that holds
+    someone's own, too."""
+    own = [maker.folder] if isinstance(maker, Ours) and maker.folder is not None else []
+    for folder in (*own, out):
+        target = folder / CARD
+        if target.is_file() and GENERATED not in target.read_text(encoding="utf-8", errors="replace"):
+            continue
+        with written_to(target) if folder == out else suppress(OSError):
+            atomic_text(target, text(report))
+            return target
+    return None
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -35,7 +39,7 @@ def text(report: Mapping[str, Any]) -> str:
         "pipeline_tag: text-to-image",
         "tags: [text-to-image, sd_mini]" if is_ours else "tags: [text-to-image]",
         "---",
-        _MARK,
+        GENERATED,
         "",
         f"# Text to image, measured on {protocol['data']}",
         "",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eval.sources import Maker, Sampling
 from sd_mini.errors import UserError
-from sd_mini.stages import combined_hash, sync
+from sd_mini.stages import combined_hash, sync, usual_modes, written_to
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ class Kept:
                 path = self._path(job, start)
                 partial = path.with_suffix(f".{os.getpid()}.partial")
                 made = _batch(self.maker, job.prompts, job.sampling, start, bar)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_file({"pictures": made}, partial)
-                sync(partial)
-                os.replace(partial, path)
+                with written_to(path):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    save_file({"pictures": made}, partial)
+                    usual_modes(partial)
+                    sync(partial)
+                    os.replace(partial, path)
 
     def _path(self, job: Job, start: int) -> Path:
         return self.folder / f"{job.name}-{start:06d}.safetensors"

@@ -30,7 +30,7 @@ from sd_mini.data import load
 from sd_mini.load_autoencoder import load_autoencoder
 from sd_mini.memory import keep_freed_memory
 from sd_mini.perceptual import load_lpips
-from sd_mini.stages import CONTRACT, atomic_folder
+from sd_mini.stages import CONTRACT, atomic_folder, written_to
 
 REPORT, WORST, FIRST, SPECTRA = "reconstruction.json", "worst.png", "first.png", "spectra.png"
 SHOWN = 20
@@ -186,8 +186,8 @@ def _main(argv: Sequence[str]) -> None:
         "parameters": sum(p.numel() for p in autoencoder.parameters()),
         "scene_seed": seed,
     }
+    print(table(scores), flush=True)  # first, as writing may fail
     write(options.out, scores, data.pictures, made)
-    print(table(scores))
     print(options.out / REPORT)
 
 
@@ -195,7 +195,7 @@ def write(folder: Path, scores: dict[str, Any], pictures: np.ndarray, made: np.n
     """reconstruction.json, the spectra, and each above its reconstruction: the first 20 pictures, and the 20 of the
     lowest PSNR."""
     own = images.psnr(pictures, made)
-    with atomic_folder(folder) as partial:
+    with written_to(folder), atomic_folder(folder, keep=True) as partial:
         (partial / REPORT).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         plot(scores, partial / SPECTRA)
         for name, chosen in ((FIRST, range(len(own))), (WORST, np.argsort(own, kind="stable"))):

@@ -15,7 +15,7 @@ from eval.features import Extractor
 from eval.fid import frechet_distance
 from eval.moments import statistics
 from sd_mini.errors import UserError
-from sd_mini.stages import combined_hash, sync
+from sd_mini.stages import combined_hash, sync, usual_modes, written_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,11 @@ def reference(extractor: Extractor, pictures: np.ndarray, cache: Path) -> Seen:
         except (SafetensorError, TypeError) as error:
             raise UserError(f"{path}: not readable ({error}); delete it, and it is made again") from None
     seen = Seen.of(extractor(pictures))
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"features": seen.features, "mean": seen.mean, "covariance": seen.covariance}, partial)
-    sync(partial)
-    os.replace(partial, path)
+    with written_to(path):
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"features": seen.features, "mean": seen.mean, "covariance": seen.covariance}, partial)
+        usual_modes(partial)
+        sync(partial)
+        os.replace(partial, path)
     return seen

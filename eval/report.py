@@ -17,7 +17,7 @@ from eval.gallery import Gallery
 from eval.page import render
 from sd_mini import images
 from sd_mini.errors import UserError
-from sd_mini.stages import CONTRACT, KINDS, atomic_folder, read_contract
+from sd_mini.stages import CONTRACT, KINDS, atomic_folder, read_contract, written_to
 
 REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
 _GRID_COLUMNS = 6
@@ -93,7 +93,7 @@ def write(folder: Path, report: dict[str, Any], galleries: Sequence[Gallery], cu
     Raises ValueError for NaN and infinity, which JSON does not have.
     """
     check_finite(report)
-    with atomic_folder(folder) as partial:
+    with written_to(folder), atomic_folder(folder, keep=True) as partial:
         (partial / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / PAGE).write_text(render(report, galleries, curves), encoding="utf-8")
         tiles = galleries[0].tiles

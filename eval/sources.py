@@ -27,8 +27,9 @@ from sd_mini.load_autoencoder import wrapped
 from sd_mini.memory import check_room
 from sd_mini.pipeline import Pipeline
 from sd_mini.stages import KINDS as STAGE_KINDS
-from sd_mini.stages import combined_hash, file_hashes
+from sd_mini.stages import combined_hash, file_hashes, written
 from sd_mini.texts import read_lines, shown
+from sd_mini.weights import load_components, pipeline_variant, reason
 
 CARD = "README.md"  # which an evaluation writes into a pipeline's folder, and which makes no picture
 
@@ -102,7 +103,8 @@ class Ours:
         """`hash` and `facts`, which the sampler is part of."""
         pipeline, folder, config = self.pipeline, self.folder, self.pipeline.config
         scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
-        named = file_hashes(folder, CARD) if folder is not None else dict(config.stages)
+        # of an older folder, which lists none, all files
+        named = (written(folder) or file_hashes(folder, CARD)) if folder is not None else dict(config.stages)
         self.hash = combined_hash({"parts": named, "scheduler": str(sorted(scheduler.items()))})
         self.facts = {
             "scheduler": type(pipeline.scheduler).__name__,
@@ -135,9 +137,13 @@ class Stock:
 
     def __init__(self, folder: Path, resolution: int | None, device: str):
         try:
-            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True).to(device)
+            options = {"use_safetensors": True, "variant": pipeline_variant(folder)}
+            networks = load_components(folder, options)
+            pipeline = DiffusionPipeline.from_pretrained(folder, **options, **networks).to(device)
+        except UserError:
+            raise
         except Exception as error:  # whatever the libraries' parsers raise
-            raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"{folder}: cannot be loaded: {reason(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.folder = pipeline, folder
         known = inspect.signature(type(pipeline).__call__).parameters

@@ -18,7 +18,7 @@ from typing import Any
 from sd_mini.cli import Parser, check_target
 from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
-from sd_mini.stages import atomic_folder, read_contract
+from sd_mini.stages import atomic_folder, read_contract, written_to
 
 SCORES, FIGURE = "study.json", "study.svg"
 # what has to be alike for two reports to be compared
@@ -35,7 +35,7 @@ def _main(argv: Sequence[str]) -> None:
     rows = [read_run(run) for run in options.runs]
     check_alike(rows)
     rows.sort(key=lambda row: (row["text_encoder"], row["parameters"]))
-    with atomic_folder(options.out) as partial:
+    with written_to(options.out), atomic_folder(options.out, keep=True) as partial:
         (partial / SCORES).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         draw(rows, partial / FIGURE)
     print(table(rows))

@@ -29,7 +29,7 @@ from sd_mini.cli import Parser, check_target, open_pipeline, whole
 from sd_mini.config import command
 from sd_mini.data import CaptionedPictures, load
 from sd_mini.errors import UserError
-from sd_mini.stages import atomic_folder
+from sd_mini.stages import atomic_folder, written_to
 
 SCORES = "words.json"
 
@@ -62,7 +62,7 @@ def _main(argv: Sequence[str]) -> None:
         ]
         report["runs"][str(folder)] = scores(prompts, right)
         rows += [made[i] for i in range(0, len(prompts), options.seeds)]
-    with atomic_folder(options.out) as partial:
+    with written_to(options.out), atomic_folder(options.out, keep=True) as partial:
         (partial / SCORES).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         images.grid(rows, len(pairs), list(pairs) * len(runs), 2).save(partial / "words.png")
     for name, found in report["runs"].items():

@@ -14,7 +14,7 @@ from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.inspection import PIPELINE_MARK, inspect, read_json
 from sd_mini.openmp import let_threads_sleep
-from sd_mini.stages import CONTRACT, KINDS, read_contract
+from sd_mini.stages import CONTRACT, KINDS, check_writable, read_contract, written_to
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,15 +163,18 @@ def _hide_loading_bars() -> None:
 def check_target(folder: Path, mark: str) -> Path:
     """The `--out` folder, checked before anything is computed.
 
-    A folder that stands there is replaced, so it has to be empty or to hold `mark`, the file by which ours are known.
+    What we wrote into a folder that stands there is replaced, so it has to be empty or to hold `mark`, the file by
+    which ours are known; a user's other files stay (`stages.atomic_folder`).
 
-    Raises ValueError for a file in its place or above it, and for a folder of anything else.
+    Raises ValueError for a file in its place or above it, for a folder of anything else, and where nothing can be
+    written.
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--out {folder}: {nearest} is a file, expected a folder; give another name")
     if nearest == folder and any(folder.iterdir()) and not (folder / mark).is_file():
         raise UserError(f"--out {folder}: holds other files (no {mark}) and would be replaced; give a new folder")
+    check_writable(folder)
     return folder
 
 
@@ -219,22 +222,24 @@ def _check_picture_file(path: Path) -> str:
         Image.new("RGB", (16, 16)).save(io.BytesIO(), picture_format)
     except (KeyError, OSError, ValueError):  # no such format; one that Pillow only reads; one without colours
         raise UserError(f"--out {path}: Pillow writes no {path.suffix or 'file without an ending'}; use .png") from None
+    check_writable(path)
     return picture_format
 
 
 def _save(picture: Image.Image, path: Path, picture_format: str) -> None:
     """Write beside `path`, then rename: whoever looks finds a whole picture or none."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        picture.save(partial, picture_format)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_to(path):
+        try:
+            picture.save(partial, picture_format)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _export(options: argparse.Namespace) -> None:
-    out = check_target(options.out or options.run / "pipeline", PIPELINE_MARK)
     _check_run(options.run)
+    out = check_target(options.out or options.run / "pipeline", PIPELINE_MARK)
     from sd_mini.pipeline import Pipeline
 
     _hide_loading_bars()

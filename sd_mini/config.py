@@ -10,6 +10,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -125,15 +126,53 @@ def _fields_at(cls: Any, where: Sequence[str]) -> set[str]:
 def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run `main(argv)` as a command line: a UserError is one line on stderr and exit code 2.
 
-    Any other exception is our fault and keeps its traceback. `SD_MINI_TRACEBACK=1` lets a UserError through, too.
+    So is a stdout that takes no more (`> /dev/full`). One that nobody reads any more (`| head`) ends it without a word,
+    with the 141 that the shell gives to SIGPIPE. Any other exception is our fault and keeps its traceback.
+    `SD_MINI_TRACEBACK=1` lets a UserError through, too.
     """
     try:
-        return main(sys.argv[1:] if argv is None else argv) or 0
+        with redirect_stdout(_Stdout(sys.stdout)):
+            code = main(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()
+            return code
+    except _StdoutRefusal as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return 141
+        print(f"error: stdout: nothing more can be written there ({error}); make room", file=sys.stderr)
+        return 2
     except UserError as error:
         if os.environ.get("SD_MINI_TRACEBACK"):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+class _StdoutRefusal(Exception):
+    """Stdout takes no more."""
+
+
+class _Stdout:
+    """A stdout whose refusals are told from those of files: both are an OSError that names none."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._tried(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, call: Callable[..., Any], *given: str) -> Any:
+        try:
+            return call(*given)
+        except OSError as error:
+            # what is left in the buffer goes nowhere: Python would try, and complain, once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise _StdoutRefusal(error.strerror) from error
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -248,10 +248,14 @@ def open_clip_training(architecture: str, pictures: bool = True) -> dict[str, An
 
 
 def _disagree(architecture: str, field: str, values: Iterable[Any]) -> UserError:
+    import open_clip
+
+    quick = f"{architecture}-quickgelu"
+    hint = f", or {quick} where it has that" if field == "quick_gelu" and quick in open_clip.list_models() else ""
     return UserError(
         f"open_clip {architecture!r}: a weights file does not say its {field}, and of the published weights of that "
         f"architecture some have {' and some '.join(sorted(map(str, values)))}; give local-dir:FOLDER, with its "
-        "open_clip_config.json"
+        "open_clip_config.json" + hint
     )
 
 

@@ -8,11 +8,16 @@ from typing import Any
 
 from diffusers import ModelMixin, UNet2DConditionModel
 
+from sd_mini import diffusion
+from sd_mini.config import check
 from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, PIPELINE_MARK
 from sd_mini.fused import speed_up
 from sd_mini.noise_predictor import check_call, class_of, condition_field
+from sd_mini.process import Process
 from sd_mini.weights import load_complete, reason
 
+_SCHEDULER = "scheduler_config.json"
 _SUBFOLDERS = ("unet", "transformer", "noise_predictor")  # where a diffusers pipeline keeps its denoiser
 
 
@@ -43,6 +48,80 @@ def load_network(name: str, latent_shape: tuple[int, int, int], dim: int) -> Mod
             f"embeddings of width {dim} alone ({reason(error)}); give a network without further conditions"
         ) from error
     return speed_up(network)
+
+
+def check_process(name: str, process: Process) -> None:
+    """Raises ValueError, both named, where what lies beside a network says that it predicts something else, or was
+    trained on another schedule, than `process`: the stage or pipeline of ours that it is part of, or the
+    scheduler_config.json of a stock pipeline. Nothing is known of a network that stands alone.
+
+    `name`: the network's folder, that of a pipeline or stage it is part of, or a hub name.
+    """
+    what = f"network.pretrained {name}"
+    for path in _records(name):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not readable as JSON ({error}); give a whole folder") from error
+        if path.name != _SCHEDULER and "objective" not in record:
+            continue
+        was = _of_scheduler(record) if path.name == _SCHEDULER else Process.of(record)
+        if was is None:
+            raise UserError(
+                f"{what}: {path} is of {record.get('_class_name')}, prediction_type {record.get('prediction_type')} "
+                f"and beta_schedule {record.get('beta_schedule')}, which no objective of ours is; give another network"
+            )
+        # a scheduler does not tell flow from flow_x, by which it steps alike
+        is_same = was == process or (path.name == _SCHEDULER and was.is_flow and process.is_flow)
+        if not is_same:
+            mend = [f"--objective.kind {was.kind}"]
+            mend += [] if was.schedule is None else [f"--objective.schedule {was.schedule}"]
+            mend += ["--objective.zero_snr true"] if was.zero_snr else []
+            raise UserError(
+                f"{what}: by {path} it was trained for {_said(was)}, but the objective is {_said(process)}; train with "
+                f"{' '.join(mend)}, or give another network"
+            )
+        return
+
+
+def _records(name: str) -> list[Path]:
+    """The files beside a network that say what it was trained for, the plainest first, of those that are there."""
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            cached = try_to_load_from_cache(name, f"scheduler/{_SCHEDULER}")
+        except ValueError:  # not a name that a hub could have
+            return []
+        return [Path(cached)] if isinstance(cached, str) else []
+    # the folder itself, and the one that it is a part of
+    wholes = [folder, folder.resolve().parent]
+    found = [whole / file for whole in wholes for file in (CONTRACT, PIPELINE_MARK) if (whole / file).is_file()]
+    return [*found, *(whole / "scheduler" / _SCHEDULER for whole in wholes if _is_pipeline_with_scheduler(whole))]
+
+
+def _is_pipeline_with_scheduler(folder: Path) -> bool:
+    return (folder / PIPELINE_MARK).is_file() and (folder / "scheduler" / _SCHEDULER).is_file()
+
+
+def _said(process: Process) -> str:
+    schedule = "" if process.schedule is None else f" on the {process.schedule} schedule"
+    return f"{process.kind}{schedule}{' with zero_snr' if process.zero_snr else ''}"
+
+
+def _of_scheduler(config: dict[str, Any]) -> Process | None:
+    """What a scheduler's config says that its network was trained for; none where that is none of ours."""
+    if str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        return Process(kind="flow")
+    usual = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # diffusers'
+    betas = usual | {field: config[field] for field in usual if field in config}
+    names = [name for name, own in diffusion.BETAS.items() if all(betas[field] == own[field] for field in own)]
+    prediction = config.get("prediction_type", "epsilon")
+    if not names or config.get("trained_betas") is not None or prediction not in ("epsilon", "v_prediction", "sample"):
+        return None
+    is_zero = bool(config.get("rescale_betas_zero_snr"))
+    return check(Process, {"kind": prediction, "schedule": names[0], "zero_snr": is_zero}, _SCHEDULER)
 
 
 def _config(name: str) -> dict[str, Any]:

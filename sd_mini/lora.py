@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sd_mini.config import Config
 from sd_mini.errors import UserError
-from sd_mini.stages import usual_modes
+from sd_mini.files import usual_modes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft puts before every name in its files

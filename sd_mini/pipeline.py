@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -203,6 +203,13 @@ class Pipeline(PromptedPipeline):
         return cls.from_stages(*(Path(run) / kind / "final" for kind in _STAGE_ORDER), **kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Pipeline:
+        """diffusers': another pipeline of the same parts. By itself it would leave out a network whose class is not the
+        very one of the annotation."""
+        networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
+        return super().from_pipe(pipeline, **networks | kwargs)
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Pipeline:
         """Load what `save_pretrained` wrote. Weights come from safetensors only.
 
@@ -214,9 +221,8 @@ class Pipeline(PromptedPipeline):
             raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
         # the index holds settings (steps, guidance, ...), which a user may edit
         manifest = {name: digest for name, digest in written(folder).items() if digest and name != PIPELINE_MARK}
-        check_files(
-            folder, manifest, f"join or save the pipeline again, or delete {MANIFEST} if you changed it yourself"
-        )
+        mend = f"the pipeline cannot be loaded: save it again, or delete {MANIFEST} if you changed it yourself"
+        check_files(folder, manifest, mend)
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("variant", pipeline_variant(folder))
         return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +21,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, GENERATED, MANIFEST, PIPELINE_MARK, usual_modes
 
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
-CONTRACT = "stage.json"
-PIPELINE_MARK = "model_index.json"  # by which diffusers knows a pipeline's folder
-MANIFEST = "manifest.json"  # of a pipeline's files
-GENERATED = "<!-- written by python -m eval -->"  # in a model card: nobody wrote it by hand
 
 
 @dataclass(frozen=True)
@@ -144,29 +140,14 @@ def _take_over(old: Path, new: Path) -> None:
                 shutil.copy2(source, target)
 
 
-def usual_modes(path: Path) -> None:
-    """Give a file, or every file below a folder, the permissions that a new file has there: by the umask.
-
-    safetensors writes its files for their owner alone, whatever the umask.
-    """
-    folder = path if path.is_dir() else path.parent
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".mode-") as probes:
-        probe = Path(probes, "probe")
-        probe.touch()
-        mode = stat.S_IMODE(probe.stat().st_mode)
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
-
-
 def check_writable(path: Path, option: str = "--out") -> None:
     """Raises UserError, one line, where neither `path` nor what is made beside it on the way could be written.
 
     A file is made and deleted again, as permissions alone do not tell (a read-only disk, a full one, root).
     """
-    path = Path(os.path.realpath(path))
-    nearest = next(folder for folder in path.parents if folder.exists())
-    for folder in (nearest, *([path] if path.is_dir() else [])):
+    place = Path(os.path.realpath(path))
+    nearest = next(folder for folder in place.parents if folder.exists())
+    for folder in (nearest, *([place] if place.is_dir() else [])):
         if not folder.is_dir():
             raise UserError(f"{option} {path}: {folder} is a file, expected a folder; give another name")
         try:

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from sd_mini.errors import UserError
 from sd_mini.load_encoder import load_open_clip
 from sd_mini.retrieval import Matcher
-from sd_mini.weights import check_found, load_complete, reason
+from sd_mini.weights import check_found, load_complete, quiet, reason
 
 _HALF = (0.5, 0.5, 0.5)
 
@@ -99,7 +99,8 @@ def _filled(model: str, tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str
     def filled(state: dict[str, Any]) -> nn.Module:
         # as a source of timm's own, whose converter is the model's
         source = {"state_dict": state, "source": "timm", "custom_load": False}
-        network = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
+        with quiet():
+            network = timm.create_model(model, pretrained=True, num_classes=0, pretrained_cfg_overlay=source)
         for name in ("pretrained_cfg", "default_cfg"):  # the whole file would stay in memory
             getattr(network, name).pop("state_dict", None)
         return network

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
-from sd_mini.stages import PIPELINE_MARK
+from sd_mini.files import PIPELINE_MARK
 
 # model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors, or, as older
 # libraries have it, model-00001-of-00002.fp16.safetensors
@@ -42,7 +42,7 @@ def load_complete(
     """
     folder = Path(name, kwargs.get("subfolder") or "")
     kwargs.setdefault("variant", variant_of(folder))
-    with _quiet():  # the libraries would print a table of what is missing
+    with quiet():
         loaded, report = cls.from_pretrained(name, use_safetensors=True, output_loading_info=True, **kwargs)
     check_found(what, [key for key in report["missing_keys"] if not may_lack(key)], complaint)
     if has_only and (extra := sorted(report["unexpected_keys"])):
@@ -53,9 +53,9 @@ def load_complete(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """In which diffusers and transformers log errors alone."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+def quiet() -> Iterator[None]:
+    """In which the libraries that load weights log errors alone: they would print a table of what is missing."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "timm")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -85,7 +85,7 @@ def variant_of(folder: str | Path) -> str | None:
 
 
 def pipeline_variant(folder: str | Path) -> str | None:
-    """The variant that a diffusers pipeline's folder needs to be asked for: of one without plain weights."""
+    """The variant that a diffusers pipeline's folder needs to be asked for: that of a component without plain ones."""
     found = {variant_of(part) for part in Path(folder).glob("*/")} - {None}
     return found.pop() if len(found) == 1 else None
 
@@ -105,7 +105,7 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         if cls is None:
             continue
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
-        variants = (variant_of(folder / name), options.get("variant"))
+        variants = (options.get("variant"), variant_of(folder / name))
         variant = next((variant for variant in variants if variant and _has(folder / name, variant)), None)
         given = {"variant": variant, "dtype": dtype or torch.float32}
         try:
@@ -132,4 +132,4 @@ def _has(folder: Path, variant: str | None) -> bool:
 
 def reason(error: Exception) -> str:
     """A library's complaint on one line."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__

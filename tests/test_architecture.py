@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"eval", "sd_mini"}}
 # inside sd_mini a module may import only modules of a lower layer, or of its own
 LAYERS = [
-    {"config", "images", "diffusion", "texts"}
+    {"config", "images", "diffusion", "texts", "files", "offload", "weights", "pipeline_inputs"}
     | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")}
     | {"guidance", "perceptual", "small_picture", "tiles", "network_presets", "threads"}
     | {"fused", "fused_native", "fused_prx", "fused_torch"},
@@ -22,7 +22,7 @@ LAYERS = [
     {"retrieval", "load_network", "lora"},
     {"stages", "vision", "inspection"},
     {"load_autoencoder"},
-    {"denoising", "pipeline", "pipeline_inputs", "prompted_pipeline"},
+    {"denoising", "pipeline", "prompted_pipeline"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,6 +1,7 @@
 """The command line: what it makes, what it prints, what it refuses, and that it stays light until it has to work."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -193,3 +194,75 @@ def test_inspect_names_what_is_missing_and_what_does_not_fit(tiny_run, tmp_path,
     (run / "report").mkdir()
     (run / "report" / "report.json").write_text("{")
     assert_refused(["inspect", run], capsys, "report.json", "not readable as JSON")
+
+
+NOWHERE = "/proc/self"  # where not even root can write
+
+
+@pytest.mark.skipif(not os.path.isdir(NOWHERE), reason="Linux alone has such a folder")
+@pytest.mark.parametrize("command", [["generate", "RUN", PROMPT, "--out", f"{NOWHERE}/a.png"],
+                                     ["export", "RUN", "--out", f"{NOWHERE}/pipeline"]])  # fmt: skip
+def test_a_place_that_takes_nothing_is_found_out_before_the_work(command, tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(Pipeline, "from_run", lambda *given, **more: pytest.fail("the stages were loaded"))
+    assert_refused([tiny_run if word == "RUN" else word for word in command], capsys, "nothing can be written", NOWHERE)
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    from sd_mini.errors import UserError
+
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+        cli._save(Image.new("RGB", (8, 8)), tmp_path / f"{'a' * 300}.png", "PNG")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_keeps_a_user_s_own_files(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "pipeline" / "README.md").write_text("mine")
+    (run / "pipeline" / "gallery").mkdir()
+    (run / "pipeline" / "gallery" / "a.png").write_bytes(b"a picture")
+    assert cli.main(["export", str(run)]) == 0
+    assert (run / "pipeline" / "README.md").read_text() == "mine"
+    assert (run / "pipeline" / "gallery" / "a.png").read_bytes() == b"a picture"
+    Pipeline.from_pretrained(run / "pipeline")
+
+
+def test_export_drops_the_card_of_the_pipeline_that_it_replaces(tiny_run, tmp_path, capsys):
+    from sd_mini.stages import GENERATED
+
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "pipeline" / "README.md").write_text(f"{GENERATED}\nmeasured")
+    assert cli.main(["export", str(run)]) == 0
+    assert not (run / "pipeline" / "README.md").exists()
+
+
+def test_a_negative_prompt_of_nothing_is_none(tiny_run, tmp_path, capsys, by_hand):
+    out = tmp_path / "a.png"
+    assert cli.main(["generate", str(tiny_run), PROMPT, "--negative", "", "--out", str(out)]) == 0
+    assert np.array_equal(np.asarray(Image.open(out)), by_hand(0))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("target", "code", "said"), [("| true", 141, ""), ("> /dev/full", 2, "error: stdout: ")])
+def test_an_output_that_takes_no_more_is_no_fault_of_ours(tiny_run, target, code, said, unbuffered):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("Linux alone has /dev/full")
+    command = f"sys.exit(cli.main(['inspect', {str(tiny_run)!r}]))"
+    script = f"import sys, time; from sd_mini import cli; time.sleep(0.3); {command}"
+    environment = {**os.environ, "CODE": script, "PYTHONUNBUFFERED": unbuffered}
+    line = f'"{sys.executable}" -c "$CODE" {target}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_a_full_disk_elsewhere_is_not_taken_for_stdout_s():
+    import errno
+
+    from sd_mini.config import command
+
+    def main(argv):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        command(main, [])

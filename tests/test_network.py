@@ -172,6 +172,53 @@ def test_lora_is_peft_s(tmp_path):
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_refused_lora_leaves_the_network_as_it_was(tmp_path):
+    """Whatever is wrong with it; and the right one is taken afterwards."""
+    from safetensors.torch import load_file, save_file
+
+    right, network = tiny(), tiny()
+    lora.add(right, LoraConfig(rank=2))
+    lora.save(right, tmp_path / "right", {})
+    wide = tiny(hidden_size=64, num_heads=2)
+    lora.add(wide, LoraConfig(rank=2))
+    lora.save(wide, tmp_path / "wide", {})
+    config, weights = (tmp_path / "right" / name for name in (lora.CONFIG, lora.WEIGHTS))
+    tensors, said = load_file(weights), json.loads(config.read_text())
+    first = sorted(tensors)[0]
+    broken = {
+        "rank": ({**said, "r": 3}, tensors),
+        "words": ({**said, "r": "2"}, tensors),
+        "alpha": ({**said, "lora_alpha": 0}, tensors),
+        "short": (said, {name: t for name, t in tensors.items() if name != first}),
+        "more": (said, {**tensors, "base_model.model.extra.lora_A.weight": tensors[first].clone()}),
+    }
+    for name, (fields, values) in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / lora.CONFIG).write_text(json.dumps(fields))
+        save_file(values, tmp_path / name / lora.WEIGHTS)
+    before, modules = copy.deepcopy(network.state_dict()), [type(module) for module in network.modules()]
+    for name in ("wide", *broken):
+        with pytest.raises(ValueError, match=r"^LoRA [^\n]*$"):
+            lora.load(network, tmp_path / name)
+        assert [type(module) for module in network.modules()] == modules
+        assert all(p.requires_grad for p in network.parameters())
+        assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+    lora.load(network, tmp_path / "right")
+    assert lora.is_adapted(network)
+
+
+def test_a_training_for_something_else_than_its_start_is_refused(smoke_run, tmp_path, capsys):
+    from sd_mini.stages import read_contract
+
+    start = smoke_run / "noise_predictor" / "final"
+    assert read_contract(start)["objective"]["kind"] == "flow"
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    more = ["--network", f"{{pretrained: {start}}}", "--objective.kind", "flow_x"]
+    assert launch("noise_predictor", run, *more) == 2
+    assert "it was trained for flow, but the objective is flow_x" in capsys.readouterr().err
+    assert not (run / "noise_predictor" / "final").exists()
+
+
 def test_a_lora_of_another_network_is_refused(tmp_path):
     network = tiny(hidden_size=64, num_heads=2)
     lora.add(network, LoraConfig(rank=2))

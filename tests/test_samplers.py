@@ -6,7 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LCMScheduler,
+    SASolverScheduler,
+    TCDScheduler,
+)
 from torch import nn
 
 from sd_mini import diffusion, noise_predictor, samplers
@@ -217,3 +232,105 @@ def test_a_recorded_objective_that_is_damaged_is_one_line():
     assert Process.of({"objective": {"kind": "flow", "caption_dropout": 0.1}}) == Process()
     with pytest.raises(ValueError, match=r"^recorded objective: [^\n]*$"):
         Process.of({"objective": {"kind": "flaw"}})
+
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+EPSILON = Process(kind="epsilon", schedule="scaled_linear")
+NOISY = [
+    (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), Process()),
+    (FlowMatchLCMScheduler(), Process()),
+    (FlowMatchHeunDiscreteScheduler(), Process()),
+    (
+        DPMSolverMultistepScheduler(
+            algorithm_type="sde-dpmsolver++", use_flow_sigmas=True, prediction_type="flow_prediction"
+        ),
+        Process(),
+    ),
+    (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **SD), EPSILON),
+    (
+        DPMSolverSinglestepScheduler(
+            algorithm_type="sde-dpmsolver++", lower_order_final=True, final_sigmas_type="zero", **SD
+        ),
+        EPSILON,
+    ),
+    (EulerAncestralDiscreteScheduler(**SD), EPSILON),
+    (KDPM2AncestralDiscreteScheduler(**SD), EPSILON),
+    (LCMScheduler(**SD), EPSILON),
+    (TCDScheduler(**SD), EPSILON),
+    (SASolverScheduler(**SD), EPSILON),
+    (DDPMScheduler(clip_sample=False, **SD), EPSILON),
+]
+
+
+def walked(process, scheduler, seeds, monkeypatch, shared=False):
+    """Latents of `seeds`, from noise that is each one's, and with one generator a picture, or one for all."""
+    monkeypatch.setattr(noise_predictor, "predict", lambda network, x, t, *text: network(x, t))
+    denoising = Denoising(Exact(process), scheduler, process, Guidance(1.0), 4)
+    noise = [torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(100 + seed)) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents = denoising.start(torch.stack(noise))
+    for number in range(len(denoising.timesteps)):
+        latents = denoising.step(number, latents, (), None, generators[0] if shared else generators)
+    return latents
+
+
+@pytest.mark.parametrize(("scheduler", "process"), NOISY, ids=lambda x: type(x).__name__)
+@pytest.mark.filterwarnings("ignore")
+def test_a_picture_s_own_generator_reaches_every_sampler(scheduler, process, monkeypatch):
+    together = walked(process, scheduler, (1, 2, 3), monkeypatch)
+    torch.manual_seed(3)  # which has no say
+    assert torch.equal(walked(process, scheduler, (1, 2, 3), monkeypatch), together)
+    torch.testing.assert_close(walked(process, scheduler, (2,), monkeypatch)[0], together[1], rtol=0, atol=1e-5)
+    assert torch.equal(*(walked(process, scheduler, (1, 2), monkeypatch, shared=True) for _ in range(2)))
+
+
+def test_the_noise_of_a_step_is_the_generators_as_diffusers_draws_it():
+    scheduler = EulerAncestralDiscreteScheduler(**SD)
+    latents, answer = torch.randn(2, 2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    latents, answer = latents[:, :, 0], answer[:, :, 0]
+    for generators in (
+        lambda: torch.Generator().manual_seed(1),
+        lambda: [torch.Generator().manual_seed(s) for s in (1, 2)],
+    ):
+        made = []
+        for stepped in (
+            lambda t, g: scheduler.step(answer, t, latents, generator=g, return_dict=False)[0],
+            lambda t, g: samplers.step(scheduler, answer, t, latents, g),
+        ):
+            scheduler.set_timesteps(4)
+            made.append(stepped(scheduler.timesteps[0], generators()))
+        assert torch.equal(*made)
+
+
+class OwnSeed(EulerDiscreteScheduler):
+    """As DPMSolverSDEScheduler, whose Brownian tree has a seed of its own."""
+
+    def __init__(self):
+        super().__init__(**SD)
+        self.register_to_config(noise_sampler_seed=None)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        (OwnSeed(), "scheduler OwnSeed: draws its noise from a seed of its own, not from a picture's generator"),
+        (EDMEulerScheduler(), "scheduler EDMEulerScheduler: has no discrete schedule"),
+    ],
+)
+def test_a_sampler_that_takes_no_generator_or_schedule_is_refused_by_name(scheduler, says):
+    with pytest.raises(ValueError, match=says):
+        samplers.check(scheduler, EPSILON)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20])
+@pytest.mark.parametrize("process", [Process(), Process(kind="v_prediction", schedule="scaled_linear")], ids=says)
+def test_every_tenth_is_an_end_of_a_guidance_interval(steps, process):
+    """A step that begins at an end of the interval is guided, whatever the sampler."""
+    names = samplers.FLOW if process.is_flow else [name for name in samplers.DISCRETE if name != "heun"]
+    for name, low, high in itertools.product(names, range(11), range(11)):
+        if low > high or name == "heun":  # whose second evaluations lie between
+            continue
+        guidance = Guidance(2.0, 0.0, low / 10, high / 10)
+        denoising = Denoising(nn.Identity(), samplers.build(name, process), process, guidance, steps)
+        expected = [low * steps <= 10 * (steps - i) <= high * steps for i in range(steps)]
+        assert denoising.is_guided == expected, (name, low, high)

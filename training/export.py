@@ -17,7 +17,7 @@ import torch
 
 from sd_mini.config import command, read
 from sd_mini.errors import UserError
-from sd_mini.stages import CONTRACT, KINDS, read_contract
+from sd_mini.stages import CONTRACT, KINDS, check_writable, read_contract
 from training import checkpoint, snapshots
 from training.ema import WIDTHS
 from training.launch import Launch
@@ -36,6 +36,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
         raise UserError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
     if out.exists() and not (out / CONTRACT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: holds something else than an exported stage; give a new folder")
+    check_writable(out)
     program = import_module(f"training.{folder.name}").main
     config = read(program.config, folder / "config.yaml")
     width = config.train.ema_width if ema_width is None else ema_width

@@ -14,9 +14,10 @@ from torch import nn
 from sd_mini import lora, noise_predictor
 from sd_mini.config import Config
 from sd_mini.errors import UserError
-from sd_mini.load_network import load_network
+from sd_mini.load_network import check_process, load_network
 from sd_mini.lora import LoraConfig
 from sd_mini.network_presets import preset
+from sd_mini.process import Process
 from training.flops import count_flops
 from training.optimizer import block_matrices
 from training.predictor_losses import Objective
@@ -58,9 +59,14 @@ def _default(field: str) -> Any:
     return NetworkConfig.model_fields[field].get_default(call_default_factory=True)
 
 
-def make_network(config: NetworkConfig, latent_shape: tuple[int, int, int], dim: int) -> ModelMixin:
-    """Raises ValueError, one line, for a network that cannot be had or does not fit the two other stages."""
+def make_network(
+    config: NetworkConfig, latent_shape: tuple[int, int, int], dim: int, process: Process | None = None
+) -> ModelMixin:
+    """Raises ValueError, one line, for a network that cannot be had, does not fit the two other stages, or was trained
+    for another `process`."""
     if config.pretrained is not None:
+        if process is not None:
+            check_process(config.pretrained, process)
         network = load_network(config.pretrained, latent_shape, dim)
         if config.lora.rank:
             lora.add(network, config.lora)

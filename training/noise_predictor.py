@@ -93,7 +93,7 @@ class PredictorTask:
         self.latent_shape = self.vae.parts["autoencoder"].latent_shape(resolution, resolution)
         torch.manual_seed(config.train.seed)
         length, dim = self.text.contract["conditioning"]
-        network = make_network(config.network, self.latent_shape, dim)
+        network = make_network(config.network, self.latent_shape, dim, config.objective.process)
         repa = config.objective.repa
         teacher = load_teacher(repa, self.text) if repa.weight else None
         pictures, valid = load_captioned(config.data, config.valid)
