@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd_mini import fused_prx
-from sd_mini.fused_native import NativeBetween, compiles, library
+from sd_mini.fused_native import NativeBetween, library
 from sd_mini.fused_torch import TorchBetween
-from sd_mini.threads import cores, shared, sharing
+from sd_mini.threads import cores, shared
 
 _ROWS = 8  # samples a thread takes at least: with fewer, Python is slower than the cores
-_sharing = threading.Lock()
 _STOCK = {
     PRXTransformer2DModel, prx.PRXBlock, prx.PRXAttention, prx.PRXEmbedND, prx.MLPEmbedder, prx.Modulation,
     prx.FinalLayer, RMSNorm, nn.LayerNorm, nn.Linear, nn.SiLU, nn.GELU, nn.Dropout, nn.ModuleList, nn.Sequential,
@@ -40,21 +38,6 @@ def speed_up(network: ModelMixin) -> ModelMixin:
         # a partial, as a bound function that is no method of its class cannot be pickled
         network.forward, network.read = partial(_forward, network), None
     return network
-
-
-@contextmanager
-def used_for(network: nn.Module, samples: int) -> Iterator[None]:
-    """In which the network is called again and again for so many samples: one that shares them out itself leaves torch
-    one thread meanwhile. Of several threads at a time the first alone, as torch's threads are the whole process's."""
-    many = samples >= _ROWS * cores() and is_written(network) and not _is_cast()
-    if not many or not _sharing.acquire(blocking=False):
-        yield
-        return
-    try:
-        with sharing():
-            yield
-    finally:
-        _sharing.release()
 
 
 @contextmanager
@@ -136,9 +119,8 @@ def _code(network: PRXTransformer2DModel, latents: Tensor, prompt: Tensor) -> ct
     return library(config.num_heads, config.hidden_size // config.num_heads, length, prompt.shape[1], _is_cast())
 
 
-def is_written(network: nn.Module, half: bool = False) -> bool:
-    """Whether the network runs written out, with its batch shared out over the cores, as long as its inputs allow.
-    `half`: under autocast to bfloat16."""
+def is_written(network: nn.Module) -> bool:
+    """Whether the network runs written out, with its batch shared out over the cores, as long as its inputs allow."""
     return (
         isinstance(network, PRXTransformer2DModel)
         and "forward" in vars(network)
@@ -147,7 +129,6 @@ def is_written(network: nn.Module, half: bool = False) -> bool:
         and all(_is_stock(module, module is network) for module in network.modules())
         and all(type(p) in (nn.Parameter, Tensor) for p in network.parameters())
         and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in network.parameters())
-        and (not half or compiles(network.config.hidden_size // network.config.num_heads))
     )
 
 

@@ -17,7 +17,7 @@ from sd_mini.autoencoder import Autoencoder
 from sd_mini.config import check_choice
 from sd_mini.denoising import Denoising
 from sd_mini.errors import UserError
-from sd_mini.fused import speed_up, used_for
+from sd_mini.fused import speed_up
 from sd_mini.guidance import Guidance, interval
 from sd_mini.noise_predictor import unwrapped
 from sd_mini.pipeline_inputs import Generators, as_generators, given_negative, number, tensor
@@ -354,9 +354,7 @@ class Pipeline(PromptedPipeline):
             null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict, *embeds)
         self._interrupt, self._guidance_scale = False, guidance.scale
         self._num_timesteps, latents = len(denoising.timesteps), denoising.start(noise)
-        # what a callback computes has all of torch's threads
-        shared_out = used_for(self.noise_predictor, batch if callback_on_step_end is None else 0)
-        with self.progress_bar(total=len(denoising.timesteps)) as progress, shared_out:
+        with self.progress_bar(total=len(denoising.timesteps)) as progress:
             for i, t in enumerate(denoising.timesteps):
                 if self._interrupt:
                     continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -14,50 +14,21 @@ import torch
 T = TypeVar("T")
 _TINY = 5e-324  # denormal
 
-_cores: int | None = None  # of this process, while `sharing` leaves torch one
-
 
 def cores() -> int:
     """How many calls side by side use the process's cores."""
-    return _cores or torch.get_num_threads()
+    return torch.get_num_threads()
 
 
 @contextmanager
-def sharing() -> Iterator[None]:
-    """Inside, only `shared` uses several cores. For work whose long parts all go through it.
-
-    Torch's own second thread goes on asking for work for milliseconds after each operation it had a part in, which on
-    two cores takes a quarter of what the calls side by side have.
-    """
-    with _torch_threads(1, cores()):
-        yield
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Inside, each operation of torch uses all cores again, within `sharing` too."""
-    with _torch_threads(cores(), None):
-        yield
-
-
-def one_thread() -> AbstractContextManager:
+def one_thread() -> Iterator[None]:
     """Inside, everything is computed in the calling thread."""
-    return _torch_threads(1, None)
-
-
-@contextmanager
-def _torch_threads(threads: int, beside: int | None) -> Iterator[None]:
-    global _cores
-    before = torch.get_num_threads(), _cores
-    if threads != before[0]:
-        torch.set_num_threads(threads)
-    _cores = beside
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if threads != before[0]:
-            torch.set_num_threads(before[0])
-        _cores = before[1]
+        torch.set_num_threads(before)
 
 
 def shared(calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -8,7 +8,6 @@ from diffusers import PRXTransformer2DModel
 from sd_mini import fused, noise_predictor
 from sd_mini.fused_native import library
 from tests.system import missing
-from training import players
 
 
 @pytest.fixture
@@ -230,40 +229,6 @@ def test_a_second_backward_pass_is_refused(pair):
     output.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         output.backward()
-
-
-def test_a_training_shares_its_cores_where_all_that_is_trained_is_written(pair, monkeypatch):
-    ours, stock = pair
-    assert players._is_written(torch.nn.Sequential(ours))
-    assert players._is_written(ours, half=True) == (library(2, 16, 16, 6, True) is not None)
-    assert not players._is_written(stock)
-    assert players._is_written(torch.nn.ModuleList([ours, torch.nn.Linear(2, 2)]))  # as a term's projection
-    assert not players._is_written(torch.nn.ModuleList([ours, torch.nn.Linear(200, 200)]))
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert players._is_written(ours) and not players._is_written(ours, half=True)
-    hooked(ours)
-    assert not players._is_written(ours)
-
-
-def test_a_network_that_is_called_again_and_again_leaves_torch_one_thread(pair):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with fused.used_for(pair[0], 16):
-            assert torch.get_num_threads() == 1 and fused.cores() == 2
-            with fused.used_for(pair[0], 16):  # as from another thread: whoever is first ends it
-                assert torch.get_num_threads() == 1
-            assert torch.get_num_threads() == 1
-        for network, samples in ((pair[0], 15), (pair[1], 16)):
-            with fused.used_for(network, samples):
-                assert torch.get_num_threads() == 2
-        with pytest.raises(KeyError), fused.used_for(pair[0], 16):
-            raise KeyError
-        assert torch.get_num_threads() == 2
-        with fused.used_for(pair[0], 16):  # it was given back
-            assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_copies_and_saved_folders_are_the_stock_ones(pair, written, tmp_path):

@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from sd_mini.threads import cores, shared, sharing, together
+from sd_mini.threads import shared
 from training import optimizer
 
 
@@ -43,21 +43,5 @@ def test_an_update_in_two_threads_is_the_update_in_one():
     before = torch.get_num_threads()
     try:
         torch.testing.assert_close(updated(2), updated(1), rtol=0, atol=1e-6)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_while_sharing_torch_has_one_thread_and_calls_have_all_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with sharing():
-            assert (torch.get_num_threads(), cores()) == (1, 2)
-            with together():
-                assert (torch.get_num_threads(), cores()) == (2, 2)
-            with sharing():
-                assert (torch.get_num_threads(), cores()) == (1, 2)
-            assert (torch.get_num_threads(), cores()) == (1, 2)
-        assert (torch.get_num_threads(), cores()) == (2, 2)
     finally:
         torch.set_num_threads(before)

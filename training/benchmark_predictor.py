@@ -83,7 +83,7 @@ def utilisation(argv: Sequence[str], rounds: int = 30) -> dict[str, Any]:
             if beyond:
                 peaks["_over_float32"] = measured_peak(loop.accelerator.device, torch.float32)
             start = _now(loop)
-            with loop.sharing_out(), loop.accelerator.autocast():
+            with loop.accelerator.autocast():
                 losses, _ = learner.objective(**tensors)
                 loop.accelerator.backward(losses.mean())
             middle = _now(loop)

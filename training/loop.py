@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from sd_mini.errors import UserError
-from sd_mini.threads import sharing, together
 from training import checkpoint, snapshots, trace
 from training.batches import generator, row_slices
 from training.ema import WIDTHS
@@ -99,7 +98,7 @@ class Loop:
             for learner in self.learners:
                 learner.settle_buckets(lambda learner=learner: self.accumulate(learner, self.steps[self.step]))
             self.means = means
-        with Stop(self.accelerator.num_processes) as stop, self.sharing_out():
+        with Stop(self.accelerator.num_processes) as stop:
             mark = time.perf_counter()
             for inputs in iterate(self.steps, self.step, config.steps, config.workers):
                 self.update(inputs)
@@ -118,12 +117,8 @@ class Loop:
     def update(self, inputs: StepInputs) -> None:
         """One optimizer update of each player from the global batch of this step."""
         half = self.accelerator.mixed_precision == "bf16"
-        with self.sharing_out(), rounded_products() if half else nullcontext():
+        with rounded_products() if half else nullcontext():
             self._update(inputs)
-
-    def sharing_out(self) -> AbstractContextManager:
-        """In which an update is made: by networks that share out their batches themselves, torch has one thread."""
-        return sharing() if all(learner.is_written for learner in self.learners) else nullcontext()
 
     def _update(self, inputs: StepInputs) -> None:
         self.finite.check()
@@ -225,7 +220,7 @@ class Loop:
         """
         self.finite.check()
         width = self.config.ema_width
-        with together(), self.learners[0].showing(width) as shown, torch.no_grad():
+        with self.learners[0].showing(width) as shown, torch.no_grad():
             if width is not None and width not in WIDTHS and self.step == self.config.steps:
                 snapshots.put(shown, snapshots.at_width(self.folder, self.step, width))
             yield shown

@@ -13,14 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sd_mini import fused
 from sd_mini.errors import UserError
 from training import checkpoint, optimizer
 from training.ema import PowerEMA, nearest_width
 from training.optimizer import OptimizerConfig
 from training.sharding import own_part, part_like, whole
-
-_MOSTLY = 0.9  # of the trained numbers; the rest may be a term's own projection, on one core
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,6 @@ class Learner:
         self.raw_optimizer = raw
         raw.create_state()
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self.is_written = _is_written(self.module, half)
         self.steps, self.ema_every, self.averaged_at = steps, ema_every, 0
         self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
@@ -217,16 +213,6 @@ class Learner:
         """The optimizer's state as one flat dict, "PARAMETER.NAME" => tensor."""
         states = ((name, self.raw_optimizer.state[p]) for name, p in self.trained.items())
         return {f"{name}.{key}": value for name, state in states for key, value in state.items()}
-
-
-def _is_written(module: nn.Module, half: bool = False) -> bool:
-    """Whether the passes share out their batches themselves: all of the objective's, which it does in float32, or those
-    of networks that hold nine tenths of what is trained. `half`: under autocast to bfloat16."""
-    if not half and getattr(module, "shares_out", False):
-        return True
-    trained = {id(p): p.numel() for p in module.parameters() if p.requires_grad}
-    written = {id(p) for part in module.modules() if fused.is_written(part, half) for p in part.parameters()}
-    return sum(n for p, n in trained.items() if p in written) >= _MOSTLY * sum(trained.values())
 
 
 def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:

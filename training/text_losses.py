@@ -119,11 +119,6 @@ class Objective(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([10.0, 10.0]).log())
         self.bias = nn.Parameter(torch.tensor([-10.0, -10.0]))
 
-    @property
-    def shares_out(self) -> bool:
-        """Whether a pass is made in a part for each core."""
-        return parts_of(self, 2) > 1
-
     def encoder(self, number: int) -> Encoder | None:
         """Encoder `number` as it is now in this module; none if it is not one of those that are trained."""
         if str(number) not in self.encoders:
