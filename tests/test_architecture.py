@@ -12,13 +12,16 @@ ROOT = Path(__file__).parent.parent
 ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"eval", "sd_mini"}}
 # inside sd_mini a module may import only modules of a lower layer, or of its own
 LAYERS = [
+    {"errors"},
+    {"remarks", "memory", "openmp"},
     {"config", "images", "diffusion", "texts", "files", "offload", "weights", "pipeline_inputs"}
     | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")}
     | {"guidance", "perceptual", "small_picture", "tiles", "network_presets", "threads"}
     | {"fused", "fused_native", "fused_prx", "fused_torch"},
     {"process"},
     {"samplers"},
-    {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor", "data"},
+    {"encoders", "load_encoder", "open_clip_text", "text_encoder", "autoencoder", "noise_predictor"}
+    | {p.stem for p in (ROOT / "sd_mini").glob("data*.py")},
     {"retrieval", "load_network", "lora"},
     {"stages", "vision", "inspection"},
     {"load_autoencoder"},
