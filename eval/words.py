@@ -62,14 +62,14 @@ def _main(argv: Sequence[str]) -> None:
         ]
         report["runs"][str(folder)] = scores(prompts, right)
         rows += [made[i] for i in range(0, len(prompts), options.seeds)]
-    with written_to(options.out), atomic_folder(options.out, keep=True) as partial:
-        (partial / SCORES).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        images.grid(rows, len(pairs), list(pairs) * len(runs), 2).save(partial / "words.png")
     for name, found in report["runs"].items():
         print(
             f"{name}: {100 * found['right']:.1f} % [{100 * found['low']:.1f}-{100 * found['high']:.1f}] of {found['n']}"
         )
     print(f"chance: {100 * np.mean(list(report['chance'].values())):.1f} %")
+    with written_to(options.out), atomic_folder(options.out, keep=True) as partial:
+        (partial / SCORES).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        images.grid(rows, len(pairs), list(pairs) * len(runs), 2).save(partial / "words.png")
 
 
 def _parser() -> Parser:

@@ -70,14 +70,18 @@ def save(network: ModelMixin, folder: Path, base: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load(network: ModelMixin, folder: str | Path) -> None:
-    """Add the adapters saved in `folder` to `network`, in place, ready to be trained on or merged.
+def load(network: ModelMixin, folder: str | Path, objective: dict[str, Any] | None = None) -> None:
+    """Add the adapters saved in `folder` to `network`, in place, ready to be trained on or merged. `objective`: what
+    the network predicts, as a stage's contract records it, where that is known.
 
-    Raises ValueError, one line, with the network as it was: files that are missing or cut short, layers that this
-    network does not have, or that have another shape in it.
+    Raises UserError, one line, with the network as it was: files that are missing or cut short, layers that this
+    network does not have, or that have another shape in it, and adapters that say they learned another objective.
     """
     folder = Path(folder)
     config, weights = _read(folder)
+    learned = (config.get("base_model") or {}).get("objective", objective)
+    if objective is not None and learned != objective:
+        raise UserError(f"LoRA {folder}: learned for {learned}, but this network predicts {objective}; give one for it")
     _check_fit(network, folder, config, weights)
     add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
     with torch.no_grad():

@@ -191,7 +191,7 @@ class Pipeline(PromptedPipeline):
     def load_lora(self, folder: str | Path) -> None:
         """Merge the LoRA saved in `folder` into the noise predictor. Raises ValueError if it is another network's."""
         network = unwrapped(self.noise_predictor)
-        lora.load(network, folder)
+        lora.load(network, folder, self.process.model_dump())
         lora.merge(network)
         stages = dict(self.config.stages)
         merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}

@@ -158,6 +158,15 @@ DAMAGE = {
 }
 
 
+def test_what_a_file_manager_leaves_in_a_shard_is_no_damage(tmp_path, encoder, capsys):
+    encode_rows, asked = encoder
+    cache.encode(tmp_path, {}, 13, encode_rows, "rows")
+    (home_of(tmp_path) / "00001" / ".DS_Store").write_bytes(b"1")
+    asked.clear()
+    cache.encode(tmp_path, {}, 13, encode_rows, "rows")
+    assert not asked
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_shard_is_named_and_encoded_again_the_others_stay(tmp_path, encoder, capsys, damage):
     encode_rows, asked = encoder

@@ -10,6 +10,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
 from sd_mini import lora, noise_predictor
+from sd_mini.errors import UserError
 from sd_mini.load_network import load_network
 from sd_mini.lora import LoraConfig
 from sd_mini.network_presets import SIZES, preset
@@ -217,6 +218,19 @@ def test_a_training_for_something_else_than_its_start_is_refused(smoke_run, tmp_
     assert launch("noise_predictor", run, *more) == 2
     assert "it was trained for flow, but the objective is flow_x" in capsys.readouterr().err
     assert not (run / "noise_predictor" / "final").exists()
+
+
+def test_a_lora_that_learned_another_objective_is_refused(tmp_path):
+    flow, cosine = {"kind": "flow"}, {"kind": "v_prediction", "schedule": "cosine"}
+    network = tiny()
+    lora.add(network, LoraConfig(rank=2))
+    lora.save(network, tmp_path, {"objective": flow})
+    other = tiny()
+    with pytest.raises(UserError, match=r"learned for \{'kind': 'flow'\}, but this network predicts"):
+        lora.load(other, tmp_path, cosine)
+    assert not lora.is_adapted(other)
+    lora.load(other, tmp_path, flow)
+    lora.load(tiny(), tmp_path)  # whoever does not say what the network predicts
 
 
 def test_a_lora_of_another_network_is_refused(tmp_path):

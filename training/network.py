@@ -75,19 +75,20 @@ def make_network(
     return noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
 
 
-def exported(network: ModelMixin, config: NetworkConfig) -> Any:
+def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> Any:
     """What a stage's folder keeps: the stock network, its adapters merged, and beside it the adapters alone."""
-    return _Adapted(network, config) if lora.is_adapted(network) else network
+    return _Adapted(network, config, process) if lora.is_adapted(network) else network
 
 
 class _Adapted:
-    def __init__(self, network: ModelMixin, config: NetworkConfig):
-        self.network, self.config = network, config
+    def __init__(self, network: ModelMixin, config: NetworkConfig, process: Process):
+        self.network, self.config, self.process = network, config, process
 
     def save_pretrained(self, folder: Path) -> None:
         merged = lora.merged(self.network)
         merged.save_pretrained(folder)
         base = {"class": type(merged).__name__, "pretrained": self.config.pretrained}
+        base["objective"] = self.process.model_dump()
         lora.save(self.network, folder / "lora", base)
 
 

@@ -203,7 +203,7 @@ class PredictorTask:
         contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
         # of what is exported, without a term's own projection
         contract["parameters"] = sum(p.numel() for p in lora.merged(objective.network).parameters())
-        network = exported(objective.network, self.config.network)
+        network = exported(objective.network, self.config.network, self.config.objective.process)
         stages.export(folder, "noise_predictor", {"noise_predictor": network}, contract)
 
 
