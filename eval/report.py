@@ -56,7 +56,9 @@ def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, lis
         if stage not in stages or not path.is_file():
             continue
         series: dict[str, list[tuple[int, float]]] = {}
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        # a kill leaves half a line at the end
+        whole = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        for line in map(json.loads, whole):
             held_out = next((name for name in line if name.startswith("valid/")), None)
             for name in ("loss", held_out):
                 if name in line:

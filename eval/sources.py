@@ -26,8 +26,9 @@ from sd_mini.guidance import Guidance
 from sd_mini.load_autoencoder import wrapped
 from sd_mini.memory import check_room
 from sd_mini.pipeline import Pipeline
+from sd_mini.samplers import OwnDraws
 from sd_mini.stages import KINDS as STAGE_KINDS
-from sd_mini.stages import combined_hash, file_hashes, written
+from sd_mini.stages import combined_hash, file_hash, file_hashes, written
 from sd_mini.texts import read_lines, shown
 from sd_mini.weights import load_components, pipeline_variant, reason
 
@@ -105,6 +106,8 @@ class Ours:
         scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
         # of an older folder, which lists none, all files
         named = (written(folder) or file_hashes(folder, CARD)) if folder is not None else dict(config.stages)
+        if folder is not None:  # the index may have been edited since
+            named = {**named, PIPELINE_MARK: file_hash(folder / PIPELINE_MARK)}
         self.hash = combined_hash({"parts": named, "scheduler": str(sorted(scheduler.items()))})
         self.facts = {
             "scheduler": type(pipeline.scheduler).__name__,
@@ -180,14 +183,16 @@ class Stock:
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
         asked = {"guidance_scale": sampling.guidance.scale, "guidance_rescale": sampling.guidance.rescale}
-        made = self.pipeline(
-            prompt=list(prompts),
-            num_inference_steps=sampling.steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-            **{name: value for name, value in asked.items() if name in self.takes},
-            **self._sides,
-        ).images
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with OwnDraws(generators):  # a scheduler that draws noise may be given none by its pipeline
+            made = self.pipeline(
+                prompt=list(prompts),
+                num_inference_steps=sampling.steps,
+                generator=generators,
+                output_type="pt",
+                **{name: value for name, value in asked.items() if name in self.takes},
+                **self._sides,
+            ).images
         return images.to_uint8(torch.as_tensor(made).float() * 2 - 1).cpu().numpy()  # in [0, 1]; refuses NaN
 
 

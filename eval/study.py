@@ -18,6 +18,7 @@ from typing import Any
 from sd_mini.cli import Parser, check_target
 from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
+from sd_mini.files import read_json
 from sd_mini.stages import atomic_folder, read_contract, written_to
 
 SCORES, FIGURE = "study.json", "study.svg"
@@ -49,9 +50,9 @@ def read_run(run: Path) -> dict[str, Any]:
     """
     contracts = {kind: read_contract(run / kind / "final", kind) for kind in ("text_encoder", "noise_predictor")}
     path = run / "report" / "report.json"
-    if not path.is_file():
+    report = read_json(path)
+    if report is None:
         raise UserError(f"{run}: no report yet; measure it: python -m eval {run} --data ... --out {path.parent}")
-    report = json.loads(path.read_text(encoding="utf-8"))
     measured = report["protocol"].get("stages", {})
     for kind, contract in contracts.items():
         if measured.get(kind) != contract["hash"]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sd_mini.config import command
 from sd_mini.errors import UserError
-from sd_mini.inspection import PIPELINE_MARK, inspect, read_json
+from sd_mini.files import PIPELINE_MARK, read_json
+from sd_mini.inspection import inspect
 from sd_mini.openmp import let_threads_sleep
 from sd_mini.stages import CONTRACT, KINDS, check_writable, read_contract, written_to
 
@@ -114,15 +115,18 @@ def open_pipeline(folder: Path) -> Pipeline:
     elif saved != folder:
         _check_current(folder, saved)
     import torch
-    from safetensors import SafetensorError
 
     from sd_mini.pipeline import Pipeline
+    from sd_mini.weights import reason
 
     _hide_loading_bars()
     try:
         pipeline = Pipeline.from_run(folder) if saved is None else Pipeline.from_pretrained(saved)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{saved or folder}: cannot be loaded: {error}; join it again: sd-mini export RUN") from error
+    except UserError:
+        raise
+    except Exception as error:  # of damaged files the libraries raise whatever their parsers do
+        what = saved or folder
+        raise UserError(f"{what}: cannot be loaded: {reason(error)}; join it again: sd-mini export RUN") from error
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

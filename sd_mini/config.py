@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}: no such file" + (f"; in that folder: {', '.join(near)}" if near else ""))
     try:
         values = yaml.safe_load(read_text(path)) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # of a date such as 2024-06-31 the latter
         raise UserError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config {path}: expected fields with values, got a {type(values).__name__}")
@@ -85,7 +85,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             text = rest.pop(0)
         try:
             pairs.append((name, yaml.safe_load(text)))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"--{name}: the value {text!r} is not readable as YAML") from None
     return pairs
 

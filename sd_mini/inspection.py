@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sd_mini.errors import UserError
+from sd_mini.files import read_json
 from sd_mini.stages import CONTRACT, KINDS, PIPELINE_MARK, check_belonging, read_contract
 
 
@@ -28,15 +28,6 @@ def inspect(run: Path) -> list[str]:
     rows["report"] = ["not there"] if report is None else _report_facts(report)
     lines = [f"  {'' if i else name:17}{fact}" for name, facts in rows.items() for i, fact in enumerate(facts)]
     return [str(run), *lines]
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); write it again") from error
 
 
 _EFFORT = {"steps": "{:,} steps", "seconds": "{:,.0f} s", "parameters": "{:,} parameters"}

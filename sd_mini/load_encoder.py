@@ -20,11 +20,10 @@ from transformers import (
 )
 
 from sd_mini.errors import UserError
-from sd_mini.weights import load_complete, reason, variant_of
+from sd_mini.weights import TOKENIZER_FILES, load_complete, reason, variant_of
 
 PACKAGE = "package:"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-_TOKENIZER = " or ".join(_TOKENIZER_FILES)
+_TOKENIZER = " or ".join(TOKENIZER_FILES)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -128,7 +127,7 @@ def _tokenizer_beside(folder: Path) -> Path:
     """Where the tokenizer of a text encoder's folder is: there, or as in a pipeline beside it (text_encoder_2/ and
     tokenizer_2/)."""
     beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    has_own = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    has_own = any((folder / file).is_file() for file in TOKENIZER_FILES)
     return folder if has_own or folder.name[:12] != "text_encoder" or not beside.is_dir() else beside
 
 
@@ -154,7 +153,7 @@ def _missing_files(name: str, tokenizer: str | None) -> list[str]:
             return False
 
     wanted = [(name, ("config.json",)), (name, _WEIGHTS)]
-    wanted += [(tokenizer, _TOKENIZER_FILES)] if tokenizer is not None else []
+    wanted += [(tokenizer, TOKENIZER_FILES)] if tokenizer is not None else []
     return [" or ".join(files) for place, files in wanted if not any(there(place, file) for file in files)]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
-from sd_mini.files import CONTRACT, GENERATED, MANIFEST, PIPELINE_MARK, usual_modes
+from sd_mini.files import CONTRACT, GENERATED, MANIFEST, PIPELINE_MARK, read_json, usual_modes
 
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
 
@@ -95,14 +95,15 @@ def foreign(folder: Path) -> list[Path]:
 def written(folder: Path) -> dict[str, str]:
     """SHA-256 by relative path of what a stage's contract or a pipeline's manifest lists; itself, with "", among it.
 
-    Empty where there is neither, or it cannot be read.
+    Empty where there is neither. Raises UserError for one that is damaged, as what is a user's could not be told.
     """
     for name in (CONTRACT, MANIFEST):
-        try:
-            files = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+        fields = read_json(folder / name)
+        if fields is not None:
+            files = fields.get("files")
+            if not isinstance(files, dict):
+                raise UserError(f"{folder / name}: lists no files; write the folder again elsewhere, or delete this")
             return {**files, name: ""}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
     return {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
-from sd_mini.files import PIPELINE_MARK
+from sd_mini.files import PIPELINE_MARK, read_json
 
 # model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors, or, as older
 # libraries have it, model-00001-of-00002.fp16.safetensors
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(\.(?P<first>\w+))?(-\d{5}-of-\d{5})?(\.(?P<last>\w+))?\.safetensors"
 )
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _NAMED = 3  # tensors that a message names
 
 
@@ -100,7 +100,9 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("device_map") is not None or options.get("quantization_config") is not None:
         return {}
     dtypes, loaded = options.get("torch_dtype", options.get("dtype")), {}
-    for name, entry in json.loads((folder / PIPELINE_MARK).read_text(encoding="utf-8")).items():
+    for name, entry in (read_json(folder / PIPELINE_MARK) or {}).items():
+        if name not in options:
+            _check_tokenizer(folder / name, entry)
         cls = _network_class(entry) if name not in options else None
         if cls is None:
             continue
@@ -113,6 +115,13 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{folder / name}: cannot be loaded ({reason(error)}); save the pipeline again") from error
     return loaded
+
+
+def _check_tokenizer(folder: Path, entry: Any) -> None:
+    """Raises UserError for a tokenizer's folder without its words: transformers would make one that knows none."""
+    cls = str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else ""
+    if "Tokenizer" in cls and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise UserError(f"{folder}: {cls} lacks {' or '.join(TOKENIZER_FILES)}; save the pipeline again")
 
 
 def _network_class(entry: Any) -> Any:

@@ -1,6 +1,7 @@
 import pytest
 
 from sd_mini.config import Config, command, read
+from sd_mini.errors import UserError
 
 
 class Inner(Config):
@@ -71,8 +72,23 @@ def test_frozen():
 
 def test_command_reports_one_line_and_exits_2(capsys):
     def main(argv):
-        raise ValueError("two\nlines")
+        raise UserError("two\nlines")
 
     assert command(main, []) == 2
     assert capsys.readouterr().err == "error: two lines\n"
     assert command(lambda argv: None, []) == 0
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    """A ValueError that is no UserError is numpy's, torch's or ours: not a user's mistake, so not one line."""
+    with pytest.raises(ValueError, match="could not convert"):
+        command(lambda argv: float("x"), [])
+
+
+@pytest.mark.parametrize("value", ["2024-06-31", "{a", "'"])
+def test_a_value_that_yaml_cannot_read_is_one_line(tmp_path, value):
+    with pytest.raises(UserError, match=r"^--name: the value"):
+        read(Config, None, ["--name", value])
+    (tmp_path / "a.yaml").write_text(f"name: {value}\n")
+    with pytest.raises(UserError, match="not readable as YAML"):
+        read(Config, tmp_path / "a.yaml")

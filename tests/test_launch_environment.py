@@ -41,6 +41,12 @@ def test_how_threads_wait_is_said_before_torch_is_there(program, user):
     assert run(sys.executable, "-c", code, **user) == f"False {spins}\n"
 
 
+def test_so_does_the_command_line():
+    code = "import os, sys\nfrom sd_mini.cli import main\nmain(['inspect', 'nowhere'])\n"
+    code += "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    assert run(sys.executable, "-c", code) == "False 1000\n"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [

@@ -106,3 +106,34 @@ def test_the_same_pictures_elsewhere_are_the_same_data(tmp_path, capsys):
     images.to_pil(shapes.draw_batch(scenes[1:2], 32))[0].save(other / "0.png")
     assert launch("autoencoder", run, *data(other), "--steps", "12") == 2
     assert "was trained on data" in error_line(capsys.readouterr().err)
+
+
+def test_stopped_at_its_last_step_a_training_is_done_and_what_follows_does_not_begin(tmp_path):
+    codes, said = launch_apart("autoencoder", tmp_path / "run", fault=StopAt(5))
+    assert codes == [143] and "6 steps in" in said, said
+    assert stages.read_contract(tmp_path / "run" / "autoencoder" / "final")["steps"] == 6
+
+
+def test_an_edited_caption_does_not_stop_the_autoencoder(tmp_path):
+    folder, scenes = tmp_path / "data", shapes.sample_scenes(8, "train", 0)
+    folder.mkdir()
+    for number, picture in enumerate(images.to_pil(shapes.draw_batch(scenes, 32))):
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    data = ["--data.source", str(folder), "--data.count", "8", "--valid.source", str(folder), "--valid.count", "4"]
+    data += ["--valid.split", "train"]
+    run = tmp_path / "run"
+    assert launch_apart("autoencoder", run, *data, fault=KillAt(4))[0] == [-9]
+    (folder / "3.txt").write_text("another caption")
+    codes, said = launch_apart("autoencoder", run, *data)
+    assert codes == [0] and "goes on from step 3" in said, said
+
+
+def test_a_training_that_ends_where_no_snapshot_was_planned_has_one(tmp_path):
+    """Of 12 steps 4 are kept; it is stopped at 5 and told to end there, at a width that is made of snapshots."""
+    options = ["--train.ema_width", "0.07", "--train.ema_snapshots", "4", "--train.checkpoint_every", "1"]
+    run = tmp_path / "run"
+    assert launch_apart("autoencoder", run, "--steps", "12", *options, fault=StopAt(4))[0] == [143]
+    codes, said = launch_apart("autoencoder", run, "--steps", "5", *options)
+    assert codes == [0], said
+    assert stages.read_contract(run / "autoencoder" / "final")["steps"] == 5

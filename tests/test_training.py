@@ -165,13 +165,22 @@ def test_help_lists_every_field(capsys):
 
 
 def test_a_run_remembers_its_data(tmp_path, capsys):
-    """What the first launch says of the data holds for the other stages, unless they say something themselves."""
+    """What the first stage's launch says of the data holds for the others, field by field, but for other sources."""
     run = tmp_path / "run"
     data = ["--data.count", "40", "--data.seed=3", "--valid.count", "12"]
     assert launch("autoencoder", run, *data) == 0
     assert launch("text_encoder", run) == 0
-    assert "--data.count=40 --data.seed=3 --valid.count=12, as the run's first launch" in capsys.readouterr().err
+    assert "--data.count=40 --data.seed=3 --valid.count=12, as the run's first stage" in capsys.readouterr().err
     recorded = read_yaml(run / "text_encoder" / "config.yaml")
     assert (recorded["data"]["count"], recorded["data"]["seed"], recorded["valid"]["count"]) == (40, 3, 12)
     assert launch("noise_predictor", run, "--data.count", "48") == 0
-    assert read_yaml(run / "noise_predictor" / "config.yaml")["data"]["seed"] == 0
+    recorded = read_yaml(run / "noise_predictor" / "config.yaml")
+    assert (recorded["data"]["count"], recorded["data"]["seed"], recorded["valid"]["count"]) == (48, 3, 12)
+    # what a stage was started with is not changed by what another was told: it is done, and not refused
+    assert launch("autoencoder", run, *data) == 0
+    assert "already trained" in capsys.readouterr().out
+    other = ["--data.source", "shapes", "--valid.source", "shapes"]
+    assert launch("autoencoder", tmp_path / "other", *other, "--data.seed", "5", "--steps", "1") == 0
+    shutil.copy(run / "data.yaml", tmp_path / "other" / "data.yaml")
+    assert launch("text_encoder", tmp_path / "other", *other, "--steps", "1") == 0
+    assert read_yaml(tmp_path / "other" / "text_encoder" / "config.yaml")["data"]["seed"] == 0

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from sd_mini.cli import Parser, whole
 from sd_mini.config import Config, check, command, read, read_yaml
 from sd_mini.errors import UserError
-from sd_mini.stages import atomic_text, read_contract
+from sd_mini.files import read_json
+from sd_mini.stages import atomic_text, check_writable, read_contract
 from training import judged
 from training.autoencoder import AutoencoderConfig
 from training.launch import parse
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     options, overrides = _parser().parse_known_args(argv)
     if options.steps is not None:
         overrides += ["--train.steps", str(options.steps)]
+    check_writable(options.out / RESULTS)
     arms = arms_of(options.arms)
     kept = _kept(arms)
     recipe = _recipe(options, overrides, arms)
@@ -155,7 +157,7 @@ def _found(results: Path, recipe: dict[str, Any], arms: dict[str, Arm]) -> dict[
     """What is measured already. Raises ValueError where that is of another recipe, or of another arm of that name."""
     if not results.is_file():
         return {"recipe": recipe, "rows": {}}
-    found = json.loads(results.read_text(encoding="utf-8"))
+    found = read_json(results)
     if found["recipe"] != recipe:
         raise UserError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
     for key, row in found["rows"].items():

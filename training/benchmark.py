@@ -33,7 +33,8 @@ from sd_mini import shapes
 from sd_mini.cli import Parser
 from sd_mini.config import command
 from sd_mini.errors import UserError
-from sd_mini.stages import atomic_text, load_stage, read_contract
+from sd_mini.files import read_json
+from sd_mini.stages import atomic_text, check_writable, load_stage, read_contract
 from sd_mini.text_encoder import TextStage
 from training import cache, checkpoint
 from training.benchmark_autoencoder import autoencoder_cost
@@ -209,9 +210,10 @@ def stage_3(argv: Sequence[str]) -> None:
     options, overrides = parser.parse_known_args(argv)
     given = ["--config", options.config, "--run", options.run, *overrides]
     launched = parsed(given)
+    check_writable(options.out)
     for kind in ("text_encoder", "autoencoder"):
         read_contract(launched.run / kind / "final", kind)
-    found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    found = read_json(options.out) or {}
     found["machine"] = {"cores": os.cpu_count(), "torch": torch.__version__, "device": _device()}
     for name in [options.only] if options.only else PARTS:
         print(f"# {name}")

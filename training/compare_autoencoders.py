@@ -33,6 +33,7 @@ def _main(argv: Sequence[str]) -> None:
     contracts = [read_contract(folder, "autoencoder") for folder in options.autoencoders]
     if len(contracts) < 2 or len({contract["hash"] for contract in contracts}) < len(contracts):
         raise UserError("expected at least two autoencoders to compare, each of them once")
+    check_writable(options.out)
     rows = []
     for folder, contract in zip(options.autoencoders, contracts, strict=True):
         name = f"{len(rows)}-{contract['hash'][:8]}"

@@ -17,7 +17,7 @@ import yaml
 
 from sd_mini.config import Config, read, read_yaml
 from sd_mini.errors import UserError
-from sd_mini.stages import CONTRACT, atomic_text, read_contract
+from sd_mini.stages import CONTRACT, KINDS, atomic_text, read_contract
 from training import checkpoint
 from training.evaluation import EvaluateConfig
 from training.loop import Loop
@@ -26,7 +26,7 @@ from training.task import Origin, Task
 from training.watch import check_trackers
 
 C = TypeVar("C", bound=Config)
-DATA = "data.yaml"  # of a run: the data options that its first launch was given
+DATA = "data.yaml"  # of a run: the data options that its first stage was launched with
 
 # What may change from one start to the next without making it another training: when it is looked at and saved; how
 # the same sums are computed; where the data and the other stages lie, whose hashes a checkpoint holds.
@@ -73,7 +73,8 @@ class Program(Generic[C]):
         if launched is None:
             return
         _check_folder(launched)
-        if _exported_steps(launched.folder) == launched.config.train.steps:
+        exported = _exported_steps(launched.folder)
+        if exported is not None and max(exported, _reached(launched.folder)) >= launched.config.train.steps:
             print(f"{launched.folder}: already trained and exported")
             return
         follow_launcher()
@@ -116,7 +117,8 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
     if steps is not None:
         argv += ["--train.steps", steps]
     data_options = _data_options(argv)
-    config = read(cls, config_file, [*(() if data_options else _remembered_data(Path(run))), *argv])
+    is_new = not (Path(run) / stage / "config.yaml").is_file()  # else it goes on with the data it has
+    config = read(cls, config_file, [*(_remembered_data(Path(run), data_options) if is_new else ()), *argv])
     nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
@@ -137,21 +139,26 @@ def _data_options(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def _remembered_data(run: Path) -> list[str]:
-    """The data options that the run's first launch was given, if any; said, as nobody gives them now."""
+def _remembered_data(run: Path, own: Sequence[str]) -> list[str]:
+    """The data options that the run's first stage was launched with, if any; said, as nobody gives them now.
+
+    Those of a part whose source is among `own` are left out: they are of other data.
+    """
     path = run / DATA
-    options = [f"--{name}={value}" for name, value in read_yaml(path).items()] if path.is_file() else []
+    others = {option.split(".")[0] for option in own if ".source=" in option}
+    remembered = [f"--{name}={value}" for name, value in read_yaml(path).items()] if path.is_file() else []
+    options = [option for option in remembered if option.split(".")[0] not in others]
     if options and os.environ.get("RANK", "0") == "0":
-        said = f"{path}: {' '.join(options)}, as the run's first launch was told; data options of your own replace them"
+        said = f"{path}: {' '.join(options)}, as the run's first stage was told; options of your own come after these"
         print(said, file=sys.stderr)
     return options
 
 
 def _remember_data(launched: Launch[C]) -> None:
-    path = launched.run / DATA
-    if launched.data_options and not path.exists():
+    is_first = not any((launched.run / kind / "config.yaml").is_file() for kind in KINDS)
+    if launched.data_options and is_first:
         pairs = (option.removeprefix("--").split("=", 1) for option in launched.data_options)
-        atomic_text(path, yaml.safe_dump(dict(pairs), sort_keys=False))
+        atomic_text(launched.run / DATA, yaml.safe_dump(dict(pairs), sort_keys=False))
 
 
 def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path | None:
@@ -182,10 +189,14 @@ def _check_folder(launched: Launch[C]) -> None:
     if not path.is_file():
         return
     before = flat(read(type(launched.config), path).model_dump(mode="json"))
-    newest = checkpoint.newest(launched.folder / "checkpoints")[0]
-    reached = checkpoint.load_state(newest)["step"] if newest is not None else 0
-    reached = max(reached, _exported_steps(launched.folder) or 0)
+    reached = max(_reached(launched.folder), _exported_steps(launched.folder) or 0)
     _refuse_change(launched.config, before, reached, str(launched.folder), "give another --run, or delete it")
+
+
+def _reached(folder: Path) -> int:
+    """The step of the newest checkpoint of the stage in `folder`; 0 where there is none."""
+    newest = checkpoint.newest(folder / "checkpoints")[0]
+    return checkpoint.load_state(newest)["step"] if newest is not None else 0
 
 
 def _exported_steps(folder: Path) -> int | None:

@@ -168,9 +168,10 @@ class Loop:
         if not stopping or self.step == self.config.steps:
             self.evaluate()
 
-    def snapshot(self) -> None:
+    def snapshot(self, due: bool = False) -> None:
         config = self.config
-        if config.ema_width is not None and snapshots.due(self.step, config.steps, config.ema_snapshots):
+        due = due or snapshots.due(self.step, config.steps, config.ema_snapshots)
+        if config.ema_width is not None and due:
             self.finite.check()
             self.learners[0].average(self.step)
             snapshots.take(self.folder, self.step, self.learners[0].averages(), self.accelerator)
@@ -299,6 +300,9 @@ class Loop:
 
     def finish(self) -> None:
         """Export the stage, with what it cost."""
+        missing = self.config.ema_snapshots and snapshots.of_step(self.folder, self.step) is None
+        if self.config.ema_width is not None and missing:  # it was to end later, or a kill came between
+            self.snapshot(due=True)
         with self.evaluated() as evaluated:
             self._tick()
             if self.accelerator.is_main_process:

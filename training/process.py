@@ -170,13 +170,17 @@ def tune_cpu(processes: int) -> None:
     keep_freed_memory()
 
 
+_LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli"}
+_LAUNCHERS |= {"launch.py", "accelerate_cli.py", "torchrun", "torch.distributed.run", "torch.distributed.launch"}
+
+
 def _users_environment() -> dict[str, str]:
     """The environment as the user has it: a launcher sets OMP_NUM_THREADS to 1 in ours where it is not told otherwise,
     which would leave all cores but one idle."""
     parent = Path(f"/proc/{os.getppid()}")
     try:
-        command = (parent / "cmdline").read_bytes()
-        if b"accelerate" in command or b"torchrun" in command or b"torch.distributed.run" in command:
+        words = [Path(word).name for word in (parent / "cmdline").read_bytes().decode(errors="replace").split("\0")]
+        if not _LAUNCHERS.isdisjoint(words[:3]):  # PYTHON [-m] LAUNCHER ...
             pairs = (parent / "environ").read_bytes().decode(errors="replace").split("\0")
             return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     except OSError:  # no /proc, or another user's process
