@@ -17,7 +17,7 @@ from typing import Any
 from sd_mini.cli import Parser, whole
 from sd_mini.config import command
 from sd_mini.errors import UserError
-from sd_mini.stages import atomic_text, read_contract
+from sd_mini.stages import atomic_text, check_writable, read_contract
 from training import judged, noise_predictor
 
 RESULTS = "compared.json"
