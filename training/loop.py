@@ -92,6 +92,8 @@ class Loop:
         """To the end, and export; or to where it was asked to stop, and the exit code that says so."""
         config = self.config
         if self.step:
+            if self.step == config.steps and config.ema_snapshots and snapshots.of_step(self.folder, self.step) is None:
+                self.snapshot(due=True)  # it was to end later, or a kill came between
             self._evaluate_what_was_lost()
         if self.step < config.steps:
             means, self.means = self.means, Means(self.accelerator)  # of passes that are thrown away
@@ -300,9 +302,6 @@ class Loop:
 
     def finish(self) -> None:
         """Export the stage, with what it cost."""
-        missing = self.config.ema_snapshots and snapshots.of_step(self.folder, self.step) is None
-        if self.config.ema_width is not None and missing:  # it was to end later, or a kill came between
-            self.snapshot(due=True)
         with self.evaluated() as evaluated:
             self._tick()
             if self.accelerator.is_main_process:
