@@ -23,6 +23,7 @@ _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(\.(?P<first>\w+))?(-\d{5}-of-\d{5})?(\.(?P<last>\w+))?\.safetensors"
 )
 _NAMED = 3  # tensors that a message names
+_diffusers_logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
 
 
 def load_complete(
@@ -112,6 +113,8 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
             loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(f"{folder / name}: cannot be loaded ({reason(error)}); save the pipeline again") from error
+        # as diffusers says it of the parts that it loads itself
+        _diffusers_logger.info(f"Loaded {name} as {cls.__name__} from `{name}` subfolder of {folder}.")
     return loaded
 
 
