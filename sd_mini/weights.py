@@ -112,7 +112,9 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         try:
             loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{folder / name}: cannot be loaded ({reason(error)}); save the pipeline again") from error
+            raise UserError(
+                f"{folder / name}: cannot be loaded ({reason(error)}); save it again, as safetensors"
+            ) from error
         # as diffusers says it of the parts that it loads itself
         _diffusers_logger.info(f"Loaded {name} as {cls.__name__} from `{name}` subfolder of {folder}.")
     return loaded
