@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from sd_mini.errors import UserError
+from sd_mini.offload import brings_in
 from sd_mini.small_picture import SmallPicture
 from sd_mini.tiles import in_tiles, reach_of
 
@@ -64,6 +64,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
         if kind == "small_picture" and patch_size > 1:
             raise UserError(f"autoencoder: patch_size {patch_size} folds pixels, and small_picture keeps a picture; 1")
         self.network = build(kind, network_config or {}, 3 * patch_size**2)
+        # VQModel reads its codebook outside any layer's call
+        self._supports_group_offloading = getattr(self.network, "_supports_group_offloading", True)
         channels = self.latent_channels
         self.register_buffer("mean", _per_channel(latents_mean, channels, 0.0), persistent=False)
         self.register_buffer("std", _per_channel(latents_std, channels, 1.0), persistent=False)
@@ -111,7 +113,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             return encoded.latent_dist.mean, encoded.latent_dist.logvar
         return encoded.latent if self.config.kind == "dc" else encoded.latents, None
 
-    @apply_forward_hook  # so that an offloaded one is brought in
+    @brings_in
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] => latents (B, C, h, w) of mean 0 and std 1 a channel."""
         return (self.raw_latents(pixels)[0] - self.mean) / self.std
@@ -120,7 +122,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """Latents before standardisation => pixels. For training only."""
         return nn.functional.pixel_shuffle(self.network.decode(raw).sample, self.config.patch_size)
 
-    @apply_forward_hook
+    @brings_in
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """latents (B, C, h, w), standardised => pixels (B, 3, H, W), about [-1, 1] (not clamped).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -41,8 +42,16 @@ class Denoising:
         self.network, self.scheduler, self.process = network, scheduler, process
         self.guidance, self.guide = guidance, guide
         self.timesteps = samplers.set_timesteps(scheduler, steps, device)
-        grain = samplers.level_grain(scheduler)
-        self.is_guided = [guidance.is_active(level, grain) for level in levels(self.timesteps).tolist()]
+        self._levels, self._grain = levels(self.timesteps).tolist(), samplers.level_grain(scheduler)
+
+    @property
+    def is_guided(self) -> list[bool]:
+        """Which steps are guided."""
+        return [self.guidance.is_active(level, self._grain) for level in self._levels]
+
+    def set_scale(self, scale: float) -> None:
+        """Guide by another scale from the next step on. Raises ValueError, one line, for one that is none."""
+        self.guidance = dataclasses.replace(self.guidance, scale=scale)
 
     @property
     def needs_null(self) -> bool:
@@ -65,7 +74,7 @@ class Denoising:
         return samplers.step(self.scheduler, answer, t, latents, generator)
 
     def _answer(self, number: int, latents: Tensor, prompt: Condition, null: Condition | None) -> Tensor:
-        if not self.is_guided[number]:
+        if not self.guidance.is_active(self._levels[number], self._grain):
             return self._predict(self.network, number, latents, prompt)
         if self.guide is not None:
             good, bad = (self._predict(one, number, latents, prompt) for one in (self.network, self.guide))

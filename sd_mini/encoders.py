@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini.errors import UserError
-from sd_mini.offload import device_of
+from sd_mini.offload import device_of, onloaded
 from sd_mini.texts import check_text, shown
 
 logger = logging.getLogger("sd_mini")
@@ -132,7 +132,8 @@ class Encoder:
         return kept, self.tokenizer.decode(row[same:], skip_special_tokens=True).strip()
 
     def words(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids)
+        with onloaded(self.model):  # at a call of one layer of it alone
+            return self.model.get_input_embeddings()(ids)
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Hidden:
         out = self.model(input_ids=ids, attention_mask=mask.long())

@@ -1,8 +1,14 @@
-"""Models that Accelerate keeps elsewhere (diffusers' CPU offloading) and brings in when they are called."""
+"""Models kept elsewhere by Accelerate or by diffusers' group offloading, and brought in when they are called."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
@@ -12,4 +18,38 @@ def device_of(model: nn.Module) -> torch.device:
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        group = _group_hook(module)
+        if group is not None:
+            return torch.device(group.config.onload_device)
     return next(model.parameters()).device
+
+
+@contextmanager
+def onloaded(model: nn.Module) -> Iterator[None]:
+    """In which the tensors that `model` has beside its offloaded blocks or layers are where it computes."""
+    hook = _group_hook(model)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(model)
+    try:
+        yield
+    finally:
+        hook.post_forward(model, None)
+
+
+def brings_in(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's method that works as its forward does while the module is offloaded: hooks see `forward` alone."""
+    accelerated = apply_forward_hook(method)
+
+    @functools.wraps(method)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with onloaded(self):
+            return accelerated(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _group_hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")

@@ -301,6 +301,9 @@ class Pipeline(PromptedPipeline):
             negative_prompt_embeds, negative_prompt_mask: the same, instead of a negative prompt.
             autoguidance: lead away from what `guide`, an earlier snapshot, makes of the same prompt.
             strict: refuse a prompt that is too long, instead of cutting it with a warning.
+            callback_on_step_end: called after each step with the pipeline, the step, its timestep and the tensors asked
+                for; what it returns replaces them, and a `_guidance_scale` or `_interrupt` that it sets on the pipeline
+                holds from the next step on.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
 
         Returns:
@@ -349,21 +352,26 @@ class Pipeline(PromptedPipeline):
         guide = self.guide if autoguidance else None
         parts = (self.noise_predictor, self.scheduler, self.process, guidance, steps, self._execution_device, guide)
         denoising, null = Denoising(*parts), None
-        if denoising.needs_null:
-            embeds = (negative_prompt_embeds, negative_prompt_mask)
-            null = self._encode_negative(negative_prompt, batch, num_images_per_prompt, strict, *embeds)
+        negative_embeds = (negative_prompt_embeds, negative_prompt_mask)
         self._interrupt, self._guidance_scale = False, guidance.scale
         self._num_timesteps, latents = len(denoising.timesteps), denoising.start(noise)
         with self.progress_bar(total=len(denoising.timesteps)) as progress:
             for i, t in enumerate(denoising.timesteps):
                 if self._interrupt:
                     continue
+                if null is None and denoising.needs_null:  # at the first step, or once a callback has set a scale
+                    null = self._encode_negative(
+                        negative_prompt, batch, num_images_per_prompt, strict, *negative_embeds
+                    )
                 latents = denoising.step(i, latents, condition, null, generator)
                 if callback_on_step_end is not None:
                     known = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
                     wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    scale = self._guidance_scale
                     latents, *changed = (known | (callback_on_step_end(self, i, t, wanted) or {})).values()
                     condition = tuple(changed)
+                    if self._guidance_scale != scale:
+                        denoising.set_scale(self._guidance_scale)
                 progress.update()
         pictures = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()

@@ -94,9 +94,10 @@ class PromptedPipeline(DiffusionPipeline):
             with torch.no_grad():
                 encoded = self.text_stage.encode(listed(prompt), strict)
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
-        prompt_embeds = prompt_embeds.to(self._execution_device, self._condition_dtype)
-        prompt_mask = prompt_mask.to(self._execution_device)
-        return prompt_embeds.repeat_interleave(repeat, 0), prompt_mask.repeat_interleave(repeat, 0)
+        prompt_embeds = prompt_embeds.to(self._execution_device, self._condition_dtype).repeat_interleave(repeat, 0)
+        prompt_mask = prompt_mask.to(self._execution_device).repeat_interleave(repeat, 0)
+        # plain names: diffusers' tools read off this line which arguments of a call the results are
+        return prompt_embeds, prompt_mask
 
     @property
     def _embeds_shape(self) -> tuple[int | None, int | None]:
@@ -113,7 +114,8 @@ class PromptedPipeline(DiffusionPipeline):
         if self.text_adapter is None:
             raise UserError(
                 "guidance leads away from the null condition, which a pipeline without text_adapter lacks; "
-                "give negative_prompt_embeds and negative_prompt_mask, or guidance_scale 1"
+                "give negative_prompt_embeds and negative_prompt_mask, as null_condition(B) of the pipeline with it "
+                "makes them, or guidance_scale 1"
             )
         null: PromptEmbeds = self.text_adapter.null(batch)
         device = self._execution_device

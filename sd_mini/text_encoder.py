@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from sd_mini.encoders import Encoder, Hidden, Tokens, buckets
 from sd_mini.errors import UserError
-from sd_mini.offload import device_of
+from sd_mini.offload import brings_in, device_of
 
 MAX_ENCODERS = 3
 _SUFFIXES = (
@@ -168,7 +167,7 @@ class TextAdapter(ModelMixin, ConfigMixin):
         """Tokens (B, L, dim) as they were before they were standardised."""
         return tokens * self.token_std + self.token_mean
 
-    @apply_forward_hook  # so that an offloaded one is brought in
+    @brings_in
     def null(self, batch: int) -> PromptEmbeds:
         """The null condition, `batch` times, at the whole length: one learned token, the rest padding."""
         mask = torch.zeros(batch, self.length, dtype=torch.bool, device=self.null_word.device)

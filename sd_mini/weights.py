@@ -23,6 +23,7 @@ _WEIGHTS = re.compile(
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _NAMED = 3  # tensors that a message names
+_diffusers_logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
 
 
 def load_complete(
@@ -113,7 +114,11 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         try:
             loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{folder / name}: cannot be loaded ({reason(error)}); save the pipeline again") from error
+            raise UserError(
+                f"{folder / name}: cannot be loaded ({reason(error)}); save it again, as safetensors"
+            ) from error
+        # as diffusers says it of the parts that it loads itself
+        _diffusers_logger.info(f"Loaded {name} as {cls.__name__} from `{name}` subfolder of {folder}.")
     return loaded
 
 

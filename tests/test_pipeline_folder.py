@@ -65,6 +65,14 @@ def test_loading_prints_nothing(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_each_part_that_is_loaded_is_logged_as_diffusers_does(folder, caplog):
+    with caplog.at_level("INFO", "diffusers.pipelines.pipeline_utils"):
+        pipeline = Pipeline.from_pretrained(folder)
+    parts = {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None}
+    expected = {f"Loaded {name} as {cls} from `{name}` subfolder of {folder}." for name, cls in parts.items()}
+    assert sorted(caplog.messages) == sorted(expected)
+
+
 def test_a_user_s_own_files_break_nothing_and_stay(folder):
     (folder / "README.md").write_text("my own")
     (folder / "noise_predictor" / "notes.txt").write_text("mine, too")

@@ -1,5 +1,6 @@
 """What diffusers' and Python's users do with any pipeline: offload it, compile it, pickle it, call it from threads."""
 
+import inspect
 import io
 import pickle
 import threading
@@ -8,7 +9,12 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
+from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
+from sd_mini.autoencoder import Autoencoder
+from sd_mini.noise_predictor import predict
+from sd_mini.offload import device_of
 from sd_mini.pipeline import Pipeline
 
 PROMPTS = ["a small red circle", "two large blue squares"]
@@ -109,6 +115,39 @@ def test_layers_are_offloaded_one_at_a_time(pipeline, saved):
     assert np.isfinite(make(offloaded, height=48, width=48)).all()
 
 
+@pytest.fixture
+def unset_is_nan():
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_groups_of_layers_are_offloaded(pipeline, saved, tmp_path, kind, unset_is_nan):
+    """To disk, as there is one device alone here: the weights in memory are unset meanwhile."""
+    offloaded, device = loaded(saved), torch.device("cpu", 0)
+    options = {"offload_type": kind, "num_blocks_per_group": 1}
+    for name, part in offloaded.components.items():
+        if isinstance(part, torch.nn.Module):
+            apply_group_offloading(part, device, offload_to_disk_path=str(tmp_path / name), **options)
+            assert device_of(part) == device  # and not where the weights lie
+    assert offloaded.autoencoder.std.isnan().all() and offloaded.text_adapter.null_word.isnan().all()
+    for _ in range(2):
+        np.testing.assert_allclose(make(offloaded), make(pipeline), atol=1e-5)
+    offloaded.enable_vae_tiling(8)
+    assert np.isfinite(make(offloaded, height=48, width=48)).all()
+    pixels = torch.zeros(1, 3, 32, 32)
+    assert torch.allclose(offloaded.autoencoder.encode(pixels), pipeline.autoencoder.encode(pixels), atol=1e-5)
+    assert offloaded.autoencoder.std.isnan().all()  # back again
+
+
+def test_a_codebook_is_not_offloaded_by_groups():
+    autoencoder = Autoencoder("vq", {"block_out_channels": (32,), "norm_num_groups": 8, "num_vq_embeddings": 8})
+    with pytest.raises(ValueError, match="group offloading"):
+        autoencoder.enable_group_offload(torch.device("cpu"))
+
+
 def test_numpys_numbers_and_arrays_are_taken(pipeline):
     latents = torch.randn(2, *pipeline.latent_shape(32, 32), generator=seeded(0)[0])
     tokens, mask = pipeline.encode_prompt(PROMPTS)
@@ -157,6 +196,45 @@ def test_a_callback_reads_the_call_and_may_change_its_condition(pipeline):
     assert seen == [(4, 2.0, True, False)] * 2 and pipeline.interrupt
     stop = make(pipeline, callback_on_step_end=lambda pipe, i, t, x: setattr(pipe, "_interrupt", i == 1), **more)
     assert np.abs(changed - stop).max() > 1e-4
+
+
+@pytest.mark.parametrize(("first", "then"), [(2.0, 1.0), (1.0, 4.0), (2.0, 4.0)])
+def test_a_callback_may_change_the_guidance_scale(pipeline, first, then):
+    def denoise(change=None):
+        def callback(pipe, step, timestep, tensors):
+            kept.append(tensors["latents"])
+            if step == 1 and change is not None:
+                pipe._guidance_scale = change
+
+        kept = []
+        more = {"num_inference_steps": 4, "guidance_scale": first, "output_type": "latent"}
+        return make(pipeline, callback_on_step_end=callback, **more), kept
+
+    changed, kept = denoise(then)
+    assert pipeline.guidance_scale == then
+    unchanged, same = denoise()
+    assert torch.equal(kept[1], same[1]) and (changed - unchanged).abs().max() > 1e-4
+    condition, null = pipeline.encode_prompt(PROMPTS), pipeline.null_condition(2)
+    x = kept[1]
+    with torch.no_grad():
+        for time in (0.5, 0.25):  # Euler's steps on the linear path, by hand
+            t = torch.full((2,), 1000 * time)
+            said, unsaid = (predict(pipeline.noise_predictor, x, t, *given) for given in (condition, null))
+            x = x - 0.25 * (unsaid + then * (said - unsaid))
+    assert torch.allclose(changed, x, atol=1e-4)
+
+
+def test_a_guidance_scale_that_is_none_is_refused_of_a_callback_too(pipeline):
+    with pytest.raises(ValueError, match="guidance_scale -1: expected"):
+        make(pipeline, callback_on_step_end=lambda pipe, i, t, x: setattr(pipe, "_guidance_scale", -1))
+
+
+def test_what_encode_prompt_returns_is_named_as_the_call_s_arguments(pipeline, monkeypatch):
+    monkeypatch.setattr("diffusers.pipelines.Pipeline", Pipeline, raising=False)  # where diffusers looks for its own
+    visitor = ReturnNameVisitor()
+    visitor.visit(visitor.get_ast_tree(Pipeline))
+    assert visitor.return_names == ["prompt_embeds", "prompt_mask"]
+    assert set(visitor.return_names) <= set(inspect.signature(Pipeline.__call__).parameters)
 
 
 def test_the_text_half_and_the_rest_work_apart(pipeline):
