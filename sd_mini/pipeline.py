@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini import images, lora, samplers
 from sd_mini.autoencoder import Autoencoder
+from sd_mini.call_state import OfTheCall, one_call
 from sd_mini.config import check_choice
 from sd_mini.denoising import Denoising
 from sd_mini.errors import UserError
@@ -54,6 +55,7 @@ class Pipeline(PromptedPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
+    _interrupt, _guidance_scale, _num_timesteps = OfTheCall(False), OfTheCall(None), OfTheCall(0)
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "prompt_mask"]
     _optional_components: ClassVar[list[str]] = [
         "tokenizer_2",
@@ -109,8 +111,6 @@ class Pipeline(PromptedPipeline):
             stages=dict(stages or {}),
         )
         self.tile: int | None = None
-        # of the call that began last, as diffusers' callbacks and pages read them
-        self._interrupt, self._guidance_scale, self._num_timesteps = False, float(default_guidance), 0
 
     @property
     def interrupt(self) -> bool:
@@ -119,11 +119,11 @@ class Pipeline(PromptedPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        return self._guidance_scale
+        return float(self.config.default_guidance) if self._guidance_scale is None else self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1
+        return self.guidance_scale != 1
 
     @property
     def num_timesteps(self) -> int:
@@ -262,6 +262,7 @@ class Pipeline(PromptedPipeline):
     def disable_vae_tiling(self) -> None:
         self.tile = None
 
+    @one_call
     @torch.no_grad()
     def __call__(
         self,

@@ -13,7 +13,7 @@ ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"
 # inside sd_mini a module may import only modules of a lower layer, or of its own
 LAYERS = [
     {"errors"},
-    {"remarks", "memory", "openmp"},
+    {"remarks", "memory", "openmp", "call_state"},
     {"config", "images", "diffusion", "texts", "files", "offload", "weights", "pipeline_inputs"}
     | {p.stem for p in (ROOT / "sd_mini").glob("shapes*.py")}
     | {"guidance", "perceptual", "small_picture", "tiles", "network_presets", "threads"}

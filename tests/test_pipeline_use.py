@@ -262,3 +262,53 @@ def test_another_pipeline_of_the_same_parts(pipeline):
     assert np.array_equal(make(other), make(pipeline)) and other.noise_predictor is pipeline.noise_predictor
     same = ("resolution", "default_steps", "default_guidance", "objective", "stages")
     assert all(other.config[name] == pipeline.config[name] for name in same)
+
+
+def test_an_interrupt_and_a_scale_are_the_call_s_own(pipeline):
+    """Two calls step in turn; one is stopped and changes its scale, the other is not and keeps its own."""
+    alone = make(pipeline, num_inference_steps=4, guidance_scale=2.0)
+    turn, seen, made = threading.Barrier(2, timeout=60), {}, {}
+
+    def stop(pipe, i, t, tensors):
+        turn.wait()
+        pipe._guidance_scale, pipe._interrupt = 5.0, True
+        turn.wait()
+        return {}
+
+    def watch(pipe, i, t, tensors):
+        if i == 0:
+            turn.wait()
+            turn.wait()
+        seen[i] = (pipe.interrupt, pipe.guidance_scale, pipe.num_timesteps)
+        return {}
+
+    def call(name, steps, callback):
+        more = {"num_inference_steps": steps, "guidance_scale": 2.0, "callback_on_step_end": callback}
+        made[name] = make(pipeline, **more)
+
+    calls = [threading.Thread(target=call, args=a) for a in (("stopped", 7, stop), ("watched", 4, watch))]
+    for thread in calls:
+        thread.start()
+    for thread in calls:
+        thread.join()
+    assert seen == dict.fromkeys(range(4), (False, 2.0, 4))
+    np.testing.assert_array_equal(made["watched"], alone)
+
+
+def test_a_call_can_be_stopped_from_another_thread(pipeline):
+    steps, begun, told = [], threading.Event(), threading.Event()
+
+    def count(pipe, i, t, tensors):
+        steps.append(i)
+        begun.set()
+        assert told.wait(60)
+        return {}
+
+    more = {"num_inference_steps": 5, "callback_on_step_end": count}
+    thread = threading.Thread(target=make, args=(pipeline,), kwargs=more)
+    thread.start()
+    assert begun.wait(60)
+    pipeline._interrupt = True
+    told.set()
+    thread.join()
+    assert steps == [0]
