@@ -55,7 +55,8 @@ def check_room(what: str, count: int, side: int) -> None:
     if processes * needed > whole:
         raise UserError(
             f"{what}: {count:,} pictures of {side} px in each of {processes} processes take "
-            f"{_gib(processes * needed)} of memory, and there are {_gib(whole)} in all; {mend}, or start fewer processes"
+            f"{_gib(processes * needed)} of memory, and there are {_gib(whole)} in all; {mend}, or start fewer "
+            "processes"
         )
 
 
