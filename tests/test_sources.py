@@ -314,7 +314,7 @@ def test_metadata_may_name_pictures_of_sub_folders(lying, capsys):
     assert first.prompts == second.prompts and np.array_equal(first.pictures, second.pictures)
     assert "left out 1 file (not in the metadata): other/1.png" in capsys.readouterr().err
     Image.new("RGB", (9, 9)).save(lying / "some" / "more.png")
-    with pytest.raises(UserError, match="not listed: some/more.png$"):
+    with pytest.raises(UserError, match=r"not listed: some/more\.png$"):
         open_source(lying, None, "cpu")
 
 
