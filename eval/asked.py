@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from sd_mini.stages import CONTRACT, read_contract
 
 REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
 _FURTHER_SCENES = 500_000_000  # added to the scenes' seed, for those of the reference
+_GOLDEN = (5**0.5 - 1) / 2
 MOST = 500  # captions of other data that are asked for when nothing else is said
 
 
@@ -63,9 +66,13 @@ def ask_shapes(prompts: int | None, seed: int, resolution: int, most: int | None
 
 
 def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None) -> Question:
-    """The first captions of other data: half of its rows or `prompts`; the rest, or its first `most`, is the reference.
+    """Captions of other data, and true pictures to compare with, both from all of its rows, however those are sorted.
 
-    Where fewer than two rows are left, all rows are. Raises ValueError for what `data` cannot be read as, pictures
+    Asked are the captions of half of the rows, MOST at most, or of `prompts`: one row of each of so many equal
+    stretches, always the same. The reference is the other rows, or `most` of them, chosen alike; where fewer than two
+    are left, it is chosen from all rows.
+
+    Raises ValueError for what `data` cannot be read as, pictures
     without captions, and fewer rows than `prompts`.
     """
     rows = load(data)
@@ -75,22 +82,40 @@ def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None)
     if prompts is not None and prompts > len(captions):
         raise UserError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
     count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
+    chosen = _spread(len(captions), count)
+    asked = Asked(data.split, [captions[row] for row in chosen], rows.pictures[chosen])
     is_apart = len(captions) - count >= 2
-    reference = (rows.pictures[count:] if is_apart else rows.pictures)[:most]
-    asked = Asked(data.split, captions[:count], rows.pictures[:count])
-    return Question([asked], reference, is_apart, rows.name, rows.fingerprint)
+    others = sorted(set(range(len(captions))) - set(chosen)) if is_apart else range(len(captions))
+    return Question([asked], _reference(rows, others, most), is_apart, rows.name, rows.fingerprint)
 
 
 def ask_lying(data: DataConfig, prompts: list[str], seed: int, most: int | None = None) -> Question:
-    """Pictures that lie there, compared with all of `data`, or its first `most`. Where they are asked what the shapes'
-    test split asks, the judge knows their scenes."""
+    """Pictures that lie there, compared with all of `data`, or `most` of it, evenly spread. Where they are asked what
+    the shapes' test split asks, the judge knows their scenes."""
     if data.source == SHAPES:
         whole = ask_shapes(len(prompts), seed, data.resolution, most)
         test = whole.splits[0]
         asked = test if test.captions == prompts else Asked(test.split, prompts)
         return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
     rows = load(data, pictures_only=True)
-    return Question([Asked(data.split, prompts)], rows.pictures[:most], True, rows.name, rows.fingerprint)
+    reference = _reference(rows, range(len(rows)), most)
+    return Question([Asked(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """`most` of `count` rows, in order: one of each of `most` equal stretches.
+
+    Where in its stretch a row is taken from follows the multiples of the golden ratio, which are spread evenly, too:
+    every second row might all be of one kind, in data whose rows take turns.
+    """
+    edges = [i * count // most for i in range(most + 1)]
+    return [low + int((i * _GOLDEN) % 1 * (high - low)) for i, (low, high) in enumerate(pairwise(edges))]
+
+
+def _reference(data: CaptionedPictures, rows: Sequence[int], most: int | None) -> np.ndarray:
+    """The pictures of these rows, or of `most` of them, evenly spread."""
+    chosen = rows if most is None or most >= len(rows) else [rows[i] for i in _spread(len(rows), most)]
+    return data.pictures if len(chosen) == len(data) else data.pictures[chosen]
 
 
 def training_data(run: Path | None) -> CaptionedPictures | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +14,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from eval.picture_folder import Lying, is_picture_folder, lying
 from sd_mini import images
 from sd_mini.autoencoder import KINDS, Autoencoder
 from sd_mini.cli import PIPELINE_MARK, open_pipeline
-from sd_mini.data_folder import is_hidden, path_key
-from sd_mini.data_metadata import is_metadata, read_metadata, some
 from sd_mini.errors import UserError
 from sd_mini.guidance import Guidance
 from sd_mini.load_autoencoder import wrapped
-from sd_mini.memory import check_room
 from sd_mini.pipeline import Pipeline
 from sd_mini.samplers import OwnDraws
 from sd_mini.stages import KINDS as STAGE_KINDS
 from sd_mini.stages import combined_hash, file_hash, file_hashes, written
-from sd_mini.texts import read_lines, shown
 from sd_mini.weights import load_components, pipeline_variant, reason
 
 CARD = "README.md"  # which an evaluation writes into a pipeline's folder, and which makes no picture
@@ -209,114 +204,6 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
     return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
 
 
-@dataclass(frozen=True, eq=False)
-class Lying:
-    """Pictures that were made elsewhere, (N, 3, R, R) uint8, and their prompts."""
-
-    folder: Path
-    pictures: np.ndarray
-    prompts: list[str]
-
-    @property
-    def resolution(self) -> int:
-        return self.pictures.shape[-1]
-
-
-_PROMPTS = "prompts.txt"
-
-
-def lying(folder: Path) -> Lying:
-    """A folder of pictures with prompts.txt, a line a picture in the order of their names as numbers count, or with
-    metadata (metadata.jsonl of {"file_name": ..., "text": ...}, .csv, .tsv or .parquet).
-
-    Raises UserError, one line: no picture, those that cannot be read, sizes that differ or are not square, more than
-    memory holds, and prompts and pictures that do not belong together.
-    """
-    files = sorted(filter(_is_picture, folder.iterdir()), key=_natural)
-    if not files:
-        raise UserError(
-            f"{folder}: no pictures here; expected pictures and {_PROMPTS} or metadata.jsonl, or a pipeline"
-        )
-    files, prompts = _prompts(folder, files)
-    return Lying(folder, _read_alike(files), prompts)
-
-
-def _read_alike(files: list[Path]) -> np.ndarray:
-    """Square pictures of one size => (N, 3, R, R) uint8."""
-    pictures, faults = [], []
-    for file in files:
-        try:
-            picture = images.decode(file)
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        if not pictures and picture.shape[1] != picture.shape[2]:
-            raise UserError(f"{file}: not square; cut the pictures to squares, as the reference pictures are")
-        if not pictures:
-            check_room(str(file.parent), len(files), picture.shape[-1])
-            first = file
-        elif picture.shape != pictures[0].shape:
-            sizes = [" x ".join(map(str, p.shape[:0:-1])) for p in (picture, pictures[0])]
-            faults.append(f"{file}: {sizes[0]} px, but {first.name} {sizes[1]} px; make all of one size")
-            continue
-        pictures.append(picture)
-    if faults:
-        raise UserError(some(faults))
-    return np.stack(pictures)
-
-
-def _natural(path: Path) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-
-def _prompts(folder: Path, files: list[Path]) -> tuple[list[Path], list[str]]:
-    """Each picture with its prompt."""
-    if (folder / _PROMPTS).is_file():
-        prompts = read_lines(folder / _PROMPTS)
-        if len(files) != len(prompts):
-            raise UserError(
-                f"{folder}: {len(files)} pictures and {len(prompts)} prompts, expected one prompt a picture"
-            )
-        pairs = zip(files, prompts, strict=True)
-        return _checked(
-            folder / _PROMPTS, {"without a text": [f.name for f, text in pairs if not text.strip()]}, files, prompts
-        )
-    metadata = [path for path in sorted(folder.iterdir()) if is_metadata(path)]
-    if not metadata:
-        raise UserError(
-            f"{folder}: {len(files)} pictures, but neither {_PROMPTS} nor metadata.jsonl says what was asked"
-        )
-    if len(metadata) > 1:
-        raise UserError(f"{folder}: holds {' and '.join(path.name for path in metadata)}; keep one of them")
-    rows, on_disk = read_metadata(metadata[0]), {path_key(file): file for file in files}
-    keys = [path_key(folder / row.file_name) for row in rows]
-    times = Counter(keys)
-    texts = [row.fields.get("text") for row in rows]
-    faults = {
-        "not listed": [file.name for key, file in on_disk.items() if key not in times],
-        "listed but not there": [row.file_name for row, key in zip(rows, keys, strict=True) if key not in on_disk],
-        "listed more than once": [Path(key).name for key, number in times.items() if number > 1],
-        "without a text": [
-            f"{row.file_name} ({shown(text)})"
-            for row, text in zip(rows, texts, strict=True)
-            if not isinstance(text, str) or not text.strip()
-        ],
-    }
-    return _checked(metadata[0], faults, [on_disk.get(key) for key in keys], texts)
-
-
-def _checked(source: Path, faults: dict[str, list[str]], files: list, prompts: list) -> tuple[list[Path], list[str]]:
-    """Raises UserError where there are `faults`, kind => names; else what is given."""
-    said = [f"{kind}: {some(names, ', ')}" for kind, names in faults.items() if names]
-    if said:
-        raise UserError(f"{source}: expected a text for each picture beside it, once; {'; '.join(said)}")
-    return files, prompts
-
-
-def _is_picture(path: Path) -> bool:
-    return images.is_picture(path) and not is_hidden(path.name) and path.is_file()
-
-
 def _class_of(index: Path) -> str | None:
     try:
         return json.loads(index.read_text(encoding="utf-8")).get("_class_name")
@@ -333,7 +220,7 @@ def open_source(folder: Path, resolution: int | None, device: str) -> Maker | Ly
     if index.is_file() and _class_of(index) != Pipeline.__name__:
         return Stock(folder, resolution, device)
     is_run = any((folder / kind).is_dir() for kind in STAGE_KINDS)
-    if folder.is_dir() and not index.is_file() and not is_run and any(map(_is_picture, folder.iterdir())):
+    if not index.is_file() and not is_run and is_picture_folder(folder):
         return lying(folder)
     pipeline = open_pipeline(folder).to(device)
     if resolution not in (None, pipeline.config.resolution):

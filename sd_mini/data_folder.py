@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sd_mini.data_metadata import is_metadata, read_metadata, some
+from sd_mini.data_metadata import MetadataRow, is_metadata, read_metadata, some
 from sd_mini.errors import UserError
 from sd_mini.images import is_picture
 from sd_mini.texts import read_lines
@@ -77,8 +77,24 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def path_key(path: Path | str) -> str:
-    """A path as it is sorted and compared: macOS writes an accent as a character of its own, others do not."""
-    return unicodedata.normalize("NFC", Path(os.path.normpath(path)).as_posix())
+    """A path as it is sorted and compared: absolute, and with accents in one spelling (macOS writes an accent as a
+    character of its own, others do not)."""
+    return unicodedata.normalize("NFC", Path(os.path.abspath(path)).as_posix())
+
+
+def read_listed(files: Sequence[Path]) -> Iterator[tuple[Path, MetadataRow, Path]]:
+    """Each row of the metadata among `files`: the metadata's path, the row, and its picture's path, as it is among
+    `files` or, where it is not, as the metadata has it.
+
+    Raises UserError for metadata that cannot be read, and for two such files in one folder.
+    """
+    on_disk = {path_key(path): path for path in files}
+    metadata = [path for path in files if is_metadata(path)]
+    for file in metadata:
+        _check_alone(file, metadata)
+        for row in read_metadata(file):
+            path = file.parent / row.file_name
+            yield file, row, on_disk.get(path_key(path), path)
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,9 @@ class PictureFile:
     fields: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
     caption_file: Path | None = None
+    """Read for `text` where `fields` has none."""
+    is_listed: bool = False
+    """Whether metadata lists it."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +120,16 @@ class FolderTable:
     rows: list[PictureFile]
     columns: list[str]
     text_columns: list[str]
+    numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, rows: Sequence[int]) -> FolderTable:
-        return replace(self, rows=[self.rows[row] for row in rows])
+        return replace(self, rows=[self.rows[row] for row in rows], numbers=[self.numbers[row] for row in rows])
+
+    def number(self, row: int) -> int:
+        return self.numbers[row]
 
     def file(self, row: int) -> str | None:
         return os.path.relpath(self.rows[row].path, self.folder)
@@ -119,7 +142,10 @@ class FolderTable:
         if column != TEXT or column in own.fields:
             return own.fields.get(column)
         if own.caption_file is None:
-            raise UserError(f"there is no {own.path.with_suffix('.txt').name} beside it, as there is beside others")
+            no_file = f"there is no {os.path.splitext(own.path.name)[0]}.txt beside it"
+            if own.is_listed:
+                raise UserError(f"the metadata gives it no {TEXT!r}, and {no_file}")
+            raise UserError(f"{no_file}, as there is beside others")
         lines = [line.strip() for line in read_lines(own.caption_file) if line.strip()]
         return lines if len(lines) > 1 else "".join(lines)
 
@@ -138,6 +164,8 @@ class PictureFolder:
         self.files = list_files(folder)
         self.pictures = [path for path in self.files if is_picture(path)]
         self.metadata = [path for path in self.files if is_metadata(path)]
+        # 0.txt or 0.TXT; of both, the former, which sorts last
+        self._texts = {_stem_key(path): path for path in self.files if path.suffix.lower() == ".txt"}
         self.split_folders = self._split_folders()
         self.listed = self._listed()
 
@@ -167,20 +195,17 @@ class PictureFolder:
 
     def _listed(self) -> list[PictureFile]:
         """The pictures that metadata lists, sorted by path. The second of two rows of one picture has a fault."""
-        on_disk = {path_key(path): path for path in self.files}
         rows: list[PictureFile] = []
         first: dict[str, str] = {}
-        for file in self.metadata:
-            _check_alone(file, self.metadata)
-            for row in read_metadata(file):
-                key = path_key(file.parent / row.file_name)
-                fault = f"is listed twice, in {first[key]} and in {row.place}" if key in first else None
-                first.setdefault(key, row.place)
-                path = on_disk.get(key, file.parent / row.file_name)
-                split, fields = self._split_of(file) or self._split_of(path), row.fields
-                if SPLIT in fields:
-                    split, fault = fields[SPLIT], fault or _split_fault(fields[SPLIT])
-                rows.append(PictureFile(path, split if isinstance(split, str) else TRAIN, fields, fault))
+        for file, row, path in read_listed(self.files):
+            key = path_key(path)
+            fault = f"is listed twice, in {first[key]} and in {row.place}" if key in first else None
+            first.setdefault(key, row.place)
+            split, fields = self._split_of(file) or self._split_of(path), row.fields
+            if SPLIT in fields:
+                split, fault = fields[SPLIT], fault or _split_fault(fields[SPLIT])
+            beside = self._texts.get(_stem_key(path)) if TEXT not in fields else None
+            rows.append(PictureFile(path, split if isinstance(split, str) else TRAIN, fields, fault, beside, True))
         return sorted(rows, key=lambda row: path_key(row.path))
 
     @cached_property
@@ -195,31 +220,28 @@ class PictureFolder:
         listed = [row for row in self.listed if row.split in names]
         is_described = any(self._split_of(file) in (None, *names) or listed for file in self.metadata)
         rows = listed if is_described else self._plain(names)
+        fields = list(dict.fromkeys(name for row in rows for name in row.fields))
+        texts = [TEXT] if any(row.caption_file is not None for row in rows) else []
         if is_described:
-            columns = list(dict.fromkeys(name for row in rows for name in row.fields))
-            texts = [name for name in columns if name != SPLIT and any(_is_text(row.fields.get(name)) for row in rows)]
-        else:
-            texts = [TEXT] if any(row.caption_file is not None for row in rows) else []
-            columns = [*texts, *dict.fromkeys(name for row in rows for name in row.fields)]
-        columns = [IMAGE, *(name for name in columns if name != IMAGE)]
-        return FolderTable(self.folder, rows, columns, texts), self._left_out(rows, names)
+            texts += [name for name in fields if name != SPLIT and any(_is_text(row.fields.get(name)) for row in rows)]
+        columns = [IMAGE, *(name for name in dict.fromkeys([*texts, *fields]) if name != IMAGE)]
+        table = FolderTable(self.folder, rows, columns, list(dict.fromkeys(texts)), range(len(rows)))
+        return table, self._left_out(rows, names)
 
     def _plain(self, names: Sequence[str]) -> list[PictureFile]:
         """The pictures of these splits as they lie there, with their caption files, or the classes they lie in."""
-        there = set(self.files)
         own = [path for path in self.pictures if self._split_of(path) in names]
         classes = {path.parent for path in own}
         is_classed = len(classes) > 1 and not classes & {self.folder, *(self.folder / name for name in names)}
         rows = []
         for path in own:
-            beside = path.with_suffix(".txt")
             fields = {LABEL: path.parent.name} if is_classed else {}
-            rows.append(PictureFile(path, None, fields, caption_file=beside if beside in there else None))
+            rows.append(PictureFile(path, None, fields, caption_file=self._texts.get(_stem_key(path))))
         return rows
 
     def _left_out(self, rows: list[PictureFile], names: Sequence[str]) -> str:
-        used = {row.path for row in [*self.listed, *rows]} | set(self.metadata)
-        used |= {row.caption_file for row in rows if row.caption_file is not None}
+        known = [*self.listed, *rows]
+        used = {row.path for row in known} | {row.caption_file for row in known} | set(self.metadata)
         outside = f"outside {', '.join(sorted(self.split_folders))}"
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for row in self.listed:
@@ -234,6 +256,11 @@ class PictureFolder:
         total = sum(suffixes.total() for suffixes in counts.values())
         kinds = "; ".join(f"{kind}: {_numbers(suffixes)}" for kind, suffixes in sorted(counts.items()))
         return f"{total:,} {'files' if total > 1 else 'file'} ({kinds})" if total else ""
+
+
+def _stem_key(path: Path) -> str:
+    """What a picture and its caption file have in common."""
+    return os.path.splitext(path_key(path))[0]
 
 
 def _numbers(suffixes: Counter[str]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sd_mini.texts import read_lines, read_text, shown
 
 FILE_NAME = "file_name"
 _NAMED = 5  # faults that a message names
+_LONGEST = 2**31 - 1  # characters of a cell: as many as a C long holds everywhere; csv's own limit is 131,072
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,17 @@ def some(things: list[str], joint: str = "; ") -> str:
 
 
 def is_metadata(path: Path) -> bool:
-    return path.stem == "metadata" and path.suffix in _READERS
+    return path.stem.lower() == "metadata" and path.suffix.lower() in _READERS
 
 
 def read_metadata(path: Path) -> list[MetadataRow]:
     """Every row of a metadata file.
 
-    Raises UserError for a file that cannot be read and, all together, for the rows that name no picture.
+    Raises UserError for a file that cannot be read or has two columns of one name, and, all together, for the rows
+    that name no picture.
     """
     rows, faults = [], []
-    for place, fields in _READERS[path.suffix](path):
+    for place, fields in _READERS[path.suffix.lower()](path):
         name = fields.get(FILE_NAME)
         if isinstance(name, str) and name.strip():
             rest = {key: value for key, value in fields.items() if key != FILE_NAME}
@@ -69,7 +73,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=partial(_json_object, f"{path}: line {number}"))
+        except UserError:
+            raise
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
@@ -81,11 +87,25 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{path}: {some(faults)}: no JSON object; expected lines such as {example}")
 
 
+def _json_object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_names(where, (name for name, _ in pairs))
+    return dict(pairs)
+
+
+def _check_names(where: str, names: Iterable[str]) -> None:
+    """Raises UserError for columns of one name, of which only one could be read. Spreadsheets leave nameless ones."""
+    twice = [repr(name) for name, number in Counter(names).items() if name and number > 1]
+    if twice:
+        raise UserError(f"{where} has {some(twice, ', ')} more than once; give each column a name of its own")
+
+
 def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]:
     def rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         # ends of lines are left as they are: within quotes they belong to the text
         reader = csv.DictReader(_kept_ends(read_text(path)), delimiter=delimiter, strict=True)
+        usual = csv.field_size_limit(_LONGEST)
         try:
+            _check_names(f"{path}: the first line", reader.fieldnames or ())
             for row in reader:
                 if None in row or None in row.values():  # too many fields, too few
                     raise UserError(
@@ -95,6 +115,8 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[s
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num} is not readable as CSV: {error}") from None
+        finally:
+            csv.field_size_limit(usual)
 
     return rows
 
@@ -108,6 +130,7 @@ def _kept_ends(text: str) -> Iterator[str]:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
+        _check_names(f"{path}: the table", pq.read_schema(path).names)
         rows = pq.read_table(path).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}") from None

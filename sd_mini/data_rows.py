@@ -44,8 +44,8 @@ def _said(table: Table, source: str, faults: dict[int, str]) -> str:
     files = {row: f" ({file})" if (file := table.file(row)) is not None else "" for row in faults}
     if len(faults) == 1:
         ((row, fault),) = faults.items()
-        return f"row {row} of {source!r}{files[row]}: {fault}"
-    named = some([f"row {row}{files[row]}: {faults[row]}" for row in sorted(faults)])
+        return f"row {table.number(row)} of {source!r}{files[row]}: {fault}"
+    named = some([f"row {table.number(row)}{files[row]}: {faults[row]}" for row in sorted(faults)])
     return f"{len(faults):,} of {len(table):,} rows of {source!r} cannot be used: {named}"
 
 
@@ -116,5 +116,7 @@ def _listed(cell: Any) -> list[Any]:
 def _aliases(table: Table, part: str, row: int, column: str | None) -> list[Any]:
     others = table.text(row, column) if column is not None else None
     if others is not None and not isinstance(others, list):
-        raise UserError(f"{part}.aliases_column: row {row} of {column!r} holds {others!r}, expected a list of texts")
+        raise UserError(
+            f"{part}.aliases_column: row {table.number(row)} of {column!r} holds {others!r}, expected a list of texts"
+        )
     return others or []

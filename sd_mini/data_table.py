@@ -26,6 +26,10 @@ class Table(Protocol):
         """These rows alone, in this order."""
         ...
 
+    def number(self, row: int) -> int:
+        """Which row of the whole split it is, from 0, whatever was selected since."""
+        ...
+
     def file(self, row: int) -> str | None:
         """The file that a row's picture lies in, relative to the folder, if it lies in one."""
         ...
@@ -46,8 +50,9 @@ class Table(Protocol):
 class DatasetTable:
     """Rows of parquet files, of a saved data set or of the hub. `source` is how messages name it."""
 
-    def __init__(self, rows: datasets.Dataset, source: str):
+    def __init__(self, rows: datasets.Dataset, source: str, numbers: Sequence[int] | None = None):
         self.rows, self.source = rows, source
+        self._numbers = range(len(rows)) if numbers is None else numbers
         self.columns = rows.column_names
         self.text_columns = [name for name, feature in rows.features.items() if _holds_text(feature)]
         self._column = cache(self._read_column)
@@ -56,7 +61,10 @@ class DatasetTable:
         return len(self.rows)
 
     def select(self, rows: Sequence[int]) -> DatasetTable:
-        return DatasetTable(self.rows.select(rows), self.source)
+        return DatasetTable(self.rows.select(rows), self.source, [self._numbers[row] for row in rows])
+
+    def number(self, row: int) -> int:
+        return self._numbers[row]
 
     def file(self, row: int) -> str | None:
         return None

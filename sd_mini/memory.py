@@ -15,32 +15,48 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def available() -> int:
     """Bytes that this machine, or the container this process lives in, can still give without swapping."""
-    return min([psutil.virtual_memory().available, *_container()])
+    return _room()[0]
 
 
-def _container() -> list[int]:
-    """What is left below a container's limit (cgroup v2), if there is one."""
+def total() -> int:
+    """Bytes that this machine, or the container this process lives in, has in all."""
+    return _room()[1]
+
+
+def _room() -> tuple[int, int]:
+    """What is left of a machine's memory and all of it, both within a container's limit (cgroup v2) if it has one."""
+    machine = psutil.virtual_memory()
     try:
         limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         counters = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        return []  # no cgroup v2, or the root's, which has no limit
+        limit = "max"  # no cgroup v2, or the root's, which has no limit
+    if limit == "max":
+        return machine.available, machine.total
     # files that were read lately count as used, and are given up when memory is asked for
-    return [] if limit == "max" else [int(limit) - int(used) + int(counters.get("inactive_file", 0))]
+    left = int(limit) - int(used) + int(counters.get("inactive_file", 0))
+    return min(machine.available, left), min(machine.total, int(limit))
 
 
 def check_room(what: str, count: int, side: int) -> None:
     """Raises UserError, the numbers named, where `count` pictures of `side` px, uint8 RGB, do not fit into memory.
 
-    Every process of a machine keeps its own.
+    Every process of a machine keeps its own. What is free now may already lack what the others hold: it is compared
+    with the need of this process alone, and the need of all with the whole memory.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, free = processes * count * 3 * side * side, available()
+    needed, free, whole = count * 3 * side * side, available(), total()
+    mend = "ask for fewer by count, or for a smaller resolution"
     if needed > free:
-        each = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"{what}: {count:,} pictures of {side} px take {_gib(needed)} of memory{each}, and {_gib(free)} are "
-            "available; ask for fewer by count, or for a smaller resolution"
+            f"{what}: {count:,} pictures of {side} px take {_gib(needed)} of memory, and {_gib(free)} are available; "
+            f"{mend}"
+        )
+    if processes * needed > whole:
+        raise UserError(
+            f"{what}: {count:,} pictures of {side} px in each of {processes} processes take "
+            f"{_gib(processes * needed)} of memory, and there are {_gib(whole)} in all; {mend}, or start fewer "
+            "processes"
         )
 
 

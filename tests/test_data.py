@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from sd_mini import data, images, memory, shapes
 from sd_mini.data import CaptionedPictures, DataConfig, load, load_captioned, load_pictures, unique_captions
 from sd_mini.data_stored import READERS
+from sd_mini.errors import UserError
 from sd_mini.memory import available
 
 SIDE = 8
@@ -65,7 +66,7 @@ def assert_is_the_four(loaded: CaptionedPictures, texts=TEXTS) -> None:
 
 
 def refused(settings: DataConfig, pattern: str) -> None:
-    with pytest.raises(ValueError, match=pattern) as caught:
+    with pytest.raises(UserError, match=pattern) as caught:
         load(settings)
     assert "\n" not in str(caught.value) and "\\n" not in str(caught.value)
 
@@ -330,7 +331,7 @@ def test_bad_pictures_and_bad_captions_of_both_parts_are_named_together(tmp_path
     rows[3]["image"] = {"bytes": b"no picture", "path": None}
     made = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     made.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         load_captioned(config(tmp_path / "train.parquet"), config(tmp_path / "train.parquet", count=2))
     said = str(caught.value)
     for part in ("data: 2 of 4 rows of", "row 1: a caption is empty", "row 3: cannot decode a picture of 10 bytes",
@@ -387,16 +388,16 @@ def test_messages_name_the_field_of_the_part_that_is_meant(tmp_path):
         ({"text_column": "typo"}, "^valid.text_column: no column"),
         ({"source": "lost.parquet"}, "^valid.source: 'lost.parquet': no such file"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(UserError, match=says):
             load_captioned(train, train.model_copy(update=changes))
 
 
 def test_more_pictures_than_memory_holds_are_refused_before_any_is_read(tmp_path):
     table(tmp_path).to_parquet(tmp_path / "a.parquet")
     side = int((available() / 6) ** 0.5)  # so that two fill it, and four take twice as much
-    with pytest.raises(ValueError, match=r"data: 4 pictures of \d+ px take [\d,.]+ GiB of memory, and [\d,.]+ GiB"):
+    with pytest.raises(UserError, match=r"data: 4 pictures of \d+ px take [\d,.]+ GiB of memory, and [\d,.]+ GiB"):
         load(DataConfig(source=str(tmp_path / "a.parquet"), resolution=side))
-    with pytest.raises(ValueError, match=r"valid: 1,000,000,000 pictures of 64 px take 11,444.1 GiB of memory"):
+    with pytest.raises(UserError, match=r"valid: 1,000,000,000 pictures of 64 px take 11,444.1 GiB of memory"):
         load(DataConfig(count=10**9), "valid")
 
 
@@ -435,7 +436,7 @@ def test_a_container_s_limit_counts_as_the_machine_s_memory(tmp_path, monkeypatc
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("400000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
-    assert available() == 650_000
+    assert available() == 650_000 and memory.total() == 1_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert available() == pytest.approx(whole, rel=0.5)
 
@@ -454,3 +455,26 @@ def test_a_large_held_out_part_is_scored_in_an_even_sample(tmp_path, monkeypatch
     _, first = load_pictures(train, valid.model_copy(update={"count": 12}))
     assert len(first) == 12 and "evenly" not in capsys.readouterr().err
     assert len(load(valid)) == 25
+
+
+def test_rows_of_a_sample_keep_their_numbers_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "HELD_OUT_MOST", 2)
+    table(tmp_path, ["red", "green", "", "dark"]).to_parquet(tmp_path / "a.parquet")
+    folder_of_pictures(tmp_path / "b", [{"file_name": f"{i}.png", "text": text} for i, text in enumerate("ab d")])
+    for name in ("a.parquet", "b"):
+        with pytest.raises(UserError, match="valid: row 2 of"):  # the second of rows 0 and 2
+            load_captioned(config(tmp_path / name, count=1), config(tmp_path / name))
+
+
+def test_memory_that_other_processes_hold_is_not_counted_twice(monkeypatch):
+    """The last of four processes, a GiB each: 3 of 5 GiB are taken."""
+    gib = 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(memory, "available", lambda: 2 * gib)
+    monkeypatch.setattr(memory, "total", lambda: 5 * gib)
+    side = 2**14
+    memory.check_room("data", 1, side)  # 0.75 GiB
+    with pytest.raises(UserError, match=r"in each of 4 processes take 6\.0 GiB of memory, and there are 5\.0 GiB in"):
+        memory.check_room("data", 2, side)
+    with pytest.raises(UserError, match=r"take 2\.2 GiB of memory, and 2\.0 GiB are available"):
+        memory.check_room("data", 3, side)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eval import reconstruction, words
 from eval.__main__ import main
-from eval.asked import ask_captions, ask_shapes
+from eval.asked import ask_captions, ask_lying, ask_shapes
 from eval.data_options import asked_data, recorded_data
 from eval.options import parser
 from sd_mini.data import DataConfig
@@ -101,6 +101,28 @@ def test_the_reference_has_at_most_so_many_pictures(data):
     assert len(ask_captions(config, 2).reference) == 6 and len(ask_captions(config, 2, 3).reference) == 3
     whole, part = ask_shapes(2, 0, 32), ask_shapes(2, 0, 32, 5)
     assert len(whole.reference) == 1000 and (part.reference == whole.reference[:5]).all()
+
+
+@pytest.mark.parametrize("kinds", ["class by class", "in turn"])
+@pytest.mark.parametrize("prompts", [None, 10])
+def test_prompts_and_the_reference_come_from_all_of_the_data(tmp_path, kinds, prompts):
+    """However the rows are sorted: as folders of classes, or a cat and a dog in turn."""
+    for i in range(40):
+        is_dog = i >= 20 if kinds == "class by class" else i % 2 == 1
+        Image.new("RGB", (8, 8), (i, 200 if is_dog else 0, 0)).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text("dog" if is_dog else "cat")
+    config = DataConfig(source=str(tmp_path), resolution=8)
+    question = ask_captions(config, prompts)
+    (asked,) = question.splits
+    assert len(asked.captions) == (20 if prompts is None else prompts)
+    assert 0.3 < asked.captions.count("dog") / len(asked.captions) < 0.7
+    assert [caption == "dog" for caption in asked.captions] == (asked.pictures[:, 1, 0, 0] > 0).tolist()
+    rows, others = asked.pictures[:, 0, 0, 0].tolist(), question.reference[:, 0, 0, 0].tolist()
+    assert sorted(rows + others) == list(range(40)) and question.is_apart
+    for capped in (ask_captions(config, prompts, 10), ask_lying(config, ["cat"], 0, 10)):
+        dogs = (capped.reference[:, 1, 0, 0] > 0).sum()
+        assert len(capped.reference) == 10 and 3 <= dogs <= 7
+    assert set(ask_captions(config, prompts, 10).reference[:, 0, 0, 0].tolist()) <= set(others)
 
 
 def test_an_autoencoder_is_measured_on_its_run_s_held_out_part(run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from eval.measure import Tools, measure
 from eval.reference import Seen
 from eval.sources import Sampling, Stock, open_source
 from sd_mini import shapes
+from sd_mini.errors import UserError
 from sd_mini.guidance import Guidance
 from sd_mini.inspection import inspect
 from sd_mini.load_encoder import clip_tokenizer, open_clip_encoder
@@ -77,7 +79,7 @@ def test_what_a_killed_evaluation_has_made_is_not_made_again(ours, expected, tmp
     del ours.make
     assert made == [[3, 4, 5]] and np.array_equal(again.read("test"), expected)
     lost.write_bytes(b"cut")
-    with pytest.raises(ValueError, match="delete it, and it is made again"):
+    with pytest.raises(UserError, match="delete it, and it is made again"):
         again.read("test")
     again.delete()
     assert not list(tmp_path.iterdir())
@@ -281,6 +283,52 @@ def test_pictures_named_by_metadata_are_the_same(lying, tmp_path):
     (lying / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     second = open_source(lying, None, "cpu")
     assert first.prompts == second.prompts == prompts and np.array_equal(first.pictures, second.pictures)
+
+
+def with_metadata(folder, name="{}.png"):
+    """prompts.txt => metadata.jsonl, whose paths are written as `name`."""
+    prompts = (folder / "prompts.txt").read_text().splitlines()
+    (folder / "prompts.txt").unlink()
+    rows = [{"file_name": name.format(i), "text": prompt} for i, prompt in enumerate(prompts)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_metadata_may_name_pictures_by_absolute_paths(lying, monkeypatch):
+    first = open_source(lying, None, "cpu")
+    with_metadata(lying, str(lying / "{}.png"))
+    monkeypatch.chdir(lying.parent)
+    second = open_source(Path(lying.name), None, "cpu")
+    assert first.prompts == second.prompts and np.array_equal(first.pictures, second.pictures)
+
+
+def test_metadata_may_name_pictures_of_sub_folders(lying, capsys):
+    """Those of another one are left out, and that is said."""
+    first = open_source(lying, None, "cpu")
+    for folder in ("some", "other"):
+        (lying / folder).mkdir()
+    for path in lying.glob("*.png"):
+        path.rename(lying / "some" / path.name)
+    with_metadata(lying, "some/{}.png")
+    Image.new("RGB", (9, 9)).save(lying / "other" / "1.png")
+    second = open_source(lying, None, "cpu")
+    assert first.prompts == second.prompts and np.array_equal(first.pictures, second.pictures)
+    assert "left out 1 file (not in the metadata): other/1.png" in capsys.readouterr().err
+    Image.new("RGB", (9, 9)).save(lying / "some" / "more.png")
+    with pytest.raises(UserError, match=r"not listed: some/more\.png$"):
+        open_source(lying, None, "cpu")
+
+
+def test_prompts_are_of_the_pictures_beside_them(lying, capsys):
+    (lying / "grids").mkdir()
+    Image.new("RGB", (9, 9)).save(lying / "grids" / "1.png")
+    assert len(open_source(lying, None, "cpu").prompts) == 25
+    assert "left out 1 file (not beside prompts.txt): grids/1.png" in capsys.readouterr().err
+
+
+def test_digits_that_are_no_decimals_are_parts_of_a_name(lying):
+    (lying / "24.png").rename(lying / "24\u00b2.png")
+    (lying / "23.png").rename(lying / "23\u00b27.png")
+    assert len(open_source(lying, None, "cpu").prompts) == 25
 
 
 def test_a_byte_order_mark_and_hidden_files_change_nothing(lying, tmp_path):
