@@ -24,12 +24,14 @@ MOST = 500  # captions of other data that are asked for when nothing else is sai
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes."""
+    """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes, and which
+    rows of the data they are."""
 
     split: str
     captions: list[str]
     pictures: np.ndarray | None = None
     scenes: list[shapes.Scene] | None = None
+    rows: list[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +71,11 @@ def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None)
     """Captions of other data, and true pictures to compare with, both from all of its rows, however those are sorted.
 
     Asked are the captions of half of the rows, MOST at most, or of `prompts`: one row of each of so many equal
-    stretches, always the same. The reference is the other rows, or `most` of them, chosen alike; where fewer than two
-    are left, it is chosen from all rows.
+    stretches, always the same, in an order whose first few (a sweep's, a gallery's) are of the whole, too. The
+    reference is the other rows, or `most` of them, chosen alike; where fewer than two are left, it is chosen from all
+    rows.
 
-    Raises ValueError for what `data` cannot be read as, pictures
-    without captions, and fewer rows than `prompts`.
+    Raises UserError for what `data` cannot be read as, pictures without captions, and fewer rows than `prompts`.
     """
     rows = load(data)
     captions = [several[0] for several in rows.captions if several]
@@ -83,7 +85,8 @@ def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None)
         raise UserError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
     count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
     chosen = _spread(len(captions), count)
-    asked = Asked(data.split, [captions[row] for row in chosen], rows.pictures[chosen])
+    chosen = [chosen[i] for i in sorted(range(count), key=lambda i: (i * _GOLDEN) % 1)]
+    asked = Asked(data.split, [captions[row] for row in chosen], rows.pictures[chosen], rows=chosen)
     is_apart = len(captions) - count >= 2
     others = sorted(set(range(len(captions))) - set(chosen)) if is_apart else range(len(captions))
     return Question([asked], _reference(rows, others, most), is_apart, rows.name, rows.fingerprint)

@@ -113,8 +113,8 @@ def _text_scores(scores: dict[str, Any], asked: Asked, question: Question, tools
     if not all(data.captions):
         return None
     _put(scores, "text", asked.split, probe.scores(data))
-    own = slice(0, len(asked.captions))
-    return CaptionedPictures(data.pictures[own], data.captions[own], data.name, data.scenes)
+    rows = list(range(len(asked.captions))) if asked.rows is None else asked.rows
+    return CaptionedPictures(data.pictures[rows], [data.captions[row] for row in rows], data.name, data.scenes)
 
 
 def _sets(asked: Asked, made: np.ndarray, maker: Maker | None, tools: Tools, data: CaptionedPictures | None) -> Sets:

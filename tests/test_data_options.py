@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,9 @@ from eval import reconstruction, words
 from eval.__main__ import main
 from eval.asked import ask_captions, ask_lying, ask_shapes
 from eval.data_options import asked_data, recorded_data
+from eval.measure import Tools, _text_scores
 from eval.options import parser
+from eval.text import TextProbe
 from sd_mini.data import DataConfig
 
 COLUMNS = {"image_column": "seen", "text_column": "said", "aliases_column": "also"}
@@ -139,3 +142,19 @@ def test_an_autoencoder_is_measured_on_its_run_s_held_out_part(run, tmp_path):
 def test_words_are_looked_for_in_what_the_run_was_trained_on(run, tmp_path):
     assert words.main([str(run), "--words", "hue=tint", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "words.json").read_text())["chance"] == {"hue": 1.0}
+
+
+def test_the_text_stage_is_asked_about_the_rows_that_pictures_are_made_of(tiny_run, tmp_path):
+    """Row for row, however they are spread: its share of the blame compares them one by one."""
+    for i in range(24):
+        Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
+        (tmp_path / f"{i:02}.txt").write_text(f"picture {i}")
+    config = DataConfig(source=str(tmp_path), resolution=32)
+    question = ask_captions(config, 6)
+    tools = Tools([], tmp_path / "cache", probe=TextProbe(tiny_run / "text_encoder" / "final"), data=config)
+    (asked,) = question.splits
+    found = _text_scores({}, asked, question, tools)
+    assert [several[0] for several in found.captions] == asked.captions
+    assert np.array_equal(found.pictures, asked.pictures)
+    # the first few are of the whole, as a sweep and a gallery show them
+    assert max(asked.rows[:3]) >= 12 > min(asked.rows[:3])
