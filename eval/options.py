@@ -33,7 +33,11 @@ def parser() -> Parser:
     add("pipeline", metavar="PIPELINE", type=Path, help="a pipeline folder, a run, or a folder of pictures and prompts")
     add_data(made, "the `valid` part of the run that PIPELINE lies in", "test")
     add("--out", required=True, type=Path, help="report folder; an older report is replaced")
-    add("--prompts", type=whole(2), help="a split (shapes: 500 of test, 300 of the others; else half, at most 500)")
+    add(
+        "--prompts",
+        type=whole(2),
+        help="a split (shapes: 500 of test, 300 of the others; else half of the rows, evenly spread, at most 500)",
+    )
     add("--reference", type=whole(2), help="at most so many pictures to compare with (shapes: 1000; else all others)")
     add("--seed", type=whole(0), help="of the scenes that shapes asks for (0)")
     add("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
