@@ -295,7 +295,8 @@ class Loop:
             learner.load(str(folder), tensors, state["learners"][learner.prefix])
         self.step, self.seconds = state["step"], state["seconds"]
         self.means.load(state["sums"], tensors)
-        steps, before = self.config.steps, state["config"]["train.steps"]
+        steps = self.config.steps
+        before = state["config"].get("train.steps", steps)
         anew = f" (of {before} before: the learning rate follows the schedule of {steps} from here on)"
         self.watch.say(f"goes on from step {self.step} of {steps}{anew if steps != before else ''}")
         wait_for_everyone()
