@@ -93,8 +93,9 @@ class AutoencoderConfig(Config):
             raise UserError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
         if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
             raise UserError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
-        if self.loss.ssim.weight and self.data.resolution < 11:
-            raise UserError(f"loss.ssim looks at 11 x 11 pixels; data.resolution is {self.data.resolution}")
+        if self.loss.ssim.weight and self.data.resolution < images.SSIM_WINDOW:
+            window = f"{images.SSIM_WINDOW} x {images.SSIM_WINDOW} pixels"
+            raise UserError(f"loss.ssim looks at {window}; data.resolution is {self.data.resolution}")
         return self
 
 
