@@ -22,27 +22,27 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from eval import card, report
-from eval.asked import Question, ask_captions, ask_lying, ask_shapes, training_data
-from eval.clip_score import Clip
-from eval.composition_objects import MIN_SIDE
+from eval.analysis.sweep import PROMPTS as SWEEP_PROMPTS
+from eval.analysis.sweep import sweep_jobs, sweep_scores
+from eval.analysis.text import TextProbe
 from eval.data_options import COLUMNS, SHAPES, asked_data, recorded_data
-from eval.features import open_all
-from eval.generate import Job, Kept
+from eval.features.features import open_all
+from eval.judge.objects import MIN_SIDE
+from eval.makers.asked import Question, ask_captions, ask_lying, ask_shapes, training_data
+from eval.makers.generate import Job, Kept
+from eval.makers.sources import Lying, Maker, Ours, Sampling, open_source
 from eval.measure import Measured, Tools, measure
+from eval.metrics.clip_score import Clip
+from eval.metrics.reconstruction import FIRST_SCENE_SEED
 from eval.options import BATCH, check_data, check_source, parser, swept_scales
 from eval.options import sampling as asked_sampling
-from eval.reconstruction import FIRST_SCENE_SEED
-from eval.sources import Lying, Maker, Ours, Sampling, open_source
-from eval.sweep import PROMPTS as SWEEP_PROMPTS
-from eval.sweep import sweep_jobs, sweep_scores
-from eval.text import TextProbe
-from sd_mini.cli import check_target
+from eval.report import card, report
+from sd_mini.cli.main import check_target
 from sd_mini.config import command
-from sd_mini.data import DataConfig
+from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
+from sd_mini.files import check_writable
 from sd_mini.memory import keep_freed_memory
-from sd_mini.stages import check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_mini.cli import Parser, whole
+from sd_mini.cli.main import Parser, whole
 from sd_mini.config import command
 from sd_mini.errors import UserError
 
@@ -86,8 +86,8 @@ def _frechet(options: argparse.Namespace) -> None:
     from torch_fidelity.metric_fid import fid_statistics_to_metric
     from torchmetrics.image.fid import _compute_fid
 
-    from eval.fid import frechet_distance
-    from eval.moments import statistics as of
+    from eval.features.moments import statistics as of
+    from eval.metrics.fid import frechet_distance
 
     draw = np.random.default_rng(0)
     sets = [draw.normal(size=(3000, DIM)) @ (draw.normal(size=(DIM, DIM)) / DIM**0.5) for _ in range(2)]
@@ -120,7 +120,7 @@ def _moments(options: argparse.Namespace) -> None:
 
 def stream(pipe: object, rows: int = 50_000, batch: int = 500) -> None:
     """Send (seconds, MB before, MB at the peak) of this process, which has to be one of its own."""
-    from eval.moments import Moments
+    from eval.features.moments import Moments
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -137,7 +137,7 @@ def _inception(options: argparse.Namespace) -> None:
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    from eval.features import open_features
+    from eval.features.features import open_features
 
     class Untrained(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_: object, **__: object) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sd_mini.config import check, read_yaml
-from sd_mini.data import DataConfig
+from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 
 SHAPES = "shapes"

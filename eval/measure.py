@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from eval.asked import Asked, Question
-from eval.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out, share_out_each
-from eval.bootstrap import few_prompts
-from eval.clip_score import Clip, clip_part, cosines
-from eval.composition import Verdict, judge_found, look, summarise
-from eval.distances import compare
-from eval.features import Extractor
-from eval.gallery import Gallery, pick_galleries, pick_pairs
-from eval.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
-from eval.reconstruction import reconstruction_scores
-from eval.reference import Seen, pictures_hash, reference
-from eval.sources import Maker
-from eval.text import TextProbe
-from sd_mini.data import CaptionedPictures, DataConfig, load
+from eval.analysis.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out, share_out_each
+from eval.analysis.text import TextProbe
+from eval.features.features import Extractor
+from eval.features.reference import Seen, pictures_hash, reference
+from eval.judge.judge import Verdict, judge_found, look, summarise
+from eval.makers.asked import Asked, Question
+from eval.makers.sources import Maker
+from eval.metrics.bootstrap import few_prompts
+from eval.metrics.clip_score import Clip, clip_part, cosines
+from eval.metrics.distances import compare
+from eval.metrics.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
+from eval.metrics.reconstruction import reconstruction_scores
+from eval.report.gallery import Gallery, pick_galleries, pick_pairs
+from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from eval.analysis.sweep import PROMPTS as SWEEP_PROMPTS
+from eval.analysis.sweep import SCALES
 from eval.data_options import SHAPES, add_data, check_columns
-from eval.sources import Lying, Maker, Sampling
-from eval.sweep import PROMPTS as SWEEP_PROMPTS
-from eval.sweep import SCALES
-from sd_mini.cli import Parser, whole
+from eval.makers.sources import Lying, Maker, Sampling
+from sd_mini.cli.main import Parser, whole
 from sd_mini.errors import UserError
-from sd_mini.guidance import Guidance
+from sd_mini.sampling.guidance import Guidance
 
 BATCH = 64
 _MAKING = ("prompts", "steps", "guidance", "rescale", "interval", "sampler", "autoguidance", "resolution", "batch",

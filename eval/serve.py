@@ -19,16 +19,16 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from eval.asked import SHAPES, Asked, Question, ask_captions, ask_shapes
-from eval.clip_score import Clip
-from eval.features import open_all
-from eval.generate import generate
+from eval.features.features import open_all
+from eval.makers.asked import SHAPES, Asked, Question, ask_captions, ask_shapes
+from eval.makers.generate import generate
+from eval.makers.sources import Ours, Sampling, open_source
 from eval.measure import Tools, measure
-from eval.report import check_finite
-from eval.sources import Ours, Sampling, open_source
-from sd_mini.cli import Parser, whole
+from eval.metrics.clip_score import Clip
+from eval.report.report import check_finite
+from sd_mini.cli.main import Parser, whole
 from sd_mini.config import check, command
-from sd_mini.data import DataConfig
+from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.composition import judge
+from eval.judge.judge import judge
 from sd_mini import Pipeline, shapes
 from sd_mini.images import grid
 

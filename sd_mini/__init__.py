@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sd_mini.pipeline import Pipeline
-    from sd_mini.stages import load_stage
+    from sd_mini.pipelines.text_to_image import Pipeline
+    from sd_mini.stages.contract import load_stage
 
-_HOME = {"Pipeline": "sd_mini.pipeline", "load_stage": "sd_mini.stages"}
+_HOME = {"Pipeline": "sd_mini.pipelines.text_to_image", "load_stage": "sd_mini.stages.contract"}
 __all__ = ["Pipeline", "__version__", "load_stage"]
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from sd_mini import images, noise_predictor, shapes, stages
-from sd_mini.autoencoder import Autoencoder
-from sd_mini.load_encoder import clip_tokenizer, small_clip
-from sd_mini.pipeline import Pipeline
-from sd_mini.retrieval import Matcher, projected_dim
-from sd_mini.text_encoder import TextAdapter, TextStage
+from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.pipelines.text_to_image import Pipeline
+from sd_mini.text_encoder.adapter import TextAdapter, TextStage
+from sd_mini.text_encoder.loading import clip_tokenizer, small_clip
+from sd_mini.text_encoder.matcher import Matcher, projected_dim
 
 SIDE = 32  # px, the least that the judge of the shapes world reads
 LENGTH, DIM = 24, 32  # tokens, width of the prompt embeddings
@@ -41,7 +41,7 @@ def tiny_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
     """The three stages trained by the smoke recipes, with checkpoints, logs and caches. Copy before writing."""
-    from tests.launching import MAINS, launch
+    from tests.support.launching import MAINS, launch
 
     run = tmp_path_factory.mktemp("smoke")
     assert [launch(stage, run) for stage in MAINS] == [0, 0, 0]
@@ -53,7 +53,7 @@ def talking_pipeline(tiny_run):
     """The tiny run's pipeline, whose noise predictor says something: PRX starts with a zero last layer's modulation."""
     import torch
 
-    from sd_mini.pipeline import Pipeline
+    from sd_mini.pipelines.text_to_image import Pipeline
 
     joined = Pipeline.from_pretrained(tiny_run / "pipeline")
     joined.set_progress_bar_config(disable=True)
@@ -67,7 +67,7 @@ def talking_pipeline(tiny_run):
 @pytest.fixture(scope="session")
 def shapes_report(tiny_run, tmp_path_factory) -> Path:
     """The report folder of the tiny run on the shapes world."""
-    from tests import reporting
+    from tests.support import reporting
 
     out = tmp_path_factory.mktemp("shapes") / "report"
     reporting.make(tiny_run / "pipeline", out)

@@ -1,4 +1,4 @@
-"""Folders written before the modules were moved into packages: a run of the smoke recipes, 18 of 20 updates of stage 3."""
+"""Folders written before the modules were moved into packages: a run of the smoke recipes."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sd_mini import Pipeline, load_stage
-from tests.launching import SMOKE, launch, lines
+from tests.support.launching import SMOKE, launch, lines
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"

@@ -12,11 +12,11 @@ import torch
 from sd_mini import stages
 from sd_mini.config import command
 from sd_mini.errors import UserError
-from sd_mini.pipeline import Pipeline
-from sd_mini.stages import combined_hash, file_hashes
-from tests.faults import Canary, KillAt
-from tests.launching import error_line, launch, launch_apart
-from training import checkpoint, snapshots
+from sd_mini.files import combined_hash, file_hashes
+from sd_mini.pipelines.text_to_image import Pipeline
+from tests.support.faults import Canary, KillAt
+from tests.support.launching import error_line, launch, launch_apart
+from training.storage import checkpoint, snapshots
 
 
 @pytest.mark.parametrize("file", ["model", "optimizer", "ema-0.05"])

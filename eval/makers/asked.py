@@ -1,0 +1,145 @@
+"""What is asked of a pipeline, and what its pictures are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from eval.data_options import SHAPES, recorded_data
+from eval.metrics.reconstruction import FIRST_SCENE_SEED, PROMPTS
+from sd_mini import shapes
+from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
+from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT
+from sd_mini.stages.contract import read_contract
+
+REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
+_FURTHER_SCENES = 500_000_000  # added to the scenes' seed, for those of the reference
+_GOLDEN = (5**0.5 - 1) / 2
+MOST = 500  # captions of other data that are asked for when nothing else is said
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes, and which
+    rows of the data they are."""
+
+    split: str
+    captions: list[str]
+    pictures: np.ndarray | None = None
+    scenes: list[shapes.Scene] | None = None
+    rows: list[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """All that is asked. The first split's pictures are compared with `reference`, (M, 3, R, R) uint8.
+
+    is_apart: whether the reference holds none of the asked rows, so that those say how far real sets lie apart.
+    name, fingerprint: of the data that the reference comes from.
+    """
+
+    splits: list[Asked]
+    reference: np.ndarray
+    is_apart: bool
+    name: str
+    fingerprint: str
+
+
+def ask_shapes(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
+    """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn. `most`: pictures of
+    the reference, REFERENCE if not given."""
+    splits = []
+    for split, usual in PROMPTS.items():
+        scenes = shapes.sample_scenes(usual if prompts is None else prompts, split, FIRST_SCENE_SEED + seed)
+        captions = [shapes.caption(scene, i % len(shapes.PHRASINGS[scene.kind])) for i, scene in enumerate(scenes)]
+        splits.append(Asked(split, captions, shapes.draw_batch(scenes, resolution), scenes))
+    further = DataConfig(
+        split=splits[0].split,
+        count=REFERENCE if most is None else most,
+        seed=FIRST_SCENE_SEED + seed + _FURTHER_SCENES,
+        resolution=resolution,
+    )
+    reference = load(further)
+    return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
+
+
+def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None) -> Question:
+    """Captions of other data, and true pictures to compare with, both from all of its rows, however those are sorted.
+
+    Asked are the captions of half of the rows, MOST at most, or of `prompts`: one row of each of so many equal
+    stretches, always the same, in an order whose first few (a sweep's, a gallery's) are of the whole, too. The
+    reference is the other rows, or `most` of them, chosen alike; where fewer than two are left, it is chosen from all
+    rows.
+
+    Raises UserError for what `data` cannot be read as, pictures without captions, and fewer rows than `prompts`.
+    """
+    rows = load(data)
+    captions = [several[0] for several in rows.captions if several]
+    if not captions:
+        raise UserError(f"--data {data.source}: its pictures have no captions; give --text_column")
+    if prompts is not None and prompts > len(captions):
+        raise UserError(f"--prompts {prompts}: {data.source} has {len(captions)} in split {data.split}; ask for fewer")
+    count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
+    chosen = _spread(len(captions), count)
+    chosen = [chosen[i] for i in sorted(range(count), key=lambda i: (i * _GOLDEN) % 1)]
+    asked = Asked(data.split, [captions[row] for row in chosen], rows.pictures[chosen], rows=chosen)
+    is_apart = len(captions) - count >= 2
+    others = sorted(set(range(len(captions))) - set(chosen)) if is_apart else range(len(captions))
+    return Question([asked], _reference(rows, others, most), is_apart, rows.name, rows.fingerprint)
+
+
+def ask_lying(data: DataConfig, prompts: list[str], seed: int, most: int | None = None) -> Question:
+    """Pictures that lie there, compared with all of `data`, or `most` of it, evenly spread. Where they are asked what
+    the shapes' test split asks, the judge knows their scenes."""
+    if data.source == SHAPES:
+        whole = ask_shapes(len(prompts), seed, data.resolution, most)
+        test = whole.splits[0]
+        asked = test if test.captions == prompts else Asked(test.split, prompts)
+        return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
+    rows = load(data, pictures_only=True)
+    reference = _reference(rows, range(len(rows)), most)
+    return Question([Asked(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """`most` of `count` rows, in order: one of each of `most` equal stretches.
+
+    Where in its stretch a row is taken from follows the multiples of the golden ratio, which are spread evenly, too:
+    every second row might all be of one kind, in data whose rows take turns.
+    """
+    edges = [i * count // most for i in range(most + 1)]
+    return [low + int((i * _GOLDEN) % 1 * (high - low)) for i, (low, high) in enumerate(pairwise(edges))]
+
+
+def _reference(data: CaptionedPictures, rows: Sequence[int], most: int | None) -> np.ndarray:
+    """The pictures of these rows, or of `most` of them, evenly spread."""
+    chosen = rows if most is None or most >= len(rows) else [rows[i] for i in _spread(len(rows), most)]
+    return data.pictures if len(chosen) == len(data) else data.pictures[chosen]
+
+
+def training_data(run: Path | None) -> CaptionedPictures | None:
+    """What stage 3 of a run was trained on, read by the config that lies in it; none where that is not there.
+
+    Raises ValueError where it cannot be read, or is no longer what was trained on.
+    """
+    folder = run / "noise_predictor" if run is not None else None
+    if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
+        return None
+    try:
+        data = load(recorded_data(folder)["data"])
+    except UserError as error:
+        raise UserError(
+            f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"
+        ) from None
+    trained_on = read_contract(folder / "final", "noise_predictor")["data"]["fingerprint"]
+    if data.fingerprint != trained_on:
+        raise UserError(
+            f"{data.name}: is not what {folder} was trained on ({data.fingerprint[:12]}, {trained_on[:12]}); give it "
+            "back its data, or --training none"
+        )
+    return data

@@ -1,0 +1,115 @@
+"""Made pictures against real ones, as one network sees both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.features.features import Extractor
+from eval.features.moments import statistics
+from eval.features.reference import Seen, reference
+from eval.judge.judge import wilson
+from eval.metrics import kid
+from eval.metrics.bootstrap import bootstrap_rows, prompt_interval
+from eval.metrics.fid import distance_to, fewest_for_a_line, frechet_infinity, null_bias
+from eval.metrics.prdc import NEIGHBOURS, each_picture
+
+_DRAWS = 200  # of prompts, for the distance's interval
+_WIDEST = 256  # features; wider ones take too long for an interval
+
+
+def compare(
+    extractor: Extractor, made: np.ndarray, real: np.ndarray, prompts: Sequence[str], cache: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Two (N, 3, R, R) uint8 => every distance by this network, and what is to be said about them, a line each.
+
+    fd: the Frechet distance, called `name`; fd_infinity: what it would be of infinitely many pictures, where there are
+    enough for that; bias: the part of fd that is there by N alone; kid; precision, recall, density, coverage; their
+    95 % intervals as low, high (of fd) and NAME_low, NAME_high, those of the two distances for at most 256 features;
+    n, n_reference, dim, extractor (its hash), preprocessing. An interval is over what is made: the reference is taken
+    as it is.
+    """
+    seen, known = Seen.of(extractor(made)), reference(extractor, real, cache)
+    count, dim = seen.features.shape
+    bias = null_bias(known.covariance, count, len(real))
+    found = {
+        "name": extractor.distance,
+        "fd": seen.distance(known),
+        "bias": bias,
+        "kid": kid.kernel_distance(seen.features, known.features),
+        "n": count,
+        "n_reference": len(real),
+        "dim": dim,
+        "extractor": extractor.hash,
+        "preprocessing": extractor.preprocessing,
+    }
+    remarks = []
+    if count < 2 * dim or bias > 0.1 * found["fd"]:
+        remarks.append(_few(extractor.distance, count, dim, found["fd"], bias))
+    found["kid_low"], found["kid_high"] = _kid_interval(found["kid"], seen, known, prompts)
+    moved = moved_by_prompts(seen, known, prompts) if dim <= _WIDEST else None
+    if moved is not None:
+        found["low"], found["high"] = (found["fd"] + float(end) for end in np.quantile(moved, (0.025, 0.975)))
+    if count >= fewest_for_a_line(dim):
+        found |= infinity(seen, known, moved)
+    else:
+        remarks.append(
+            f"{extractor.distance} infinity left out: {count} pictures, at least {fewest_for_a_line(dim)} needed for "
+            f"{dim} features"
+        )
+    if min(count, len(real)) > NEIGHBOURS:
+        found |= _neighbours(seen, known, prompts)
+    else:
+        remarks.append(f"precision and recall left out: {count} pictures, more than {NEIGHBOURS} needed")
+    return found, remarks
+
+
+def _few(name: str, count: int, dim: int, distance: float, bias: float) -> str:
+    """What is to be said of a distance that is in good part bias, which is an expectation and may exceed it."""
+    part = f"about {bias:.3g} of {distance:.3g} is bias by their number"
+    if bias >= distance:
+        part = f"the distance, {distance:.3g}, is no larger than the bias that is expected by their number, {bias:.3g}"
+    return (
+        f"{name}: {count} pictures are few for {dim} features; {part} (at unit covariance d (d + 5) / (2 N)): compare "
+        "at equal N only, or ask for more"
+    )
+
+
+def _neighbours(seen: Seen, known: Seen, prompts: Sequence[str]) -> dict[str, float]:
+    """Precision and density with their intervals over prompts; recall and coverage are shares of the real pictures."""
+    found: dict[str, float] = {}
+    for name, values in each_picture(known.features, seen.features).items():
+        found[name] = float(values.mean())
+        is_made = name in ("precision", "density")
+        ends = prompt_interval(values, prompts) if is_made else wilson(int(values.sum()), len(values))
+        found[f"{name}_low"], found[f"{name}_high"] = ends
+    return found
+
+
+def _kid_interval(value: float, seen: Seen, known: Seen, prompts: Sequence[str]) -> tuple[float, float]:
+    shares = kid.each_picture(seen.features, known.features)
+    low, high = (end - float(shares.mean()) for end in prompt_interval(shares, prompts))
+    return value + low, value + high
+
+
+def infinity(seen: Seen, known: Seen, moved: np.ndarray | None) -> dict[str, float]:
+    """fd_infinity, and its 95 % interval where `moved` says how far other prompts move the distance.
+
+    Other prompts move the whole line, by about as much as the distance of all pictures; other subsets turn it.
+    """
+    value, error = frechet_infinity(seen.features, known.mean, known.covariance)
+    if moved is None:
+        return {"fd_infinity": value}
+    reach = 1.96 * float(np.hypot(moved.std(), error))
+    return {"fd_infinity": value, "fd_infinity_low": value - reach, "fd_infinity_high": value + reach}
+
+
+def moved_by_prompts(seen: Seen, known: Seen, prompts: Sequence[str]) -> np.ndarray:
+    """(_DRAWS,): how far the distance moves when other prompts are drawn. Drawn sets hold copies, which adds a bias; so
+    it is around their own mean."""
+    distance = distance_to(known.mean, known.covariance)
+    found = [distance(*statistics(seen.features[rows])) for rows in bootstrap_rows(prompts, _DRAWS)]
+    return np.array(found) - np.mean(found)

@@ -1,0 +1,168 @@
+"""What was measured => report.json, report.html, grid.png, and the table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.judge.judge import CATEGORIES
+from eval.report.figures import part_name
+from eval.report.gallery import Gallery
+from eval.report.page import render
+from sd_mini import images
+from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, atomic_folder, written_to
+from sd_mini.stages.contract import KINDS, read_contract
+
+REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
+_GRID_COLUMNS = 6
+_GRID_SCALE = 2
+
+
+def run_of(pipeline: Path) -> Path:
+    """The run that a folder belongs to: itself, or what it lies in."""
+    is_run = any((pipeline / kind / "final").is_dir() for kind in KINDS)
+    return pipeline if is_run else pipeline.resolve().parent
+
+
+def stages_beside(pipeline: Path, stages: dict[str, str]) -> dict[str, Path]:
+    """The exported stages that a pipeline was joined from, by name, of those that still lie in its run.
+
+    `pipeline` is the folder that was measured: a run, or a run's `pipeline/`; `stages` its hashes by name.
+    """
+    run = run_of(pipeline)
+    folders = {kind: run / kind / "final" for kind in KINDS if (run / kind / "final" / CONTRACT).is_file()}
+    return {k: f for k, f in folders.items() if k in stages and read_contract(f, k).get("hash") == stages[k]}
+
+
+def seconds(stages: dict[str, Path], evaluation: float) -> dict[str, float]:
+    """Seconds each of the exported stages was trained for, the evaluation, and `total`, their sum."""
+    contracts = {kind: read_contract(folder, kind) for kind, folder in stages.items()}
+    spent = {kind: contract["seconds"] for kind, contract in contracts.items() if "seconds" in contract}
+    spent["evaluation"] = round(evaluation, 1)
+    return {**spent, "total": round(sum(spent.values()), 1)}
+
+
+def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By stage, its loss and its first held-out score, (step, value) each, of those whose metrics.jsonl is there."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for stage in KINDS:
+        path = run / stage / "metrics.jsonl"
+        if stage not in stages or not path.is_file():
+            continue
+        series: dict[str, list[tuple[int, float]]] = {}
+        # a kill leaves half a line at the end
+        whole = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        for line in map(json.loads, whole):
+            held_out = next((name for name in line if name.startswith("valid/")), None)
+            for name in ("loss", held_out):
+                if name in line:
+                    series.setdefault(name, []).append((line["step"], line[name]))
+        if series:
+            found[stage] = series
+    return found
+
+
+def training_facts(stages: Mapping[str, Path]) -> dict[str, str]:
+    """By stage, which weights were exported: the step, and the average's width where there is one."""
+    facts = {}
+    for kind, folder in stages.items():
+        contract = read_contract(folder, kind)
+        width = contract.get("ema_width")
+        average = "the trained weights" if width is None else f"their average of width {width:g}"
+        facts[kind] = f"{average} at step {contract['steps']}" if "steps" in contract else average
+    return facts
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def write(folder: Path, report: dict[str, Any], galleries: Sequence[Gallery], curves: Mapping[str, Any]) -> None:
+    """The report folder, in one go: a folder that is there is only replaced by a complete one.
+
+    Raises ValueError for NaN and infinity, which JSON does not have.
+    """
+    check_finite(report)
+    with written_to(folder), atomic_folder(folder, keep=True) as partial:
+        (partial / REPORT).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / PAGE).write_text(render(report, galleries, curves), encoding="utf-8")
+        tiles = galleries[0].tiles
+        labels = [tile.prompt for tile in tiles]
+        images.grid([t.picture for t in tiles], _GRID_COLUMNS, labels, _GRID_SCALE).save(partial / GRID)
+
+
+def check_finite(part: Any, place: str = REPORT) -> None:
+    """Raises ValueError, the place named, for the first number in a nest of mappings and lists that is not finite."""
+    if isinstance(part, float) and not math.isfinite(part):
+        raise UserError(f"{place}: is {part}, expected a finite number; the pictures or the network are broken")
+    named = part.items() if isinstance(part, Mapping) else enumerate(part) if isinstance(part, list | tuple) else ()
+    for name, inner in named:
+        check_finite(inner, f"{place}, {name}")
+
+
+def table(report: dict[str, Any]) -> str:
+    """report.json => the lines for a terminal: exact % [95 % interval] n and the ceiling's exact % by split, then the
+    distances, reconstruction and seconds. A category that a split does not have is a dash."""
+    splits = report.get("composition", {})
+    lines = []
+    if splits:
+        lines.append("exact % [95 % interval] of n, ceiling %")
+        lines.append(f"{'':13}" + "".join(f"{split:>32}" for split in splits))
+    for category in CATEGORIES if splits else ():
+        cells = [
+            _cell(scores.get(category), report.get("ceiling", {}).get(split, {}).get(category))
+            for split, scores in splits.items()
+        ]
+        lines.append(f"{category.replace('_', ' '):13}" + "".join(f"{cell:>32}" for cell in cells))
+    if report.get("text"):
+        lines.append("text stage: " + "; ".join(_text_line(*entry) for entry in report["text"].items()))
+    for name, found in report["distances"].items():
+        infinity = f", {found['fd_infinity']:.4g} of infinitely many" if "fd_infinity" in found else ""
+        few = f" ({report['different_captions']} different captions)" if "different_captions" in report else ""
+        lines.append(f"{name} {found['fd']:.4g} of {found['n']}{few}{infinity}, KID {found['kid']:.4g}")
+    if "clip" in report:
+        score = report["clip"]
+        lines.append(f"CLIP score {score['x100']['mean']:.2f}, CMMD {score['cmmd']:.4g} by {score['model']}")
+    for split, measures in report.get("blame", {}).items():
+        lines += [f"blame, {split}, {name}: {_blame_line(name, entry)}" for name, entry in measures.items()]
+    if "reconstruction" in report:
+        found = report["reconstruction"]
+        lines.append(f"reconstruction: {found['psnr']:.2f} dB PSNR over {found['n']} pictures")
+    spent = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report["seconds"].items())
+    lines.append(f"seconds: {spent}")
+    return "\n".join(lines)
+
+
+def _text_line(split: str, scores: dict[str, float]) -> str:
+    shares = {name: f"{100 * value:.1f}" for name, value in scores.items()}
+    recall = f"recall@1 {shares['recall_at_1']} % of {scores['n']}"
+    if "binding" not in scores:  # of too few different captions
+        return f"{split}: {recall}"
+    return f"{split}: binding {shares['binding']} % (plain projection {shares['binding_projection']} %), {recall}"
+
+
+def _blame_line(measure: str, entry: dict[str, Any]) -> str:
+    factor = 100 if measure == "not exact" else 1
+    return ", ".join(f"{part_name(part)} {factor * one['share']:.3g}" for part, one in entry["shares"].items())
+
+
+def _cell(score: dict[str, float] | None, ceiling: dict[str, float] | None) -> str:
+    if score is None:
+        return "-"
+    interval = f"[{100 * score['low']:.1f}-{100 * score['high']:.1f}]"
+    return f"{100 * score['exact']:.1f} {interval} {score['n']:.0f} " + (
+        f"{100 * ceiling['exact']:6.1f}" if ceiling is not None else "     -"
+    )

@@ -1,0 +1,79 @@
+"""What a run folder holds, in lines a person reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
+from sd_mini.stages.contract import KINDS, check_belonging, read_contract
+
+
+def inspect(run: Path) -> list[str]:
+    """Lines: the stages, whether they belong together, the pipeline, the report. Raises ValueError for none."""
+    finals = {kind: run / kind / "final" for kind in KINDS}
+    contracts = {k: read_contract(final, k) for k, final in finals.items() if (final / CONTRACT).is_file()}
+    index = read_json(run / "pipeline" / PIPELINE_MARK)
+    report = read_json(run / "report" / "report.json")
+    if not contracts and index is None and report is None:
+        raise UserError(
+            f"{run}: no exported stage, pipeline or report here; expected a run folder, such as runs/shapes"
+        )
+    rows = {kind: _stage_facts(contracts[kind]) if kind in contracts else ["not trained yet"] for kind in KINDS}
+    rows["stages"] = [_belonging(contracts)]
+    rows["pipeline"] = [
+        f"not there; join the stages: sd-mini export {run}" if index is None else _joined(index, contracts)
+    ]
+    rows["report"] = ["not there"] if report is None else _report_facts(report)
+    lines = [f"  {'' if i else name:17}{fact}" for name, facts in rows.items() for i, fact in enumerate(facts)]
+    return [str(run), *lines]
+
+
+_EFFORT = {"steps": "{:,} steps", "seconds": "{:,.0f} s", "parameters": "{:,} parameters"}
+
+
+def _stage_facts(contract: dict[str, Any]) -> list[str]:
+    """A stage's contract => lines: effort, shapes, data, scores. What its training did not record is left out."""
+    effort = [text.format(contract[name]) for name, text in _EFFORT.items() if name in contract]
+    facts = [", ".join([contract["hash"][:12], *effort])]
+    for name, what in (("latent_shape", "latents"), ("conditioning", "prompt embeddings")):
+        if name in contract:
+            facts.append(f"{what} {' x '.join(str(side) for side in contract[name])}")
+    if "data" in contract:
+        facts.append(f"data {contract['data']['name']}, {contract['data']['count']:,} pictures")
+    if "scores" in contract:
+        facts.append(", ".join(f"{name} {value:.4g}" for name, value in contract["scores"].items()))
+    return facts
+
+
+def _belonging(contracts: dict[str, dict[str, Any]]) -> str:
+    predictor = contracts.get("noise_predictor")
+    if predictor is None or len(contracts) < len(KINDS):
+        return "whether they belong together shows when all three are trained"
+    try:
+        check_belonging(predictor, text_encoder=contracts["text_encoder"], autoencoder=contracts["autoencoder"])
+    except ValueError as error:
+        return str(error)
+    return "belong together"
+
+
+def _joined(index: dict[str, Any], contracts: dict[str, dict[str, Any]]) -> str:
+    defaults = f"{index['resolution']} px, {index['default_steps']} steps, guidance {index['default_guidance']}"
+    others = [
+        f"{kind} {index['stages'].get(kind, 'none')[:12]}"
+        for kind, contract in contracts.items()
+        if index["stages"].get(kind) != contract["hash"]
+    ]
+    return f"{defaults}; joined from " + (f"other stages: {', '.join(others)}" if others else "these stages")
+
+
+def _report_facts(report: dict[str, Any]) -> list[str]:
+    facts = [
+        f"{split}: exact {100 * categories['all']['exact']:.1f} % of {categories['all']['n']:,}"
+        for split, categories in report.get("composition", {}).items()
+    ]
+    if "reconstruction" in report:  # which a folder of pictures has none of
+        reconstruction = report["reconstruction"]
+        facts.append(f"reconstruction {reconstruction['psnr']:.2f} dB over {reconstruction['n']:,}")
+    return [*facts, f"{report['seconds']['total']:,.0f} s in all"]

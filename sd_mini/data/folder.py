@@ -1,0 +1,290 @@
+"""A folder of pictures, listed by ourselves: the same rows in the same order on every machine.
+
+Splits are top-level folders with a split's name, or the metadata's field `split`, never the names of files. Captions
+are a column of metadata, or NAME.txt beside NAME.png, a line each.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
+from sd_mini.errors import UserError
+from sd_mini.images import is_picture
+from sd_mini.texts import read_lines
+
+IMAGE, TEXT, SPLIT, LABEL = "image", "text", "split", "label"
+TRAIN = "train"
+ALIASES = (  # names of one split, whichever of them a folder has and whichever is asked for
+    (TRAIN, "training"),
+    ("validation", "valid", "val", "dev"),
+    ("test", "testing", "eval", "evaluation"),
+)
+_NAMES = {name for names in ALIASES for name in names}
+_JUNK = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found"}  # which systems leave behind
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data: .ipynb_checkpoints, ._1.png, __MACOSX, Thumbs.db, ..."""
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def is_split(name: str) -> bool:
+    return name.lower() in _NAMES
+
+
+def chosen_splits(asked: str, known: Iterable[str]) -> list[str]:
+    """Those of the `known` splits that are asked for: that of this very name, else those of another name for it."""
+    known = sorted(set(known))
+    if asked in known:
+        return [asked]
+    names = next((names for names in ALIASES if asked.lower() in names), ())
+    return [name for name in known if name.lower() in names]
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file in and under `folder`, without hidden ones, sorted by path. Linked folders are followed."""
+    found: list[Path] = []
+
+    def visit(current: Path, above: tuple[Path, ...]) -> None:
+        real = current.resolve()
+        if real in above:  # a link back up, which has no end
+            return
+        for path in current.iterdir():
+            if is_hidden(path.name):
+                continue
+            if path.is_dir():
+                visit(path, (*above, real))
+            else:
+                found.append(path)
+
+    try:
+        visit(folder, ())
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    return sorted(found, key=path_key)
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    return [path for path in list_files(folder) if is_picture(path)]
+
+
+def path_key(path: Path | str) -> str:
+    """A path as it is sorted and compared: absolute, and with accents in one spelling (macOS writes an accent as a
+    character of its own, others do not)."""
+    return unicodedata.normalize("NFC", Path(os.path.abspath(path)).as_posix())
+
+
+def read_listed(files: Sequence[Path]) -> Iterator[tuple[Path, MetadataRow, Path]]:
+    """Each row of the metadata among `files`: the metadata's path, the row, and its picture's path, as it is among
+    `files` or, where it is not, as the metadata has it.
+
+    Raises UserError for metadata that cannot be read, and for two such files in one folder.
+    """
+    on_disk = {path_key(path): path for path in files}
+    metadata = [path for path in files if is_metadata(path)]
+    for file in metadata:
+        _check_alone(file, metadata)
+        for row in read_metadata(file):
+            path = file.parent / row.file_name
+            yield file, row, on_disk.get(path_key(path), path)
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture of a folder, and what is said of it."""
+
+    path: Path
+    split: str | None
+    """None: it lies beside the folders of the splits"""
+    fields: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+    caption_file: Path | None = None
+    """Read for `text` where `fields` has none."""
+    is_listed: bool = False
+    """Whether metadata lists it."""
+
+
+@dataclass(frozen=True)
+class FolderTable:
+    """The pictures of one split of a folder: see `data_table.Table`."""
+
+    folder: Path
+    rows: list[PictureFile]
+    columns: list[str]
+    text_columns: list[str]
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: Sequence[int]) -> FolderTable:
+        return replace(self, rows=[self.rows[row] for row in rows], numbers=[self.numbers[row] for row in rows])
+
+    def number(self, row: int) -> int:
+        return self.numbers[row]
+
+    def file(self, row: int) -> str | None:
+        return os.path.relpath(self.rows[row].path, self.folder)
+
+    def fault(self, row: int) -> str | None:
+        return self.rows[row].fault
+
+    def text(self, row: int, column: str) -> Any:
+        own = self.rows[row]
+        if column != TEXT or column in own.fields:
+            return own.fields.get(column)
+        if own.caption_file is None:
+            no_file = f"there is no {os.path.splitext(own.path.name)[0]}.txt beside it"
+            if own.is_listed:
+                raise UserError(f"the metadata gives it no {TEXT!r}, and {no_file}")
+            raise UserError(f"{no_file}, as there is beside others")
+        lines = [line.strip() for line in read_lines(own.caption_file) if line.strip()]
+        return lines if len(lines) > 1 else "".join(lines)
+
+    def pictures(self, column: str) -> Iterator[Path]:
+        return (row.path for row in self.rows)
+
+
+class PictureFolder:
+    """What lies in a folder of pictures.
+
+    Raises UserError where metadata cannot be read, and where a folder with a split's name may as well be a class.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files = list_files(folder)
+        self.pictures = [path for path in self.files if is_picture(path)]
+        self.metadata = [path for path in self.files if is_metadata(path)]
+        # 0.txt or 0.TXT; of both, the former, which sorts last
+        self._texts = {_stem_key(path): path for path in self.files if path.suffix.lower() == ".txt"}
+        self.split_folders = self._split_folders()
+        self.listed = self._listed()
+
+    def _top(self, path: Path) -> str | None:
+        """The top-level folder that a path lies in."""
+        parts = Path(os.path.relpath(path, self.folder)).parts
+        return parts[0] if len(parts) > 1 else None
+
+    def _split_folders(self) -> set[str]:
+        """The top-level folders whose names are splits."""
+        tops = {self._top(path) for path in [*self.pictures, *self.metadata]} - {None}
+        names = {top for top in tops if is_split(top)}
+        others = sorted(tops - names)
+        if len(names) == 1 and others:
+            (name,) = names
+            raise UserError(
+                f"{self.folder}: {name}/ may be a split or a class, as there are pictures in {some(others, ', ')} too; "
+                "rename it, give it alone as the source, or put the others elsewhere"
+            )
+        return names
+
+    def _split_of(self, path: Path) -> str | None:
+        if not self.split_folders:
+            return TRAIN
+        top = self._top(path)
+        return top if top in self.split_folders else None
+
+    def _listed(self) -> list[PictureFile]:
+        """The pictures that metadata lists, sorted by path. The second of two rows of one picture has a fault."""
+        rows: list[PictureFile] = []
+        first: dict[str, str] = {}
+        for file, row, path in read_listed(self.files):
+            key = path_key(path)
+            fault = f"is listed twice, in {first[key]} and in {row.place}" if key in first else None
+            first.setdefault(key, row.place)
+            split, fields = self._split_of(file) or self._split_of(path), row.fields
+            if SPLIT in fields:
+                split, fault = fields[SPLIT], fault or _split_fault(fields[SPLIT])
+            beside = self._texts.get(_stem_key(path)) if TEXT not in fields else None
+            rows.append(PictureFile(path, split if isinstance(split, str) else TRAIN, fields, fault, beside, True))
+        return sorted(rows, key=lambda row: path_key(row.path))
+
+    @cached_property
+    def splits(self) -> set[str]:
+        listed = {row.split for row in self.listed} - {None}
+        if self.split_folders:
+            return listed | self.split_folders
+        return listed or ({TRAIN} if self.files else set())
+
+    def table(self, names: Sequence[str]) -> tuple[FolderTable, str]:
+        """The pictures of these splits, and what is left out of what else lies there, in words."""
+        listed = [row for row in self.listed if row.split in names]
+        is_described = any(self._split_of(file) in (None, *names) or listed for file in self.metadata)
+        rows = listed if is_described else self._plain(names)
+        fields = list(dict.fromkeys(name for row in rows for name in row.fields))
+        texts = [TEXT] if any(row.caption_file is not None for row in rows) else []
+        if is_described:
+            texts += [name for name in fields if name != SPLIT and any(_is_text(row.fields.get(name)) for row in rows)]
+        columns = [IMAGE, *(name for name in dict.fromkeys([*texts, *fields]) if name != IMAGE)]
+        table = FolderTable(self.folder, rows, columns, list(dict.fromkeys(texts)), range(len(rows)))
+        return table, self._left_out(rows, names)
+
+    def _plain(self, names: Sequence[str]) -> list[PictureFile]:
+        """The pictures of these splits as they lie there, with their caption files, or the classes they lie in."""
+        own = [path for path in self.pictures if self._split_of(path) in names]
+        classes = {path.parent for path in own}
+        is_classed = len(classes) > 1 and not classes & {self.folder, *(self.folder / name for name in names)}
+        rows = []
+        for path in own:
+            fields = {LABEL: path.parent.name} if is_classed else {}
+            rows.append(PictureFile(path, None, fields, caption_file=self._texts.get(_stem_key(path))))
+        return rows
+
+    def _left_out(self, rows: list[PictureFile], names: Sequence[str]) -> str:
+        known = [*self.listed, *rows]
+        used = {row.path for row in known} | {row.caption_file for row in known} | set(self.metadata)
+        outside = f"outside {', '.join(sorted(self.split_folders))}"
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in self.listed:
+            if row.split is None:
+                counts[outside][row.path.suffix] += 1
+        for path in self.files:
+            split = self._split_of(path)
+            if path in used or split not in (None, *names):
+                continue  # of another split, which counts it
+            kind = ("not in the metadata" if split is not None else outside) if is_picture(path) else "no pictures"
+            counts[kind][path.suffix] += 1
+        total = sum(suffixes.total() for suffixes in counts.values())
+        kinds = "; ".join(f"{kind}: {_numbers(suffixes)}" for kind, suffixes in sorted(counts.items()))
+        return f"{total:,} {'files' if total > 1 else 'file'} ({kinds})" if total else ""
+
+
+def _stem_key(path: Path) -> str:
+    """What a picture and its caption file have in common."""
+    return os.path.splitext(path_key(path))[0]
+
+
+def _numbers(suffixes: Counter[str]) -> str:
+    return ", ".join(f"{number:,} {suffix or 'without a suffix'}" for suffix, number in sorted(suffixes.items()))
+
+
+def _check_alone(file: Path, metadata: list[Path]) -> None:
+    same = [other.name for other in metadata if other.parent == file.parent]
+    if len(same) > 1:
+        raise UserError(f"{file.parent}: holds {' and '.join(same)}; keep one of them")
+
+
+def _split_fault(value: object) -> str | None:
+    if isinstance(value, str) and value.strip():
+        return None
+    return f"its field {SPLIT!r} is {value!r}, expected the name of a split"
+
+
+def _is_text(value: object) -> bool:
+    """Whether a cell may be a caption; CSV has every number as a text."""
+    if isinstance(value, list):
+        return any(map(_is_text, value))
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return isinstance(value, str)
+    return False

@@ -1,0 +1,41 @@
+"""Noise and targets: forward processes, timesteps and loss weights."""
+
+from sd_mini.diffusion.forward import (
+    BETAS,
+    STEPS,
+    Density,
+    Schedule,
+    alphas_cumprod,
+    cosmap_weights,
+    direction_losses,
+    discrete_noise,
+    flow_noise,
+    flow_target,
+    min_snr_weights,
+    mode_of,
+    nearest_noise,
+    per_sample,
+    sample_timesteps,
+    v_target,
+    velocity_of,
+)
+
+__all__ = [
+    "BETAS",
+    "STEPS",
+    "Density",
+    "Schedule",
+    "alphas_cumprod",
+    "cosmap_weights",
+    "direction_losses",
+    "discrete_noise",
+    "flow_noise",
+    "flow_target",
+    "min_snr_weights",
+    "mode_of",
+    "nearest_noise",
+    "per_sample",
+    "sample_timesteps",
+    "v_target",
+    "velocity_of",
+]

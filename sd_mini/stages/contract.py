@@ -1,0 +1,156 @@
+"""A stage's exported folder: weights, config and `stage.json`, the contract that says what it belongs with.
+
+A stage is named by the SHA-256 of its files. Whatever is made from it (a cache, a noise predictor, a pipeline) records
+that name, and is refused where another stage stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sd_mini.errors import UserError
+from sd_mini.files import (
+    CONTRACT,
+    atomic_folder,
+    combined_hash,
+    file_hash,
+    file_hashes,
+    written_to,
+)
+
+KINDS = ("text_encoder", "autoencoder", "noise_predictor")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A loaded stage: `parts` are its models (and tokenizer) by name, `contract` is its stage.json."""
+
+    folder: Path
+    contract: dict[str, Any]
+    parts: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        return self.contract["hash"]
+
+
+def model_hash(model: Any) -> str:
+    """SHA-256 of how a torch module is built and of its weights."""
+    import torch
+
+    config = getattr(model, "config", "")
+    if isinstance(config, dict):  # diffusers'; where it was loaded from is no part of it
+        said = json.dumps({name: value for name, value in config.items() if name[0] != "_"}, sort_keys=True)
+    else:
+        said = config.to_json_string() if config else ""
+    digest = hashlib.sha256(f"{model} {said}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def export(folder: Path, kind: str, parts: dict[str, Any], contract: dict[str, Any]) -> str:
+    """Write a stage folder in one go: each part by its own `save_pretrained`, then `stage.json`. Returns its hash."""
+    assert kind in KINDS
+    with written_to(folder), atomic_folder(folder, keep=True) as partial:
+        for name, part in parts.items():
+            part.save_pretrained(partial / name)
+        files = file_hashes(partial, CONTRACT)
+        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+        full = {"kind": kind, "hash": combined_hash(files), "files": files, "versions": versions, **contract}
+        (partial / CONTRACT).write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+    return full["hash"]
+
+
+def read_contract(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """The contract of the stage in `folder`. Raises ValueError when there is none or it is of another kind."""
+    path = Path(folder) / CONTRACT
+    if not path.is_file():
+        wanted = f"{kind or 'stage'} stage"
+        raise UserError(
+            f"{folder}: no {wanted} here ({CONTRACT} is missing); train it first, or give its final/ folder"
+        )
+    try:
+        contract = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); export the stage again") from error
+    if kind is not None and contract.get("kind") != kind:
+        raise UserError(f"{folder}: expected a {kind} stage, this is a {contract.get('kind')} stage")
+    return contract
+
+
+def load_stage(folder: str | Path, kind: str | None = None) -> Stage:
+    """Load a stage's parts in evaluation mode, float32, after its files are checked against `stage.json`.
+
+    Raises ValueError that names the file when one is missing or is not the one that was exported.
+    """
+    folder = Path(folder)
+    contract = read_contract(folder, kind)
+    check_files(folder, contract["files"], "export the stage again")
+    parts = {}
+    for name in sorted({name.split("/")[0] for name in contract["files"] if "/" in name}):
+        try:
+            parts[name] = _load_part(folder / name)
+        except Exception as error:  # the libraries raise whatever their parsers do, bare Exceptions among it
+            raise UserError(f"{folder / name}: cannot be loaded ({error}); export the stage again") from error
+    return Stage(folder, contract, parts)
+
+
+def check_files(folder: Path, files: dict[str, str], mend: str) -> None:
+    """Raises ValueError, the file named, unless each of `files` is there with its SHA-256; others may lie there."""
+    for name, expected in files.items():
+        is_there = (folder / name).is_file()
+        if not is_there or file_hash(folder / name) != expected:
+            what = "is not the file that was exported (SHA-256 differs)" if is_there else "is missing"
+            raise UserError(f"{folder / name}: {what}; {mend}")
+
+
+def _load_part(folder: Path) -> Any:
+    """Load by the folder's name and the class its config names; weights from safetensors only."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from sd_mini.autoencoder.model import Autoencoder
+    from sd_mini.noise_predictor.network import class_of
+    from sd_mini.text_encoder.adapter import TextAdapter
+    from sd_mini.text_encoder.loading import load_encoder
+    from sd_mini.text_encoder.matcher import Matcher
+    from sd_mini.weights import load_complete
+
+    if folder.name.startswith("tokenizer"):
+        return AutoTokenizer.from_pretrained(folder)
+    if folder.name.startswith("text_encoder"):
+        return load_encoder(folder, tokenizer=False)[1]
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    classes = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter)}
+    cls = class_of(str(name)) if folder.name == "noise_predictor" else classes.get(name)
+    if cls is None:
+        raise UserError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
+    return load_complete(cls, folder, str(folder), dtype=torch.float32).eval()
+
+
+def latents_of(contract: dict[str, Any]) -> str:
+    """The hash that names an autoencoder's latents: its own, or that of the one whose latents it decodes too."""
+    return contract.get("latents_of", contract["hash"])
+
+
+def encoder_of(contract: dict[str, Any]) -> str:
+    """The hash that names what encodes: an autoencoder's own, or that of the one whose encoder it has kept."""
+    return contract.get("encoder_of", contract["hash"])
+
+
+def check_belonging(contract: dict[str, Any], **stages: dict[str, Any]) -> None:
+    """Refuse stages that do not belong to the one with `contract`: `stages` are the contracts of those there now."""
+    for name, other in stages.items():
+        expected, found = contract["trained_against"][name], latents_of(other)
+        if found != expected:
+            raise UserError(
+                f"the {contract['kind']} was trained against {name} {expected[:12]}, but this {name} is {found[:12]}: "
+                f"give the stage it was trained against, or train the {contract['kind']} again"
+            )

@@ -1,0 +1,275 @@
+"""Does a text find its picture, and is it told from its twin? What stage 1 is trained and measured by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
+
+from sd_mini import shapes
+from sd_mini.data.captioned import CaptionedPictures
+from sd_mini.errors import UserError
+from sd_mini.text_encoder.adapter import PromptEmbeds, TextAdapter, TextStage
+from sd_mini.text_encoder.encoder import Hidden
+from sd_mini.texts import shown, word_twins
+
+RANKS = (1, 5, 10)
+CELLS = 4  # a side, into which the picture side divides a picture
+_PICTURES = 32  # whose late scores with all texts are in memory at a time
+MEASURED = 1  # the seed of the twins that are measured with; training draws its own
+
+
+class Seen(NamedTuple):
+    """What the matcher makes of B pictures: `vector` (B, dim), and `cells` (B, C, K), each of length 1."""
+
+    vector: Tensor
+    cells: Tensor | None
+
+
+class Said(NamedTuple):
+    """What it makes of T texts: `vector` (T, dim) and `words` (T, L, K), each of length 1; `mask` (T, L)."""
+
+    vector: Tensor
+    words: Tensor | None
+    mask: Tensor
+
+
+class Matcher(ModelMixin, ConfigMixin):
+    """The picture side of stage 1, and beside the adapter a plain projection of the same encoder, to compare it with.
+
+    Pictures come as pixels, through a small convolutional tower, or, with `feature_dim`, as the features that a frozen
+    tower made of them. A text and a picture are compared whole by whole, by their vectors' cosine, and, with
+    `late_dim`, word by word: each word with the cell of the picture that it fits best (late interaction, Yao et al.
+    2021, "FILIP", eq. 3 to 5). It is saved beside the text stage for its report; a pipeline does not need it.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 128,
+        width: int = 64,
+        patch: int = 2,
+        feature_dim: int | None = None,
+        late_dim: int = 64,
+        projected_dim: int = 128,
+    ):
+        super().__init__()
+        if feature_dim is None:
+            self.tower = PictureTower(width, patch)
+            feature_dim = self.tower.dim
+            if late_dim:
+                self.cell = nn.Linear(2 * width, late_dim)
+                self.place = nn.Parameter(torch.randn(CELLS**2, late_dim) / 2)
+                self.word = nn.Linear(dim, late_dim)
+        else:
+            self.tower = nn.LayerNorm(feature_dim)
+        self.read = nn.Sequential(nn.Linear(feature_dim, 4 * dim), nn.GELU())
+        self.out = nn.Linear(4 * dim, dim)
+        self.projection = nn.Sequential(nn.LayerNorm(projected_dim), nn.Linear(projected_dim, dim))
+
+    @property
+    def is_late(self) -> bool:
+        return self.config.feature_dim is None and self.config.late_dim > 0
+
+    def forward(self, pictures: Tensor) -> Seen:
+        """pixels (B, 3, R, R), or features (B, feature_dim) => Seen."""
+        if self.config.feature_dim is not None:
+            return Seen(normalize(self.out(self.read(self.tower(pictures))), dim=-1), None)
+        cells, flat = self.tower(pictures)
+        placed = normalize(self.cell(cells) + self.place, dim=-1) if self.is_late else None
+        return Seen(normalize(self.out(self.read(flat)), dim=-1), placed)
+
+    def texts(self, adapter: TextAdapter, encoded: PromptEmbeds) -> Said:
+        """What `adapter` made of T texts => Said."""
+        vector = normalize(encoded.pooled, dim=-1)
+        words = normalize(self.word(adapter.raw(encoded.tokens)), dim=-1) if self.is_late else None
+        return Said(vector, words, encoded.mask)
+
+    def project(self, hidden: Sequence[Hidden]) -> Tensor:
+        """Each encoder's Hidden of B texts => (B, dim) of length 1: the mean state and the pooled vector, projected."""
+        parts = []
+        for one in hidden:
+            weight = one.mask[..., None].to(one.states.dtype)
+            parts += [(one.states * weight).sum(1) / weight.sum(1).clamp(min=1), one.pooled]
+        return normalize(self.projection(torch.cat(parts, dim=-1)), dim=-1)
+
+
+class PictureTower(nn.Module):
+    """pixels (B, 3, R, R) => cells (B, CELLS^2, 2 width), and them flat beside the picture in 8 x 8 pixels, (B, dim).
+
+    The small picture tells the colours plainly, and a fourth channel the edges, whatever their colour: so a shape is
+    known in colours that it was never seen in.
+    """
+
+    def __init__(self, width: int, patch: int):
+        super().__init__()
+        widths = (4 * patch**2, width // 2, width, 2 * width, 2 * width)
+        strides = (1, 2, 2, 1)
+        self.dim = 2 * width * CELLS**2 + 3 * 64
+        self.fold = nn.PixelUnshuffle(patch)
+        steps = zip(widths, widths[1:], strides, strict=False)
+        self.layers = nn.ModuleList(nn.Conv2d(narrow, wide, 3, stride, 1) for narrow, wide, stride in steps)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        cells = nn.functional.adaptive_avg_pool2d(self.map(pixels), CELLS).flatten(2)
+        small = nn.functional.adaptive_avg_pool2d(pixels, 8).flatten(1)
+        return cells.mT, torch.cat([cells.flatten(1), small], dim=1)
+
+    def map(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, R, R) => the last layer's features (B, 2 width, rows, columns)."""
+        x = self.fold(torch.cat([pixels, edges(pixels)], dim=1))
+        for layer in self.layers:
+            x = nn.functional.gelu(layer(x))
+        return x
+
+
+def edges(pixels: Tensor) -> Tensor:
+    """(B, 3, R, R) => (B, 1, R, R): the longest of the three channels' gradients, 0 along the lower and right edge."""
+    corner = pixels[:, :, :-1, :-1]
+    down, right = pixels[:, :, 1:, :-1] - corner, pixels[:, :, :-1, 1:] - corner
+    return pad((down.square() + right.square()).amax(1, keepdim=True).sqrt(), (0, 1, 0, 1))
+
+
+def late_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """cells (B, C, K), words (T, L, K), mask (T, L) => (B, T): the mean over a text's words of each one's best cell."""
+    count, length = mask.shape
+    each = words.flatten(0, 1) @ cells.flatten(0, 1).T  # one product, and the maximum over what lies side by side
+    best = each.view(count, length, *cells.shape[:2]).max(-1).values  # (T, L, B)
+    weight = mask.to(best.dtype)
+    return ((best * weight[..., None]).sum(1) / weight.sum(1).clamp(min=1)[:, None]).T
+
+
+def pair_scores(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    """As `late_scores`, of picture i and text i alone: (B, C, K), (B, L, K), (B, L) => (B,)."""
+    best = torch.einsum("blk,bck->blc", words, cells).amax(-1)
+    weight = mask.to(best.dtype)
+    return (best * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+
+
+def projected_dim(stage: TextStage) -> int:
+    return sum(states + pooled for states, _, pooled in (encoder.widths for encoder in stage.encoders))
+
+
+def twins(pictures: CaptionedPictures, number: int, seed: int) -> list[str]:
+    """Texts that are nearly true of picture `number`, one for each of its captions; another `seed` gives others.
+
+    Of a scene graph the captions with one attribute, place, count or relation changed, each in its own phrasing; of any
+    other data each caption with its words changed (`word_twins`) or, where they give none, the next other caption.
+    Raises ValueError where all captions are the same.
+    """
+    own = pictures.captions[number]
+    if pictures.scenes is not None:
+        return shapes.captions(shapes.swapped(pictures.scenes[number], number + seed)[0])
+    draw, found = random.Random(f"{seed}/{number}"), []
+    for caption in own:
+        changed = [text for text in word_twins(caption) if text not in own]
+        found.append(draw.choice(changed) if changed else _next_other(pictures, number))
+    return found
+
+
+def _next_other(pictures: CaptionedPictures, number: int) -> str:
+    own = pictures.captions[number]
+    following = (pictures.captions[(number + i) % len(pictures)][0] for i in range(1, len(pictures)))
+    other = next((text for text in following if text not in own), None)
+    if other is None:
+        raise UserError(f"{pictures.name}: every caption is {shown(own[0])}; expected at least two different ones")
+    return other
+
+
+def measured_caption(pictures: CaptionedPictures, number: int) -> int:
+    """Which of its captions picture `number` is measured by: in scenes each phrasing in turn, else the main one."""
+    return number % len(pictures.captions[number]) if pictures.scenes is not None else 0
+
+
+def similarity(seen: Seen, said: Said) -> Tensor:
+    """B pictures, T texts => (B, T): the cosine of their vectors, and with cells the late score too, added."""
+    cosine = seen.vector @ said.vector.T
+    if seen.cells is None or said.words is None:
+        return cosine
+    parts = [late_scores(cells, said.words, said.mask) for cells in seen.cells.split(_PICTURES)]
+    return cosine + torch.cat(parts)
+
+
+def own_similarity(seen: Seen, said: Said) -> Tensor:
+    """`similarity` of picture i and text i: (B,)."""
+    cosine = (seen.vector * said.vector).sum(1)
+    if seen.cells is None or said.words is None:
+        return cosine
+    return cosine + pair_scores(seen.cells, said.words, said.mask)
+
+
+@torch.no_grad()
+def look(matcher: Matcher, pictures: Tensor) -> Seen:
+    """N pictures => Seen, in parts."""
+    parts = [matcher(part.to(matcher.device)) for part in pictures.split(256)]
+    cells = None if parts[0].cells is None else torch.cat([part.cells for part in parts])
+    return Seen(torch.cat([part.vector for part in parts]), cells)
+
+
+@torch.no_grad()
+def say(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tuple[Said, Said]:
+    """N texts => what the adapter says of them, and what the plain projection does."""
+    said, projected = [], []
+    for start in range(0, len(texts), 256):
+        hidden = stage.hidden(stage.tokenize(texts[start : start + 256], warn=False))
+        said.append(matcher.texts(stage.adapter, stage.adapter(hidden)))
+        projected.append(matcher.project(hidden))
+    longest = max(part.mask.shape[1] for part in said)
+    missing = [longest - part.mask.shape[1] for part in said]
+    mask = torch.cat([pad(part.mask, (0, n)) for part, n in zip(said, missing, strict=True)])
+    words = None
+    if matcher.is_late:
+        words = torch.cat([pad(part.words, (0, 0, 0, n)) for part, n in zip(said, missing, strict=True)])
+    return Said(torch.cat([p.vector for p in said]), words, mask), Said(torch.cat(projected), None, mask)
+
+
+def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, np.ndarray]:
+    """`similarity` (N, N) of N pictures and their N captions => for each of `rows`, 0 or 1, whether the caption finds
+    its picture among the first 1, 5, 10 of all N, and the picture its caption.
+
+    Equal captions are one: a picture of the same caption counts as found, and captions are ranked as different ones.
+    """
+    _, first, numbers = np.unique(captions, return_index=True, return_inverse=True)
+    numbers = torch.from_numpy(numbers).to(scores.device)
+    own = numbers[rows]
+    of_pictures, of_captions = scores.T[rows], scores[rows][:, torch.from_numpy(first).to(scores.device)]
+    same = own[:, None] == numbers
+    reached = torch.where(same, of_pictures, -torch.inf).amax(1)
+    beaten_by = {
+        "recall": ((of_pictures > reached[:, None]) & ~same).sum(1),
+        "recall_of_captions": (of_captions > of_captions.gather(1, own[:, None])).sum(1),
+    }
+    return {f"{name}_at_{k}": (better < k).float().cpu().numpy() for name, better in beaten_by.items() for k in RANKS}
+
+
+def text_scores(
+    stage: TextStage, matcher: Matcher, data: CaptionedPictures, pictures: Tensor, rows: slice
+) -> dict[str, np.ndarray]:
+    """What is said of a text stage, for each of `rows`, 0 or 1: `recalls`, and whether the picture is nearer to its
+    caption than to its twin, by the adapter (`binding`), by its pooled vector alone (`binding_pooled`), which is all
+    that the plain projection has, and by that (`binding_projection`).
+
+    `pictures`: all N of `data`, as the matcher takes them.
+    """
+    which = [measured_caption(data, i) for i in range(len(data))]
+    captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
+    twisted = [twins(data, i, MEASURED)[which[i]] for i in range(rows.start, rows.stop)]
+    seen = look(matcher, pictures)
+    own = Seen(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
+    ways = zip(("", "_projection"), say(stage, matcher, captions), say(stage, matcher, twisted), strict=True)
+    found = {}
+    for name, right, wrong in ways:
+        found |= {f"{key}{name}": hits for key, hits in recalls(similarity(seen, right), captions, rows).items()}
+        true = Said(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
+        found[f"binding{name}"] = (own_similarity(own, true) > own_similarity(own, wrong)).float().cpu().numpy()
+        if not name:
+            margin = (own.vector * (true.vector - wrong.vector)).sum(1)
+            found["binding_pooled"] = (margin > 0).float().cpu().numpy()
+    return found

@@ -1,0 +1,64 @@
+"""What the benchmark of stage 3 compares is comparable, and what it writes is what was asked for."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from sd_mini.config import command
+from tests.support.launching import SMOKE, prepared
+from training.benchmarks import predictor as benchmark_predictor
+from training.benchmarks import runner
+from training.benchmarks.interleaved import Spread, ratios
+
+
+@pytest.fixture
+def argv(smoke_run, tmp_path):
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    return ["--config", str(SMOKE / "noise_predictor.yaml"), "--run", str(run)]
+
+
+def test_the_spread_and_the_ratio_of_blocks():
+    assert Spread.of([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert ratios([4.0, 9.0], [2.0, 3.0]) == (2.5, 2.0, 3.0)
+
+
+def test_mfu_is_the_counted_flops_over_the_measured_peak(argv, monkeypatch):
+    monkeypatch.setattr(benchmark_predictor, "WARM_UP", 1)
+    found = benchmark_predictor.utilisation(argv, rounds=3)
+    for name in ("forward_backward", "step"):
+        assert 0 < found[name]["low"] <= found[name]["median"] <= found[name]["high"] < 1.5
+
+
+@pytest.mark.parametrize("loop", [benchmark_predictor.reference, benchmark_predictor.cached_reference])
+def test_the_plain_loops_train_the_network(argv, loop):
+    """Their losses are of the size of ours on the same start, whose mean over noise is about 2, and finite."""
+    losses = list(islice(loop(argv), 1, 7))
+    assert all(1.0 < loss < 4.0 for loss in losses)
+
+
+def test_the_profile_adds_up(argv, monkeypatch):
+    monkeypatch.setattr(benchmark_predictor, "WARM_UP", 1)
+    rows = benchmark_predictor.profiled(argv, updates=2)
+    assert len(rows) == 20 and 0.5 < sum(row["share"] for row in rows) <= 1.001
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    # two blocks of six linear layers, each with its products forward and back, are seen and counted
+    assert next(row["calls"] for row in rows if row["operation"] == "aten::mm") >= 2 * 6 * 2
+
+
+def test_parts_are_added_to_the_file(argv, tmp_path, monkeypatch):
+    out = tmp_path / "runner.json"
+    monkeypatch.setattr(benchmark_predictor, "WARM_UP", 1)
+    out.write_text('{"training": {"kept": 1}}')
+    assert command(runner.main, ["--only", "profile", "--out", str(out), *argv]) == 0
+    found = json.loads(out.read_text())
+    assert found["training"] == {"kept": 1} and len(found["profile"]) == 20
+    assert found["machine"]["torch"] == torch.__version__
+
+
+def test_a_run_without_stages_is_one_line(tmp_path, capsys):
+    assert command(runner.main, ["--run", str(tmp_path / "none"), "--out", str(tmp_path / "b.json")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "no text_encoder stage here" in said and "\n" not in said
+    assert not (tmp_path / "b.json").exists()

@@ -1,0 +1,305 @@
+"""Networks by preset, by class name and from folders; LoRA on them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, PRXTransformer2DModel, SanaTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+
+from sd_mini import noise_predictor
+from sd_mini.errors import UserError
+from sd_mini.noise_predictor import lora
+from sd_mini.noise_predictor.loading import load_network
+from sd_mini.noise_predictor.lora import LoraConfig
+from sd_mini.noise_predictor.presets import SIZES, preset
+from sd_mini.pipelines.text_to_image import Pipeline
+from sd_mini.stages.contract import load_stage
+from tests.support.launching import launch, prepared
+from tests.support.networks import UNET
+from training.engine.task import TrainConfig
+from training.noise_predictor.losses import Objective, ObjectiveConfig
+from training.noise_predictor.network import NetworkConfig, description
+
+SHAPE, DIM = (4, 8, 8), 24
+SANA = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 1,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+    "cross_attention_dim": 16,
+    "patch_size": 2,
+}
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    fields = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 2, "mlp_ratio": 2.0}
+    made = noise_predictor.build("prx", fields | more, SHAPE, DIM)
+    for parameter in made.parameters():  # a fresh PRX says nothing
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return made
+
+
+def inputs():
+    draws = torch.Generator().manual_seed(1)
+    latents, tokens = torch.randn(2, *SHAPE, generator=draws), torch.randn(2, 6, DIM, generator=draws)
+    return latents, torch.tensor([200.0, 800.0]), tokens, torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+
+
+@pytest.mark.parametrize("kind", ["prx", "pixart", "unet"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_preset_is_of_its_size(kind, size):
+    with torch.device("meta"):
+        network = noise_predictor.build(kind, preset(kind, size), (8, 8, 8), 128)
+    count = sum(p.numel() for p in network.parameters())
+    assert count == pytest.approx(float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]], rel=0.2)
+
+
+def test_another_denoiser_by_its_class_name():
+    network = noise_predictor.build("SanaTransformer2DModel", SANA, SHAPE, DIM)
+    assert isinstance(network, SanaTransformer2DModel)
+    latents, t, tokens, mask = inputs()
+    made = noise_predictor.predict(network, latents, t, tokens, mask)
+    expected = network(latents, tokens, t, encoder_attention_mask=mask).sample
+    assert made.shape == latents.shape and torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("FluxTransformer2DModel", "FluxTransformer2DModel has no encoder_attention_mask"),
+        ("AutoencoderKL", "AutoencoderKL has no encoder_attention_mask"),
+        ("SD3Transformer2DModel", "has no encoder_attention_mask"),
+        ("NoSuchModel", "kind 'NoSuchModel' is unknown"),
+        ("LatteTransformer3DModel", "LatteTransformer3DModel.* cannot be built"),
+    ],
+)
+def test_what_is_called_otherwise_is_refused(kind, says):
+    with pytest.raises(ValueError, match=says):
+        noise_predictor.build(kind, {}, SHAPE, DIM)
+
+
+@pytest.mark.parametrize("subfolder", ["", "transformer"])
+def test_from_a_diffusers_folder(tmp_path, subfolder):
+    network = tiny()
+    network.save_pretrained(tmp_path / subfolder)
+    again = load_network(str(tmp_path), SHAPE, DIM)
+    with torch.no_grad():
+        outputs = [noise_predictor.predict(one, *inputs()) for one in (network, again)]
+    assert torch.equal(*outputs)
+
+
+def test_from_a_stock_unet_s_folder(tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=8, cross_attention_dim=DIM, **UNET)
+    unet.half().save_pretrained(tmp_path / "unet")
+    again = load_network(str(tmp_path), SHAPE, DIM)
+    assert again.dtype == torch.float32
+    for kept, loaded in zip(unet.parameters(), again.parameters(), strict=True):
+        assert torch.equal(kept.float(), loaded)
+    with pytest.raises(ValueError, match=r"in_channels is 4, but the latents have 8"):
+        load_network(str(tmp_path), (8, 8, 8), DIM)
+    with pytest.raises(ValueError, match=r"cross_attention_dim is 24, but the prompt embeddings have 32"):
+        load_network(str(tmp_path), SHAPE, 32)
+
+
+def test_folders_that_hold_no_network(tmp_path):
+    with pytest.raises(ValueError, match=r"no diffusers network here \(config.json is missing\)"):
+        load_network(str(tmp_path), SHAPE, DIM)
+    network = tiny()
+    network.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cannot be loaded") as error:
+        load_network(str(tmp_path), SHAPE, DIM)
+    assert "\n" not in str(error.value)
+    tiny(depth=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"depth": 2}))
+    with pytest.raises(ValueError, match=r"its weights file lacks blocks\.1"):
+        load_network(str(tmp_path), SHAPE, DIM)
+
+
+def test_a_pixart_with_learned_variance_is_refused(tmp_path):
+    fields = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16}
+    network = PixArtTransformer2DModel(**fields, norm_num_groups=4, caption_channels=DIM, sample_size=8)
+    network.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="out_channels is 8, but the latents have 4"):
+        load_network(str(tmp_path), SHAPE, DIM)
+
+
+def test_lora_is_peft_s(tmp_path):
+    """Same start, same adapters, same output as peft's own model; and our file is one that peft would write."""
+    network = tiny()
+    reference = get_peft_model(copy.deepcopy(network), PeftConfig(r=4, lora_alpha=8, target_modules=["img_qkv_proj"]))
+    plain = noise_predictor.predict(network, *inputs())
+    lora.add(network, LoraConfig(rank=4, alpha=8, targets=("img_qkv_proj",)))
+    # nothing has changed yet
+    torch.testing.assert_close(noise_predictor.predict(network, *inputs()), plain, rtol=0, atol=1e-5)
+    assert {n for n, p in network.named_parameters() if p.requires_grad} == set(lora.state(network))
+    with torch.no_grad():
+        draws = torch.Generator().manual_seed(2)
+        theirs = dict(reference.base_model.model.named_parameters())
+        for name, tensor in lora.state(network).items():
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=draws))
+            theirs[name].copy_(tensor)
+    adapted = noise_predictor.predict(network, *inputs())
+    assert (adapted - plain).abs().max() > 1e-4
+    expected = noise_predictor.predict(reference.base_model.model, *inputs())
+    torch.testing.assert_close(adapted, expected, rtol=0, atol=1e-6)
+    lora.save(network, tmp_path / "ours", {})
+    reference.save_pretrained(tmp_path / "theirs")
+    again = tiny()
+    lora.load(again, tmp_path / "ours")
+    assert torch.equal(noise_predictor.predict(again, *inputs()), adapted)
+    merged = copy.deepcopy(again)
+    lora.merge(merged)
+    assert not lora.is_adapted(merged) and set(merged.state_dict()) == set(tiny().state_dict())
+    torch.testing.assert_close(noise_predictor.predict(merged, *inputs()), adapted, rtol=0, atol=1e-5)
+    from safetensors.torch import load_file
+
+    peft_s = tiny()
+    lora.load(peft_s, tmp_path / "theirs")
+    assert torch.equal(noise_predictor.predict(peft_s, *inputs()), adapted)
+    config = json.loads((tmp_path / "theirs" / lora.CONFIG).read_text())
+    (tmp_path / "theirs" / lora.CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
+    with pytest.raises(ValueError, match="use_rslora is True; expected plain"):
+        lora.load(tiny(), tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / who / lora.WEIGHTS) for who in ("ours", "theirs"))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_refused_lora_leaves_the_network_as_it_was(tmp_path):
+    """Whatever is wrong with it; and the right one is taken afterwards."""
+    from safetensors.torch import load_file, save_file
+
+    right, network = tiny(), tiny()
+    lora.add(right, LoraConfig(rank=2))
+    lora.save(right, tmp_path / "right", {})
+    wide = tiny(hidden_size=64, num_heads=2)
+    lora.add(wide, LoraConfig(rank=2))
+    lora.save(wide, tmp_path / "wide", {})
+    config, weights = (tmp_path / "right" / name for name in (lora.CONFIG, lora.WEIGHTS))
+    tensors, said = load_file(weights), json.loads(config.read_text())
+    first = sorted(tensors)[0]
+    broken = {
+        "rank": ({**said, "r": 3}, tensors),
+        "words": ({**said, "r": "2"}, tensors),
+        "alpha": ({**said, "lora_alpha": 0}, tensors),
+        "short": (said, {name: t for name, t in tensors.items() if name != first}),
+        "more": (said, {**tensors, "base_model.model.extra.lora_A.weight": tensors[first].clone()}),
+    }
+    for name, (fields, values) in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / lora.CONFIG).write_text(json.dumps(fields))
+        save_file(values, tmp_path / name / lora.WEIGHTS)
+    before, modules = copy.deepcopy(network.state_dict()), [type(module) for module in network.modules()]
+    for name in ("wide", *broken):
+        with pytest.raises(ValueError, match=r"^LoRA [^\n]*$"):
+            lora.load(network, tmp_path / name)
+        assert [type(module) for module in network.modules()] == modules
+        assert all(p.requires_grad for p in network.parameters())
+        assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+    lora.load(network, tmp_path / "right")
+    assert lora.is_adapted(network)
+
+
+def test_a_training_for_something_else_than_its_start_is_refused(smoke_run, tmp_path, capsys):
+    from sd_mini.stages.contract import read_contract
+
+    start = smoke_run / "noise_predictor" / "final"
+    assert read_contract(start)["objective"]["kind"] == "flow"
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    more = ["--network", f"{{pretrained: {start}}}", "--objective.kind", "flow_x"]
+    assert launch("noise_predictor", run, *more) == 2
+    assert "it was trained for flow, but the objective is flow_x" in capsys.readouterr().err
+    assert not (run / "noise_predictor" / "final").exists()
+
+
+def test_a_lora_that_learned_another_objective_is_refused(tmp_path):
+    flow, cosine = {"kind": "flow"}, {"kind": "v_prediction", "schedule": "cosine"}
+    network = tiny()
+    lora.add(network, LoraConfig(rank=2))
+    lora.save(network, tmp_path, {"objective": flow})
+    other = tiny()
+    with pytest.raises(UserError, match=r"learned for \{'kind': 'flow'\}, but this network predicts"):
+        lora.load(other, tmp_path, cosine)
+    assert not lora.is_adapted(other)
+    lora.load(other, tmp_path, flow)
+    lora.load(tiny(), tmp_path)  # whoever does not say what the network predicts
+
+
+def test_a_lora_of_another_network_is_refused(tmp_path):
+    network = tiny(hidden_size=64, num_heads=2)
+    lora.add(network, LoraConfig(rank=2))
+    lora.save(network, tmp_path, {})
+    with pytest.raises(ValueError, match=r"is \(2, 64\), but this network's layer takes \(2, 32\)"):
+        lora.load(tiny(), tmp_path)
+    deep = tiny(depth=3)
+    lora.add(deep, LoraConfig(rank=2))
+    lora.save(deep, tmp_path / "deep", {})
+    with pytest.raises(ValueError, match=r"adapts blocks\.2.*, which this PRXTransformer2DModel does not have"):
+        lora.load(tiny(), tmp_path / "deep")
+    weights = tmp_path / lora.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        lora.load(tiny(), tmp_path)
+    with pytest.raises(ValueError, match="has no such linear layers; it has"):
+        lora.add(tiny(), LoraConfig(rank=2, targets=("to_x",)))
+
+
+def test_a_lora_is_trained_exported_and_loaded_again(smoke_run, tmp_path):
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    base = smoke_run / "noise_predictor" / "final" / "noise_predictor"
+    more = ["--network.pretrained", str(base), "--network.lora.rank", "2", "--train.muon_lr", "null"]
+    more += ["--network.kind", "prx", "--network.network", "{}", "--train.lr", "0.05"]
+    assert launch("noise_predictor", run, *more) == 0
+    final = load_stage(run / "noise_predictor" / "final", "noise_predictor")
+    trained, before = final.parts["noise_predictor"], PRXTransformer2DModel.from_pretrained(base)
+    assert set(trained.state_dict()) == set(before.state_dict())
+    pipeline = Pipeline.from_run(smoke_run)
+    pipeline.load_lora(run / "noise_predictor" / "final" / "noise_predictor" / "lora")
+    assert pipeline.config.stages["noise_predictor"] != Pipeline.from_run(smoke_run).config.stages["noise_predictor"]
+    assert final.contract["parameters"] == sum(p.numel() for p in before.parameters())  # the adapters are merged
+    changed = 0
+    for name, tensor in trained.state_dict().items():
+        torch.testing.assert_close(pipeline.noise_predictor.state_dict()[name], tensor, rtol=0, atol=1e-6)
+        changed += not torch.equal(tensor, before.state_dict()[name])
+    assert 0 < changed < len(trained.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"preset": "2m"}, "network.preset '2m': expected one of 1m, 4m"),
+        ({"kind": "SanaTransformer2DModel", "preset": "1m"}, "has no presets"),
+        ({"pretrained": "x", "preset": "1m"}, "brings its own class and fields; leave out network.preset"),
+        ({"lora": {"rank": 4}}, "adapts a network that is there already; give network.pretrained"),
+    ],
+)
+def test_sources_that_do_not_go_together(given, says):
+    with pytest.raises(ValueError, match=says):
+        NetworkConfig(**given)
+
+
+def test_the_description_counts():
+    """Parameters and memory counted by hand; the FLOPs against 6 N T + 12 L d T^2."""
+    depth, width = 4, 64
+    network = tiny(depth=depth, hidden_size=width, num_heads=2)
+    config = TrainConfig(ema_width=0.1)
+    said = description(Objective(network, ObjectiveConfig()), SHAPE, (6, DIM), config)
+    count = sum(p.numel() for p in network.parameters())
+    assert f"{count / 1e3:.3g} k parameters, 16 picture tokens and 6 of the prompt" in said
+    assert f"{4 * 6 * count / 1e6:.3g} MB of memory" in said  # weights, gradients, two moments, two averages
+    expected = 12 * depth * width * 16 * 22  # each picture token attends to 16 + 6, 12 L d T^2 with T^2 as that product
+    for name, layer in network.named_modules():
+        if isinstance(layer, torch.nn.Linear):  # 6 N T, with as many rows as a layer sees: prompt, time or picture
+            rows = 6 if "txt" in name else 1 if "modulation" in name or "time" in name or "adaLN" in name else 16
+            expected += 6 * layer.weight.numel() * rows
+    counted = float(said.split(" MFLOPs")[0].rsplit(" ", 1)[-1]) * 1e6
+    assert counted == pytest.approx(expected, rel=0.1)

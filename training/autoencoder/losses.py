@@ -1,0 +1,275 @@
+"""What stage 2 minimises: how a picture may differ from what is left of it, and what its latents have to be like."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sd_mini import images
+from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.config import Config
+from training.autoencoder import adversarial
+from training.engine.learner import Others
+
+
+class Term(Config):
+    """A term of the loss. A number alone is its weight."""
+
+    brief = "WEIGHT or {weight: W, start: UPDATE}"
+
+    weight: float = Field(ge=0)
+    """0 leaves it out"""
+    start: int = Field(0, ge=0)
+    """the update from which it counts"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        # YAML calls 1e-4 a string
+        return {"weight": value} if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+OFF = Term(weight=0)
+
+
+class LossConfig(Config):
+    """The terms, each `{weight: W, start: UPDATE}` or its weight alone; 0 leaves a term out."""
+
+    l1: Term = Term(weight=1)
+    l2: Term = OFF
+    log_l2: Term = OFF
+    """logarithm of a picture's l2, which is its PSNR but for sign and scale: every picture counts alike"""
+    charbonnier: Term = OFF
+    """sqrt(error^2 + 0.001^2): L1 that is smooth at 0"""
+    gradient: Term = OFF
+    """L1 of the differences between neighbouring pixels: edges, without a network's weights"""
+    ssim: Term = OFF
+    """1 - SSIM, over 11 x 11 pixels"""
+    focal_frequency: Term = OFF
+    """squared error of the spectra, each frequency weighing as much as it is wrong"""
+    lpips: Term = OFF
+    """distance of a pretrained network's features; see lpips_network and lpips_weights"""
+    kl: Term = Term(weight=1e-4)
+    """pull of the latents towards N(0, I); nothing where the encoder is not trained"""
+    commitment: Term = Term(weight=0.25)
+    """of kind vq: pull of the latents towards their codes, and four times as much of the codes towards the latents"""
+    equivariance: Term = OFF
+    """the terms up to gradient once more, of latents made smaller and turned against the picture made so (EQ-VAE)"""
+    latent_noise: Term = OFF
+    """weight: standard deviation of noise on the latents while training, as the network gives them (and as they are
+    standardised, with a teacher); neighbours in latent space then decode alike"""
+    distillation: Term = Term(weight=1)
+    """with model.teacher: squared distance of the latents from its"""
+    adversarial: Term = OFF
+    """a discriminator's verdict on the reconstruction; it trains the decoder alone; see `adversary`"""
+    lpips_network: str = "vgg"
+    """vgg or alex"""
+    lpips_weights: str | None = None
+    """torchvision's weights file of that network; null: downloaded"""
+
+    def begun(self, step: int) -> dict[str, Term]:
+        """The terms that count at an update, by name."""
+        terms = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return {name: t for name, t in terms if isinstance(t, Term) and t.weight and step >= t.start}
+
+
+def charbonnier(error: Tensor) -> Tensor:
+    return (error.square() + 1e-6).sqrt().mean((1, 2, 3))
+
+
+def gradient(error: Tensor) -> Tensor:
+    return error.diff(dim=-1).abs().mean((1, 2, 3)) + error.diff(dim=-2).abs().mean((1, 2, 3))
+
+
+# of the difference of two pictures alone, (B, 3, H, W) => (B,)
+OF_ERROR = {
+    "l1": lambda error: error.abs().mean((1, 2, 3)),
+    "l2": lambda error: error.square().mean((1, 2, 3)),
+    "log_l2": lambda error: (error.square().mean((1, 2, 3)) + 1e-5).log(),  # up to 56 dB
+    "charbonnier": charbonnier,
+    "gradient": gradient,
+}
+
+
+def ssim(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """1 - SSIM of pixels in [-1, 1] => (B,). Its variances need float32."""
+    with torch.autocast(decoded.device.type, enabled=False):
+        return 1 - images.ssim(decoded.float(), pixels, 2.0)
+
+
+# Jiang et al. 2021, focal frequency loss, alpha 1: each frequency weighs as the root of its error, over the largest
+def focal_frequency(decoded: Tensor, pixels: Tensor) -> Tensor:
+    """=> (B,), each channel's spectrum weighed by itself."""
+    distance = torch.view_as_real(torch.fft.fft2((decoded - pixels).float(), norm="ortho")).square().sum(-1)
+    weight = distance.detach().sqrt()
+    weight = weight / weight.amax((2, 3), keepdim=True).clamp(min=1e-8)
+    return (weight * distance).mean((1, 2, 3))
+
+
+# KL(N(m, s^2) || N(0, 1)) a latent value, Kingma & Welling 2014, appendix B; with s fixed, m^2 / 2 is all that is left
+def kl_term(mean: Tensor, log_variance: Tensor | None) -> Tensor:
+    """(B, C, h, w) => (B,)."""
+    divergence = mean.square()
+    if log_variance is not None:
+        divergence = divergence + log_variance.exp() - 1 - log_variance
+    return 0.5 * divergence.mean((1, 2, 3))
+
+
+class Change(NamedTuple):
+    """One size and one angle for a whole batch: `side`, cells of the latents; `turns`, right angles."""
+
+    side: int
+    turns: int
+
+    def places(self) -> Tensor:
+        """(side^2,): from which cell each cell of the turned latents comes."""
+        return torch.arange(self.side**2).view(self.side, self.side).rot90(self.turns).flatten()
+
+    def of_pixels(self, pixels: Tensor, stride: int) -> Tensor:
+        """(B, 3, R, R) => (B, 3, R', R'), smaller by area, and turned."""
+        return resized(pixels, self.side * stride).rot90(self.turns, (-2, -1))
+
+
+def drawn_change(cells: int, size: float, turn: float) -> Change:
+    """Two draws from U[0, 1) => a change of latents `cells` a side: from a quarter of them to all, at any angle."""
+    smallest = max(1, cells // 4)
+    return Change(smallest + int(size * (cells - smallest + 1)), int(turn * 4))
+
+
+def resized(tensor: Tensor, side: int) -> Tensor:
+    return nn.functional.interpolate(tensor, size=(side, side), mode="area")
+
+
+class Objective(nn.Module):
+    """pixels => the weighted sum of the terms, one a picture.
+
+    `weight_TERM` are given of the terms that have begun, and only these are computed. Other networks are read and not
+    trained: `perceptual` (LPIPS), `teacher` (an Autoencoder whose standardised latents are to be learned) and
+    `discriminator`.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        perceptual: nn.Module | None = None,
+        teacher: Autoencoder | None = None,
+        discriminator: nn.Module | None = None,
+        adaptive: bool = True,
+    ):
+        super().__init__()
+        self.autoencoder, self.adaptive = autoencoder, adaptive
+        self.others = Others([perceptual, teacher, discriminator])
+        self.encoder_is_trained = any(p.requires_grad for part in autoencoder.encoder_parts for p in part.parameters())
+
+    def forward(
+        self,
+        pixels: Tensor,
+        noise: Tensor,
+        posterior_noise: Tensor,
+        turned: Tensor | None = None,
+        places: Tensor | None = None,
+        **weights: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """pixels (b, 3, R, R); both noises like the latents; for equivariance `turned` and `places`, a Change's."""
+        w = {name.removeprefix("weight_"): value for name, value in weights.items()}
+        autoencoder = self.autoencoder
+        raw, log_variance = self._latents(pixels)
+        latents, noised = self.given(pixels, raw, log_variance, noise, posterior_noise, w)
+        terms = {} if not self.encoder_is_trained else {"kl": kl_term(raw, log_variance)}
+        if self.others[1] is not None:
+            terms["distillation"] = (raw - latents).square().mean((1, 2, 3))
+        decoded = autoencoder.decode_raw(noised)
+        terms |= self._reconstruction(decoded, pixels, w)
+        metrics = {}
+        if autoencoder.config.kind == "vq" and self.encoder_is_trained:
+            terms["commitment"], used = self._commitment(noised)
+            metrics |= used
+        if "equivariance" in w:
+            terms["equivariance"] = self._equivariance(latents, turned, places, w)
+        total = sum((w[name] * term for name, term in terms.items() if name in w), decoded.new_zeros(len(decoded)))
+        metrics |= {name: term.mean() for name, term in terms.items()}
+        if "adversarial" in w:
+            verdict = self._verdict(noised, decoded)
+            balance = total.new_ones(())
+            if self.adaptive:
+                balance = adversarial.balance(total, verdict, autoencoder.last_layer)
+            total = total + w["adversarial"] * balance * verdict
+            metrics |= {"adversarial": verdict.mean(), "adaptive_weight": balance}
+        return total, metrics
+
+    def given(
+        self,
+        pixels: Tensor,
+        raw: Tensor,
+        log_variance: Tensor | None,
+        noise: Tensor,
+        posterior_noise: Tensor,
+        w: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """What the decoder has to decode, the teacher's latents where there is one, and these with their noise."""
+        latents = raw
+        if self.others[1] is not None:
+            with torch.no_grad():
+                latents = self.others[1].encode(pixels)
+        noised = latents + w["latent_noise"] * noise if "latent_noise" in w else latents
+        if log_variance is not None and self.encoder_is_trained and self.others[1] is None:
+            noised = noised + (0.5 * log_variance).exp() * posterior_noise
+        return latents, noised
+
+    @torch.no_grad()
+    def made(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, **more: Tensor) -> Tensor:
+        """The reconstructions that a discriminator judges: those that the decoder learns on, of the same noise."""
+        w = {name.removeprefix("weight_"): value for name, value in more.items()}
+        given = self.given(pixels, *self.autoencoder.raw_latents(pixels), noise, posterior_noise, w)
+        return self.autoencoder.decode_raw(given[1])
+
+    def _latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """In float32, whatever the passes' precision: the terms are means over many values."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
+            raw, log_variance = self.autoencoder.raw_latents(pixels)
+        return raw.float(), None if log_variance is None else log_variance.float()
+
+    def _reconstruction(self, decoded: Tensor, pixels: Tensor, w: dict[str, Tensor]) -> dict[str, Tensor]:
+        error = decoded.float() - pixels
+        terms = {name: of(error) for name, of in OF_ERROR.items() if name in w}
+        if "ssim" in w:
+            terms["ssim"] = ssim(decoded, pixels)
+        if "focal_frequency" in w:
+            terms["focal_frequency"] = focal_frequency(decoded, pixels)
+        if "lpips" in w:
+            terms["lpips"] = self.others[0](decoded, pixels).view(-1)
+        return terms
+
+    def _commitment(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """van den Oord et al. 2017, eq. 3, over its beta of 0.25, and which of the codes this pass used."""
+        codes = self.autoencoder.codes(latents)
+        to_codes = (latents - codes.vectors.detach()).square().mean((1, 2, 3))
+        to_latents = (codes.vectors - latents.detach()).square().mean((1, 2, 3))
+        indices, count = codes.indices.flatten(), self.autoencoder.network.config.num_vq_embeddings
+        # whole numbers in float32, whatever the latents' dtype: bfloat16 counts to 256
+        uses = torch.zeros(count, device=indices.device).index_add_(
+            0, indices, torch.ones_like(indices, dtype=torch.float32)
+        )
+        share = uses / len(indices)
+        most = min(count, len(indices))  # that a pass can use
+        perplexity = torch.special.entr(share).sum().exp()
+        return to_codes + 4 * to_latents, {
+            "codes_used": (uses > 0).float().sum() / most,
+            "code_perplexity": perplexity / most,
+        }
+
+    def _equivariance(self, latents: Tensor, turned: Tensor, places: Tensor, w: dict[str, Tensor]) -> Tensor:
+        """Kouzelis et al. 2025 (EQ-VAE), eq. 4: each picture once more, its latents made smaller and turned."""
+        side = turned.shape[-1] // self.autoencoder.stride
+        small = resized(latents, side).flatten(2)[..., places].unflatten(2, (side, side))
+        error = self.autoencoder.decode_raw(small).float() - turned
+        return sum(w[name] * of(error) for name, of in OF_ERROR.items() if name in w)
+
+    def _verdict(self, noised: Tensor, decoded: Tensor) -> Tensor:
+        """What the discriminator holds against the reconstruction, (b,), with a gradient to the decoder alone."""
+        if self.encoder_is_trained:
+            decoded = self.autoencoder.decode_raw(noised.detach())
+        return adversarial.generator_losses(self.others[2], decoded)

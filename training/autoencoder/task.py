@@ -1,0 +1,292 @@
+"""Stage 2: the autoencoder. Pictures only: the decoder needs no captions.
+
+accelerate launch -m training.autoencoder --config training/configs/shapes/autoencoder.yaml --run runs/shapes
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sd_mini import images, stages
+from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.config import Config
+from sd_mini.data.captioned import DataConfig, check_alike, load_pictures
+from sd_mini.errors import UserError
+from sd_mini.remarks import remark
+from sd_mini.stages.start import load_autoencoder
+from sd_mini.vision.lpips import load_lpips
+from training.autoencoder.adversarial import AdversaryConfig, Discriminator, DiscriminatorObjective
+from training.autoencoder.losses import OF_ERROR, LossConfig, Objective, drawn_change
+from training.engine import launch
+from training.engine.augment import AugmentConfig, augment
+from training.engine.batches import Batch, generator
+from training.engine.learner import Player
+from training.engine.task import TrainConfig
+
+COARSE = 4  # cells a side of latents that lose most of a picture's details
+
+
+class ModelConfig(Config):
+    kind: Literal["dc", "kl", "vq", "tiny", "small_picture"] | None = None
+    """dc: AutoencoderDC (the fewest FLOPs), which is what null means too; kl: AutoencoderKL; vq: VQModel; tiny:
+    AutoencoderTiny; small_picture: the latent is a small picture, the decoder makes it large"""
+    patch_size: int = Field(1, ge=1)
+    """pixels a side that are folded into channels before the network (space-to-depth) and unfolded behind it"""
+    network: dict[str, Any] = Field(default_factory=dict)
+    """fields of that diffusers class"""
+    start: str | None = None
+    """an autoencoder to go on from, instead of the fields above: an exported stage, a diffusers folder or a hub name"""
+    train: Literal["all", "decoder"] = "all"
+    """decoder: the encoder stays as it is, and with it the latents, their caches and the noise predictors over them"""
+    teacher: str | None = None
+    """an exported autoencoder whose latents are to be learned, so that one can stand in for the other"""
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> ModelConfig:
+        if self.start is not None and (self.kind is not None or self.network or self.patch_size > 1):
+            raise UserError("start brings its own network; leave kind, network and patch_size out")
+        if self.train == "decoder" and self.start is None:
+            raise UserError("train: decoder keeps an encoder that has learned; give its folder as start")
+        if self.train == "decoder" and self.teacher is not None:
+            raise UserError("teacher is for an encoder that learns; leave out teacher, or train: decoder")
+        return self
+
+
+class AutoencoderConfig(Config):
+    data: DataConfig = DataConfig()
+    """pictures to train on"""
+    valid: DataConfig = DataConfig(split="test", count=256)
+    """pictures to measure on"""
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
+    train: TrainConfig = TrainConfig()
+    statistics_count: int = Field(4096, ge=1)
+    """training pictures over which the latents' mean and std are measured"""
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> AutoencoderConfig:
+        if self.loss.adversarial.weight and self.adversary.adaptive and self.train.accumulation > 1:
+            raise UserError(
+                f"adversary.adaptive weighs by the gradients of the whole batch, and with train.accumulation "
+                f"{self.train.accumulation} a pass sees a part of it; expected accumulation 1, or adaptive false"
+            )
+        for name, term in self.loss.begun(10**18).items():
+            if term.start >= self.train.steps:
+                raise UserError(
+                    f"loss.{name} starts at update {term.start} of {self.train.steps}, so never; start it earlier, or "
+                    "leave it out"
+                )
+        if self.model.teacher is not None and "distillation" not in self.loss.begun(0):
+            raise UserError("model.teacher: its latents are learned by loss.distillation; expected it from update 0")
+        if not any(name in self.loss.begun(0) for name in (*OF_ERROR, "ssim", "focal_frequency", "lpips")):
+            raise UserError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
+        if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
+            raise UserError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
+        if self.loss.ssim.weight and self.data.resolution < images.SSIM_WINDOW:
+            window = f"{images.SSIM_WINDOW} x {images.SSIM_WINDOW} pixels"
+            raise UserError(f"loss.ssim looks at {window}; data.resolution is {self.data.resolution}")
+        return self
+
+
+class AutoencoderTask:
+    measure_every = None  # its held-out scores are what its evaluators say
+
+    def __init__(self, config: AutoencoderConfig):
+        self.config, loss = config, config.loss
+        check_alike(config.data, config.valid)
+        torch.manual_seed(config.train.seed)
+        autoencoder, self.started_from = _built(config.model)
+        self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
+        decoder_only, is_vq = config.model.train == "decoder", autoencoder.config.kind == "vq"
+        if is_vq and not decoder_only and "commitment" not in loss.begun(0):
+            raise UserError(
+                "loss.commitment: kind vq needs it above 0 from update 0; its codebook learns by nothing else"
+            )
+        if autoencoder.config.kind == "tiny" and config.train.gradient_checkpointing:
+            # diffusers' EncoderTiny then leaves out the scaling of its input that it has in evaluation
+            raise UserError("train.gradient_checkpointing: AutoencoderTiny learns something else with it; leave it out")
+        teacher, self.taught_by = _teacher(config.model, autoencoder)
+        perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
+        discriminator = None
+        if loss.adversarial.weight:
+            discriminator = Discriminator(config.adversary.width, config.adversary.layers)
+            discriminator.to(memory_format=torch.channels_last)
+        _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
+        self.train, self.valid = load_pictures(config.data, config.valid)
+        if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
+            remark(coarse)
+        self.count, self.valid_count = len(self.train), len(self.valid)
+        self.identity = {"data": self.train.fingerprint}
+        for name, contract in (("start", self.started_from), ("teacher", self.taught_by)):
+            self.identity |= {name: contract["hash"]} if contract is not None else {}
+        # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
+        autoencoder.to(memory_format=torch.channels_last)
+        if decoder_only:
+            for part in autoencoder.encoder_parts:
+                part.requires_grad_(False)
+        elif is_vq and config.model.start is None:
+            some = self.train.pixels(range(min(64, self.count)))
+            with torch.no_grad():
+                seen = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
+            autoencoder.start_codebook(seen, generator(config.train.seed, 0, "codebook"))
+        self.teacher = teacher
+        others = (perceptual, teacher, discriminator)
+        others = [part.to(PartialState().device) if part is not None else None for part in others]
+        objective = Objective(autoencoder, *others, adaptive=config.adversary.adaptive)
+        self.players = {"autoencoder": Player(objective, config.train)}
+        if discriminator is not None:
+            judge = DiscriminatorObjective(discriminator, objective, config.adversary.r1)
+            self.players["discriminator"] = Player(judge, config.adversary, loss.adversarial.start)
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
+        begun = self.config.loss.begun(batch.step)
+        found = {"pixels": pixels, **{f"weight_{name}": torch.tensor(term.weight) for name, term in begun.items()}}
+        if "equivariance" in begun:
+            change = drawn_change(self.latent_shape[1], *(float(u) for u in batch.uniform_all("change", 2)[0]))
+            stride = pixels.shape[-1] // self.latent_shape[1]
+            found |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
+        return found | {name: batch.normal(name, *self.latent_shape) for name in ("noise", "posterior_noise")}
+
+    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+        """PSNR of each held-out picture, from its 8-bit reconstruction."""
+        psnr = []
+        for start in range(rows.start, rows.stop, 128):
+            ids = range(start, min(start + 128, rows.stop))
+            decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
+            psnr.append(images.psnr(self.valid.pictures[ids.start : ids.stop], decoded.numpy()))
+        return {"psnr": np.concatenate(psnr)}
+
+    def preview(self, objective: Objective) -> Image.Image:
+        """Held-out pictures in the upper row, their reconstructions below."""
+        ids = range(min(8, len(self.valid)))
+        decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
+        return images.grid([*self.valid.pictures[: len(ids)], *decoded.numpy()], columns=len(ids), scale=2)
+
+    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
+        """Measure the latents over the training set, store the statistics in the autoencoder, write the stage.
+
+        Latents that were another stage's before keep its statistics, and the contract says whose they are:
+        `latents_of`, whose latents it decodes, and `encoder_of`, whose encoder it has.
+        """
+        autoencoder, whose = objective.autoencoder, {}
+        if self.taught_by is not None:  # it has learned them as they are standardised
+            zeros = torch.zeros(self.latent_shape[0])
+            autoencoder.set_statistics(zeros, zeros + 1)
+            whose = {"latents_of": stages.latents_of(self.taught_by), "latents_error": self._latents_error(autoencoder)}
+        elif self.config.model.train == "all" or autoencoder.config.latents_std is None:
+            autoencoder.set_statistics(*self._statistics(autoencoder))
+        elif self.started_from is not None:
+            whose = {
+                "latents_of": stages.latents_of(self.started_from),
+                "encoder_of": stages.encoder_of(self.started_from),
+            }
+        contract = {
+            "latent_shape": list(self.latent_shape),
+            "resolution": self.config.data.resolution,
+            "latents_mean": autoencoder.config.latents_mean,
+            "latents_std": autoencoder.config.latents_std,
+            "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
+            **whose,
+            **record,
+        }
+        stages.export(folder, "autoencoder", {"autoencoder": autoencoder}, contract)
+
+    def _latents_error(self, autoencoder: Autoencoder) -> float:
+        """Root mean square distance of its latents from the teacher's, whose own is 1, on training pictures."""
+        pixels = self.train.pixels(range(min(256, self.count))).to(autoencoder.device)
+        return float((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().mean().sqrt())
+
+    def _statistics(self, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
+        """Mean and std a channel, (C,) each, of the raw latents, in float64 over a fixed draw of training pictures."""
+        chosen = torch.randperm(self.count, generator=generator(self.config.train.seed, 0, "statistics"))
+        total = square = torch.zeros(self.latent_shape[0], dtype=torch.float64)
+        values = 0
+        for ids in chosen[: self.config.statistics_count].split(256):
+            raw = autoencoder.raw_latents(self.train.pixels(ids).to(autoencoder.device))[0].cpu().double()
+            total, square = total + raw.sum((0, 2, 3)), square + raw.square().sum((0, 2, 3))
+            values += raw[:, 0].numel()
+        mean = total / values
+        return mean.float(), (square / values - mean**2).sqrt().float()
+
+
+def _built(model: ModelConfig) -> tuple[Autoencoder, dict[str, Any] | None]:
+    """The autoencoder to train, and the contract of the stage that it goes on from, if it is one."""
+    if model.start is not None:
+        return load_autoencoder(model.start)
+    return Autoencoder(model.kind or "dc", model.network, model.patch_size), None
+
+
+def _teacher(model: ModelConfig, student: Autoencoder) -> tuple[Autoencoder | None, dict[str, Any] | None]:
+    if model.teacher is None:
+        return None, None
+    teacher, contract = load_autoencoder(model.teacher)
+    if contract is None:
+        raise UserError(f"model.teacher {model.teacher}: expected an exported stage, whose latents have statistics")
+    if not any(True for part in student.encoder_parts for _ in part.parameters()):
+        raise UserError(
+            f"model.teacher: the encoder of kind {student.config.kind} learns nothing, so no latents either"
+        )
+    theirs, ours = ((one.latent_channels, one.stride) for one in (teacher, student))
+    if theirs != ours:
+        raise UserError(
+            f"model.teacher {model.teacher}: its latents have {theirs[0]} channels and a stride of {theirs[1]} px, and "
+            f"here {ours[0]} and {ours[1]}; give the network the same"
+        )
+    return teacher.requires_grad_(False), contract
+
+
+def coarse_grid(autoencoder: Autoencoder, resolution: int) -> str | None:
+    """What is to be said of latents that have at most COARSE cells a side, too few to hold a picture's details."""
+    _, height, width = autoencoder.latent_shape(resolution, resolution)
+    if height > COARSE:
+        return None
+    patch = autoencoder.config.patch_size
+    finer = f"a smaller model.patch_size than {patch}" if patch > 1 else "one level fewer in model.network"
+    return (
+        f"data.resolution {resolution}: the latents are {height} x {width} cells, each of {autoencoder.stride} px a "
+        f"side, too few for much detail; give {finer}, or a larger resolution"
+    )
+
+
+def _check_sizes(
+    autoencoder: Autoencoder, resolution: int, perceptual: nn.Module | None, discriminator: nn.Module | None
+) -> None:
+    """Try everything on one picture. Raises ValueError where what comes out is not as large as what goes in, the
+    halves' levels being different, and where the picture is too small for LPIPS's network or the discriminator."""
+    pixels = torch.zeros(1, 3, resolution, resolution)
+    tried = {
+        "model: encoder and decoder do not fit": lambda: autoencoder.decode_raw(autoencoder.raw_latents(pixels)[0]),
+        f"loss.lpips_network is too deep for {resolution} px": lambda: perceptual and perceptual(pixels, pixels),
+        f"adversary.layers are too many for {resolution} px": lambda: discriminator and discriminator(pixels),
+    }
+    made = []
+    for says, attempt in tried.items():
+        try:
+            with torch.no_grad():
+                made.append(attempt())
+        except RuntimeError as error:
+            raise UserError(f"{says} ({' '.join(str(error).split())[:160]})") from None
+    if made[0].shape != pixels.shape:
+        raise UserError(
+            f"model: {resolution} px go in and {made[0].shape[-1]} px come out; give encoder and decoder as many levels"
+        )
+
+
+def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """pixels => what is left of them after encoding and decoding, on the CPU."""
+    raw = autoencoder.raw_latents(pixels.to(autoencoder.device))[0]
+    return autoencoder.decode_raw(raw).float().cpu()
+
+
+main = launch.Program(AutoencoderConfig, "autoencoder", lambda launched: AutoencoderTask(launched.config))

@@ -1,0 +1,268 @@
+"""From the command line to a stage's folder: `--config FILE --run RUN [--steps N] [--any.field value]`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from sd_mini.config import Config, read, read_yaml
+from sd_mini.errors import UserError
+from sd_mini.files import CONTRACT, atomic_text
+from sd_mini.stages.contract import KINDS, read_contract
+from training.distributed.processes import follow_launcher, join_processes, only_writer, wait_for_everyone
+from training.engine.evaluation import EvaluateConfig
+from training.engine.loop import Loop
+from training.engine.task import Origin, Task
+from training.engine.watch import check_trackers
+from training.storage import checkpoint
+
+C = TypeVar("C", bound=Config)
+DATA = "data.yaml"  # of a run: the data options that its first stage was launched with
+
+# What may change from one start to the next without making it another training: when it is looked at and saved; how
+# the same sums are computed; where the data and the other stages lie, whose hashes a checkpoint holds.
+_FREE = {
+    *(f"train.{name}" for name in ("log_every", "valid_every", "preview_every", "checkpoint_every")),
+    *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
+    *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
+    *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
+    *(f"{part}.{name}" for part in ("data", "valid") for name in ("source", "split", "image_column", "text_column")),
+    *("data.aliases_column", "valid.aliases_column", "resident", "text_encoder", "autoencoder"),
+}
+
+# what a disk, or its permissions, answers
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
+@dataclass(frozen=True)
+class Launch(Generic[C]):
+    """A checked command line: the config, where the run and the stage live, where to go on from, who watches."""
+
+    config: C
+    run: Path
+    folder: Path
+    resume: Path | None = None
+    log_with: tuple[str, ...] = ()
+    begun_from: Path | None = None
+    """what --resume was given, of which `resume` is the checkpoint"""
+    data_options: tuple[str, ...] = ()
+    """what the command line says of `data` and `valid`, which the run's other stages take over"""
+
+
+@dataclass(frozen=True)
+class Program(Generic[C]):
+    """A stage as a program: its config, and how its task is made of a launch."""
+
+    config: type[C]
+    stage: str
+    make_task: Callable[[Launch[C]], Task]
+
+    def __call__(self, argv: Sequence[str]) -> None:
+        """The whole main: read, check, train, export. Nothing is written before config and data are known good."""
+        started = time.perf_counter()
+        launched = parse(self.config, self.stage, argv)
+        if launched is None:
+            return
+        _check_folder(launched)
+        exported = _exported_steps(launched.folder)
+        if exported is not None and max(exported, _reached(launched.folder)) >= launched.config.train.steps:
+            print(f"{launched.folder}: already trained and exported")
+            return
+        follow_launcher()
+        processes = join_processes()
+        launched.config.train.check(processes.num_processes)
+        try:
+            task = self.make_task(launched)
+            begun_from = str(launched.begun_from.absolute()) if launched.begun_from is not None else None
+            config = flat(launched.config.model_dump(mode="json"))
+            origin = Origin(started, config, launched.resume, begun_from)
+            loop = Loop(task, launched.config.train, launched.folder, origin, list(launched.log_with))
+            if processes.is_main_process:
+                launched.folder.mkdir(parents=True, exist_ok=True)
+            with only_writer(launched.folder) if processes.is_main_process else nullcontext():
+                if processes.is_main_process:
+                    _remember_data(launched)
+                    atomic_text(launched.folder / "config.yaml", launched.config.to_yaml())
+                wait_for_everyone()
+                loop.run()
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise UserError(
+                f"{launched.folder}: cannot be written ({error}); make room, or mend its permissions, and run the same "
+                "command again"
+            ) from error
+
+
+def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
+    """Command line => the checked config and its folders; None when only help was asked for. Raises ValueError."""
+    argv = list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, stage))
+        return None
+    config_file, run, steps, resume, log_with = (
+        _take(argv, name) for name in ("--config", "--run", "--steps", "--resume", "--log_with")
+    )
+    if run is None:
+        raise UserError(f"expected --run FOLDER, for example --run runs/mine ({stage}/ is made in it)")
+    if steps is not None:
+        argv += ["--train.steps", steps]
+    data_options = _data_options(argv)
+    is_new = not (Path(run) / stage / "config.yaml").is_file()  # else it goes on with the data it has
+    config = read(cls, config_file, [*(_remembered_data(Path(run), data_options) if is_new else ()), *argv])
+    nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(
+            f"--run {run}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another folder"
+        )
+    folder, begun_from = Path(run) / stage, Path(resume) if resume is not None else None
+    found = _check_resume(config, folder, stage, begun_from) if begun_from is not None else None
+    trackers = tuple(check_trackers((log_with or "tensorboard").split(",")))
+    return Launch(config, Path(run), folder, found, trackers, begun_from, tuple(data_options))
+
+
+def _data_options(argv: Sequence[str]) -> list[str]:
+    """Those of `--data.FIELD VALUE` and `--valid.FIELD VALUE` (or with =), as `--NAME=VALUE`."""
+    found = []
+    for word, following in pairwise([*argv, ""]):
+        if word.startswith(("--data.", "--valid.")):
+            found.append(word if "=" in word else f"{word}={following}")
+    return found
+
+
+def _remembered_data(run: Path, own: Sequence[str]) -> list[str]:
+    """The data options that the run's first stage was launched with, if any; said, as nobody gives them now.
+
+    Those of a part whose source is among `own` are left out: they are of other data.
+    """
+    path = run / DATA
+    others = {option.split(".")[0] for option in own if ".source=" in option}
+    remembered = [f"--{name}={value}" for name, value in read_yaml(path).items()] if path.is_file() else []
+    options = [option for option in remembered if option.split(".")[0] not in others]
+    if options and os.environ.get("RANK", "0") == "0":
+        said = f"{path}: {' '.join(options)}, as the run's first stage was told; options of your own come after these"
+        print(said, file=sys.stderr)
+    return options
+
+
+def _remember_data(launched: Launch[C]) -> None:
+    is_first = not any((launched.run / kind / "config.yaml").is_file() for kind in KINDS)
+    if launched.data_options and is_first:
+        pairs = (option.removeprefix("--").split("=", 1) for option in launched.data_options)
+        atomic_text(launched.run / DATA, yaml.safe_dump(dict(pairs), sort_keys=False))
+
+
+def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path | None:
+    """The checkpoint asked for, if going on from it loses none and is the same training. Raises ValueError.
+
+    None where the folder has gone on from there before: then it goes on from its own newest one, so that the same
+    command can be given again.
+    """
+    own = checkpoint.newest(folder / "checkpoints")[0]
+    if own is not None and checkpoint.load_state(own).get("begun_from") == str(asked.absolute()):
+        return None
+    try:
+        found = checkpoint.find(asked, stage)
+    except ValueError as error:
+        raise UserError(f"--resume {error}") from error
+    if own is not None and own.resolve() != found.resolve():
+        raise UserError(
+            f"--resume {asked}: {folder} already goes on from {own}; leave --resume out, or give another --run"
+        )
+    state = checkpoint.load_state(found)
+    _refuse_change(config, state["config"], state["step"], str(found), "give the config it was trained with")
+    return found
+
+
+def _check_folder(launched: Launch[C]) -> None:
+    """Raises UserError, the fields named, where the stage's folder was started before with another config."""
+    path = launched.folder / "config.yaml"
+    if not path.is_file():
+        return
+    before = flat(read(type(launched.config), path).model_dump(mode="json"))
+    reached = max(_reached(launched.folder), _exported_steps(launched.folder) or 0)
+    _refuse_change(launched.config, before, reached, str(launched.folder), "give another --run, or delete it")
+
+
+def _reached(folder: Path) -> int:
+    """The step of the newest checkpoint of the stage in `folder`; 0 where there is none."""
+    newest = checkpoint.newest(folder / "checkpoints")[0]
+    return checkpoint.load_state(newest)["step"] if newest is not None else 0
+
+
+def _exported_steps(folder: Path) -> int | None:
+    """The steps after which the stage in `folder` was exported; none where it was not."""
+    final = folder / "final"
+    return read_contract(final, folder.name).get("steps") if (final / CONTRACT).is_file() else None
+
+
+def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: str, mend: str) -> None:
+    """A training may go on for more steps than was asked for at first, or end earlier, but not before `reached`."""
+    now = flat(config.model_dump(mode="json"))
+    free = _FREE | ({"train.steps"} if now["train.steps"] >= reached else set())
+    changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in free)
+    if changed:
+        what = ", ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
+        raise UserError(f"{where} was started with another config: {what}; {mend}")
+
+
+def help_text(cls: type[Config], stage: str) -> str:
+    """Every field with its type and docstring."""
+    lines = [
+        f"accelerate launch -m training.{stage} --config FILE --run RUN [--steps N] [--any.field value]",
+        "  --resume PATH: go on from that checkpoint (or the newest in that folder); refused where there is none",
+        "  --log_with NAME[,NAME]: tensorboard (the default), wandb, trackio, mlflow, ... as Accelerate has them; none",
+        "",
+        *_field_lines(cls, ""),
+    ]
+    return "\n".join(lines)
+
+
+def _field_lines(cls: type[Config], prefix: str) -> list[str]:
+    lines = []
+    for name, field in cls.model_fields.items():
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
+        if nested and field.annotation.brief is not None:
+            lines.append(f"  --{prefix}{name} ({field.annotation.brief}) {field.description or ''}".rstrip())
+        elif nested:
+            lines += _field_lines(field.annotation, f"{prefix}{name}.")
+        else:
+            kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
+            lines.append(f"  --{prefix}{name} ({kind}) {field.description or ''}".rstrip())
+    return lines
+
+
+def _take(argv: list[str], name: str) -> str | None:
+    """Remove `name VALUE` (or `name=VALUE`) from argv and return the value."""
+    for i, word in enumerate(argv):
+        if word == name:
+            if i + 1 == len(argv):
+                raise UserError(f"{name}: expected a value after it")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value
+        if word.startswith(name + "="):
+            del argv[i]
+            return word.partition("=")[2]
+    return None
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested values => "outer.inner" => value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

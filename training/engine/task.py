@@ -1,0 +1,141 @@
+"""What a stage brings to the loop, and what the user decides about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from sd_mini.errors import UserError
+from training.engine.batches import Batch
+from training.engine.learner import Player
+from training.engine.loader import Pass
+from training.optim.ema import WIDTHS
+from training.optim.optimizer import OptimizerConfig
+
+
+class TrainConfig(OptimizerConfig):
+    """How long, how fast, and how often to look."""
+
+    steps: int = Field(1000, ge=1)
+    """optimizer updates"""
+    batch_size: int = Field(64, ge=1)
+    """pictures an update, over all processes and accumulation"""
+    accumulation: int = Field(1, ge=1)
+    """forward/backward passes that share one update"""
+    ema_width: float | None = Field(None, gt=0, le=0.28)
+    """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; null: off"""
+    ema_every: int = Field(1, ge=1)
+    """updates between two of the averages; a few more cost less time and change next to nothing"""
+    ema_snapshots: int = Field(8, ge=0)
+    """snapshots of the averages over the training, from which any other width can be made when it has ended"""
+    mixed_precision: Literal["no", "bf16", "auto"] | None = None
+    """precision of the passes, over float32 weights; auto: bf16 where the device multiplies in it; null: what
+    `accelerate launch` says"""
+    compile: str | None = None
+    """torch.compile backend for the networks' repeated blocks ("inductor"); null: off"""
+    gradient_checkpointing: bool = False
+    """compute the blocks' states again in the backward pass instead of keeping them: less memory, more time"""
+    workers: int = Field(0, ge=0)
+    """processes that make batches ahead"""
+    seed: int = 0
+    log_every: int = Field(20, ge=1)
+    valid_every: int = Field(500, ge=1)
+    """steps between two looks at the held-out set"""
+    preview_every: int = Field(250, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
+    keep_last: int = Field(2, ge=1)
+    """newest checkpoints that stay on disk"""
+    keep_every: int | None = Field(None, ge=1)
+    """checkpoints of steps that this divides stay for good"""
+    trace: bool = False
+    """write the ids and a hash of every input row of every step, to compare two runs by"""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # as YAML reads it
+
+    @model_validator(mode="after")
+    def _snapshots_for_the_width(self) -> Self:
+        if self.ema_width is not None and self.ema_width not in WIDTHS and self.ema_snapshots < 4:
+            raise UserError(
+                f"ema_width {self.ema_width} is made of snapshots; expected ema_snapshots of at least 4, or a width "
+                f"that is tracked: {' or '.join(map(str, WIDTHS))}"
+            )
+        return self
+
+    def check(self, processes: int) -> None:
+        """Raises ValueError where the batch cannot be shared out over the passes and processes."""
+        if self.accumulation * processes > self.batch_size:
+            raise UserError(
+                f"train.batch_size {self.batch_size}: expected at least one for each of {self.accumulation} passes on "
+                f"{processes} processes"
+            )
+
+
+class Task(Protocol):
+    """What a stage brings to the loop."""
+
+    players: dict[str, Player]
+    """who is trained, in the order of their updates; the first is evaluated, shown and exported"""
+    count: int
+    """training samples"""
+    valid_count: int
+    """held-out samples"""
+    identity: dict[str, str]
+    """hashes of what it is trained on; a checkpoint of anything else is refused"""
+    measure_every: int | None
+    """steps between two calls of `measure`; none: never"""
+
+    def inputs(self, batch: Batch) -> Pass:
+        """The tensors of a batch's own rows, on the CPU; what every player's `objective` is called with."""
+        ...
+
+    def validate(self, objective: nn.Module, rows: slice) -> dict[str, np.ndarray]:
+        """Scores of those held-out samples, (n,) each, by name: always of the same draws, whatever the step."""
+        ...
+
+    def preview(self, objective: nn.Module) -> Image.Image: ...
+
+    def measure(self, objective: nn.Module) -> dict[str, float]:
+        """What the evaluators say of the pipeline as it stands, by name."""
+        ...
+
+    def export(self, objective: nn.Module, folder: Path, record: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a training begins: `started` by `time.perf_counter`, its whole config, and the checkpoint it goes on from
+    when it has none of its own; `begun_from` is how that one was asked for."""
+
+    started: float
+    config: dict[str, Any]
+    resume: Path | None = None
+    begun_from: str | None = None
+
+
+def mean_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Scores a sample => their means, rounded once: the order of the samples, or of the processes, does not matter."""
+    return {name: math.fsum(values) / len(values) for name, values in scores.items()}
+
+
+def export_record(
+    objective: nn.Module, seconds: float, steps: int, scores: dict[str, float], ema_width: float | None
+) -> dict[str, Any]:
+    """What an exported stage says of its training, whoever exports it."""
+    return {
+        "seconds": round(seconds, 1),
+        "steps": steps,
+        "parameters": sum(p.numel() for p in objective.parameters()),
+        "scores": scores,
+        "ema_width": ema_width,
+    }

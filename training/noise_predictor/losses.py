@@ -1,0 +1,104 @@
+"""Stage 3's loss: noise in, the network's answer against its target, and what may be added to that."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from sd_mini import diffusion, noise_predictor
+from sd_mini.cpu.fused import states_of
+from sd_mini.diffusion.process import Process, TimeConfig
+from sd_mini.errors import UserError
+from training.noise_predictor.representation import Alignment, RepaConfig, layers_of
+
+
+class ObjectiveConfig(TimeConfig):
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """share of samples trained on the null condition"""
+    direction: float = Field(0.0, ge=0)
+    """weight of 1 - the cosine between the velocity and its target, beside their squared distance"""
+    noise_draws: int = Field(1, ge=1)
+    """draws of noise a sample, of which the nearest to its latents is taken (immiscible diffusion)"""
+    repa: RepaConfig = RepaConfig()
+
+    @model_validator(mode="after")
+    def _direction_of_a_velocity(self) -> Self:
+        if self.direction and self.kind in ("epsilon", "sample"):
+            raise UserError(
+                f"objective.direction {self.direction:g}: is that of a velocity, which {self.kind} does not predict; "
+                "choose flow, flow_x or v_prediction, or leave it out"
+            )
+        return self
+
+    @property
+    def process(self) -> Process:
+        return Process(kind=self.kind, schedule=self.schedule, zero_snr=self.zero_snr)
+
+
+class Objective(nn.Module):
+    """The network and how wrong it is. `alignment`: the REPA term's projection, trained with the network."""
+
+    def __init__(self, network: nn.Module, config: ObjectiveConfig, alignment: Alignment | None = None):
+        super().__init__()
+        self.network, self.config, self.alignment = network, config, alignment
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        features: Tensor | None = None,
+        feature_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """=> losses (b,), and the parts of a sum where it is one: the squared error alone, and each term."""
+        config, hidden = self.config, None
+        given = (latents, noise, timesteps, prompt_embeds, prompt_mask)
+        if self.alignment is not None:
+            with states_of(self.network, layers_of(self.network)[self.alignment.number]) as found:
+                answer, target = answer_and_target(self.network, config, *given)
+            hidden = found[-1]
+        else:
+            answer, target = answer_and_target(self.network, config, *given)
+        errors = (answer - target).square().mean((1, 2, 3))
+        losses, weights, metrics = errors, config.weights(timesteps), {}
+        if weights is not None:
+            losses = weights * errors
+        if config.weighting == "log":
+            losses = log_losses(errors)
+        if config.direction:
+            direction = diffusion.direction_losses(answer, target)
+            losses, metrics["direction"] = losses + config.direction * direction, direction.mean()
+        if hidden is not None and self.alignment is not None:
+            unaligned = self.alignment(hidden, features)
+            losses, metrics["alignment"] = losses + feature_weights * unaligned, unaligned.mean()
+        if losses is not errors:
+            metrics["error"] = errors.mean()
+        return losses, metrics
+
+
+def log_losses(errors: Tensor) -> Tensor:
+    """Mean squared errors (B,) => their logarithms: what is left of the likelihood of a Gaussian whose variance is not
+    known (Kendall et al. 2018, eq. 5) once each sample is given its best. Karras et al. 2024 (EDM2) learn one for each
+    noise level."""
+    return errors.clamp(min=torch.finfo(errors.dtype).tiny).log()
+
+
+def answer_and_target(
+    network: nn.Module,
+    process: Process,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    prompt_mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(B, C, h, w) each, in the units of what `process` predicts; of flow_x the velocity."""
+    noised = process.noised(latents, noise, timesteps)
+    predicted = noise_predictor.predict(network, noised, process.scaled(timesteps), prompt_embeds, prompt_mask)
+    answer = process.answer(predicted, noised, timesteps)
+    return answer, process.target(latents, noise, noised, timesteps)

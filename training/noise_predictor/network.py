@@ -1,0 +1,150 @@
+"""Which network stage 3 trains: from a preset or its fields, from an existing one, whole or by LoRA."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import ModelMixin
+from pydantic import Field, model_validator
+from torch import nn
+
+from sd_mini import noise_predictor
+from sd_mini.config import Config
+from sd_mini.diffusion.process import Process
+from sd_mini.errors import UserError
+from sd_mini.noise_predictor import lora
+from sd_mini.noise_predictor.loading import check_process, load_network
+from sd_mini.noise_predictor.lora import LoraConfig
+from sd_mini.noise_predictor.presets import preset
+from training.engine.flops import count_flops
+from training.engine.task import TrainConfig
+from training.noise_predictor.losses import Objective
+from training.optim.optimizer import block_matrices
+
+
+class NetworkConfig(Config):
+    kind: str = "prx"
+    """which diffusers network: prx, pixart or unet (PRXTransformer2DModel, PixArtTransformer2DModel,
+    UNet2DConditionModel), or the class name of another denoiser that is called alike"""
+    preset: str | None = None
+    """its size: 1m, 4m, 20m, 100m, 400m or 1b parameters"""
+    network: dict[str, Any] = Field(default_factory=dict)
+    """fields of that class, over those of the preset; those that the other stages decide are left out"""
+    pretrained: str | None = None
+    """a network to go on from, instead of all these: its diffusers folder, a pipeline's, or a hub name"""
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        # the defaults, written out as a run's config.yaml does, say nothing
+        given = [name for name in ("kind", "preset", "network") if getattr(self, name) != _default(name)]
+        if self.pretrained is not None and given:
+            raise UserError(
+                f"network.pretrained {self.pretrained}: brings its own class and fields; leave out network.{given[-1]}"
+            )
+        if not self.lora.rank and self.lora != LoraConfig():
+            raise UserError("network.lora: alpha and targets say how adapters are made, and rank 0 makes none; set it")
+        if self.lora.rank and self.pretrained is None:
+            raise UserError(
+                f"network.lora.rank {self.lora.rank}: adapts a network that is there already; give network.pretrained"
+            )
+        if self.preset is not None:
+            preset(self.kind, self.preset)
+        return self
+
+
+def _default(field: str) -> Any:
+    return NetworkConfig.model_fields[field].get_default(call_default_factory=True)
+
+
+def make_network(
+    config: NetworkConfig, latent_shape: tuple[int, int, int], dim: int, process: Process | None = None
+) -> ModelMixin:
+    """Raises ValueError, one line, for a network that cannot be had, does not fit the two other stages, or was trained
+    for another `process`."""
+    if config.pretrained is not None:
+        if process is not None:
+            check_process(config.pretrained, process)
+        network = load_network(config.pretrained, latent_shape, dim)
+        if config.lora.rank:
+            lora.add(network, config.lora)
+        return network
+    fields = preset(config.kind, config.preset) if config.preset is not None else {}
+    return noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
+
+
+def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> Any:
+    """What a stage's folder keeps: the stock network, its adapters merged, and beside it the adapters alone."""
+    return _Adapted(network, config, process) if lora.is_adapted(network) else network
+
+
+class _Adapted:
+    def __init__(self, network: ModelMixin, config: NetworkConfig, process: Process):
+        self.network, self.config, self.process = network, config, process
+
+    def save_pretrained(self, folder: Path) -> None:
+        merged = lora.merged(self.network)
+        merged.save_pretrained(folder)
+        base = {"class": type(merged).__name__, "pretrained": self.config.pretrained}
+        base["objective"] = self.process.model_dump()
+        lora.save(self.network, folder / "lora", base)
+
+
+def token_grid(network: ModelMixin, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(rows, columns) of the network's picture tokens: of a transformer patches, of a UNet its deepest level."""
+    patch = getattr(network.config, "patch_size", None)
+    if patch is None:
+        patch = 2 ** (len(network.config.block_out_channels) - 1)
+    return math.ceil(latent_shape[1] / patch), math.ceil(latent_shape[2] / patch)
+
+
+def description(
+    objective: Objective, latent_shape: tuple[int, int, int], conditioning: tuple[int, int], config: TrainConfig
+) -> str:
+    """One line of what a training will take, before it begins: parameters, tokens, FLOPs a picture, memory.
+
+    The FLOPs are those of one picture's forward and backward pass. The memory is that of what lasts, in float32:
+    weights, gradients, moments (AdamW two, Muon one), averages; activations come on top.
+    """
+    network, (length, dim) = objective.network, conditioning
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    inputs = {
+        "latents": torch.zeros(1, *latent_shape),
+        "noise": torch.zeros(1, *latent_shape),
+        "timesteps": objective.config.times(torch.full((1,), 0.5)),
+        "prompt_embeds": torch.zeros(1, length, dim),
+        "prompt_mask": torch.ones(1, length, dtype=torch.bool),
+    }
+    if objective.alignment is not None:
+        grid, channels = objective.alignment.grid, objective.alignment.channels
+        inputs |= {"features": torch.zeros(1, channels, *grid), "feature_weights": torch.ones(1)}
+    flops = count_flops(objective, trained, inputs)
+    counts = [p.numel() for p in objective.parameters()]
+    by_muon = sum(p.numel() for p in block_matrices(objective)) if config.muon_lr is not None else 0
+    learnt = sum(p.numel() for p in trained.values())
+    averages = 2 if config.ema_width is not None else 0
+    floats = sum(counts) + learnt * (3 + averages) - by_muon
+    rows, columns = _tokens(network, latent_shape)
+    share = "" if learnt == sum(counts) else f" ({_short(learnt)} trained)"
+    return (
+        f"{type(network).__name__}: {_short(sum(counts))} parameters{share}, {rows * columns} picture tokens and "
+        f"{length} of the prompt, {_short(flops)}FLOPs a picture and update, {_short(4 * floats)}B of memory before "
+        "activations"
+    )
+
+
+def _tokens(network: nn.Module, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Of a UNet every cell of its first level, which is where most of its work is."""
+    patch = getattr(network.config, "patch_size", 1)
+    return latent_shape[1] // patch, latent_shape[2] // patch
+
+
+def _short(number: float) -> str:
+    """12,345,678 => "12.3 M"."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "

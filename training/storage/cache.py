@@ -1,0 +1,311 @@
+"""What stages 1 and 2 make of the data, encoded once: arrays in shards on disk, memory-mapped when read.
+
+HOME, a cache's folder, is named by a hash of all that decides its content (the stage, the data, the number format), so
+an edited picture or another autoencoder gets another cache; HOME/key.json says what was hashed. HOME/00003/ is a shard:
+NAME.npy for each array, and manifest.json with their SHA-256. A shard appears whole or not at all, and is checked each
+time the cache is opened: what is missing or damaged is encoded again, the rest is kept. Of several trainings that begin
+at once one writes, and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain, groupby
+from math import ceil, sqrt
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from sd_mini.config import check_choice
+from sd_mini.errors import UserError
+from sd_mini.files import atomic_folder, combined_hash, file_hash
+from training.distributed.processes import only_writer, wait_for_everyone
+
+MIN_SHARD_ROWS = 4096
+MAX_SHARDS = 32  # a random batch visits them all, and each costs it some microseconds
+LARGEST_RELATIVE_ERROR = 1e-3  # rounding alone gives 2e-4; above it are values too small for float16
+VERSION = 2  # part of every key: raise it when what is encoded, or how it lies in the shards, changes
+MANIFEST = "manifest.json"
+
+Arrays = dict[str, np.ndarray]
+Shards = dict[Path, range]  # folder => the rows that it holds, in order
+
+
+class Rounding(NamedTuple):
+    """What the float format on disk cost an array: the largest absolute error, and both root mean squares."""
+
+    largest: float
+    rms_error: float
+    rms: float
+
+    @property
+    def relative(self) -> float:
+        return self.rms_error / self.rms if self.rms else 0.0
+
+    def __str__(self) -> str:
+        return f"at most {self.largest:.2g}, rms {self.relative:.2g} of the values' rms"
+
+
+class Stored(NamedTuple):
+    """One array of one shard, memory-mapped, and what its float format cost."""
+
+    array: np.ndarray
+    rounding: Rounding | None
+
+
+class Rows:
+    """One array, memory-mapped from its shards. `rounding` was measured while encoding; None if it holds no floats."""
+
+    def __init__(self, parts: list[Stored]):
+        self.shards, self.rounding = [part.array for part in parts], None
+        self.edges = np.cumsum([0, *map(len, self.shards)])
+        if parts[0].rounding is not None:
+            errors, weights = np.array([part.rounding for part in parts]), np.diff(self.edges) / len(self)
+            self.rounding = Rounding(float(errors[:, 0].max()), *np.sqrt(weights @ errors[:, 1:] ** 2).tolist())
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """(B,) row numbers => (B, ...), copied out. Raises IndexError where one is not in 0..len - 1."""
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise IndexError(f"expected a list of row numbers, got {ids.dtype} of shape {ids.shape}")
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"row numbers {ids.min()}..{ids.max()}, expected them in 0..{len(self) - 1}")
+        order = np.argsort(ids)  # each shard's rows together, and in the order in which they lie on the disk
+        ordered = ids[order].astype(np.int64)
+        cuts = np.searchsorted(ordered, self.edges)
+        out = np.empty((len(ids), *self.shards[0].shape[1:]), self.shards[0].dtype)
+        for number in np.flatnonzero(np.diff(cuts)):
+            here = slice(cuts[number], cuts[number + 1])
+            out[order[here]] = self.shards[number][ordered[here] - self.edges[number]]
+        return out
+
+
+def encode(
+    folder: Path,
+    key: dict[str, object],
+    count: int,
+    encode_rows: Callable[[slice], Arrays],
+    title: str,
+    dtype: str = "float16",
+    chunk: int = 256,
+) -> dict[str, Rows]:
+    """Rows 0..count of each array that `encode_rows(slice)` makes, from `folder/HASH_OF_KEY`, encoded where missing.
+
+    `encode_rows` gives float32 arrays, which are kept as `dtype` ("float16" or "float32"), or bools or whole numbers,
+    kept as they are. `chunk` rows are asked for and written at a time: two such pieces are the most there is in memory.
+    `key` is all that decides the rows; `dtype` and VERSION are added to it.
+    Several processes share the missing shards out, and each then opens all; every one has to make the same calls.
+    Raises ValueError, one line, where a value is not finite or does not fit `dtype`, and where the disk is too small.
+    """
+    check_choice("cache_dtype", dtype, ("float16", "float32"))
+    assert count > 0
+    key = {**key, "dtype": dtype, "version": VERSION}
+    home, processes = folder / combined_hash(key)[:24], PartialState()
+    loud = processes.is_main_process
+    step = max(MIN_SHARD_ROWS, ceil(count / MAX_SHARDS))
+    shards = {home / f"{i:05d}": range(a, min(a + step, count)) for i, a in enumerate(range(0, count, step))}
+    missing = _missing(shards, title)
+    own = dict(list(missing.items())[processes.process_index :: processes.num_processes])
+    done: set[Path] = set()  # by another training meanwhile
+    undone = ((path, rows) for path, rows in own.items() if path not in done)
+    work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in undone for a in r[::chunk])
+    first = next(work, None)  # encoded before anything is written: it tells how much room a row takes
+    if first is not None:
+        say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
+    wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
+    with _alone(home, key) if missing and loud else nullcontext():
+        wait_for_everyone()
+        if first is not None:
+            done |= {path for path, rows in own.items() if path.exists() and not _complaint(path, rows)}
+            total = sum(len(rows) for path, rows in own.items() if path not in done)
+            with tqdm(total=total, desc=title, unit="row", disable=not loud, mininterval=1) as bar:
+                for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
+                    if path not in done:
+                        _write_shard(path, shards[path], pieces, title, dtype, bar)
+        wait_for_everyone()
+    opened = _open(shards)
+    if missing:
+        said = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
+        say(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
+    return opened
+
+
+@contextmanager
+def _alone(home: Path, key: dict[str, object]) -> Iterator[None]:
+    """Hold the folder against other trainings, which wait, and write down whose rows it has."""
+    home.mkdir(parents=True, exist_ok=True)
+    with only_writer(home, wait=True):
+        # cut short, it is written again, as then shards are missing too
+        (home / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield
+
+
+def say(line: str) -> None:
+    if PartialState().is_main_process:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _missing(shards: Shards, title: str) -> Shards:
+    """The shards that are not there, or not as they were written; the latter are named on stderr."""
+    there = [path for path in shards if path.exists()]
+    bar = {"desc": f"checking {title}", "unit": "shard", "delay": 2, "disable": not PartialState().is_main_process}
+    with ThreadPoolExecutor() as pool:  # hashing frees the GIL
+        checks = tqdm(pool.map(lambda path: _complaint(path, shards[path]), there), total=len(there), **bar)
+        complaints = dict(zip(there, checks, strict=True))
+    for path, complaint in complaints.items():
+        if complaint:
+            say(f"{title}: {path} is encoded again: {complaint}")
+    return {path: rows for path, rows in shards.items() if complaints.get(path, "not there")}
+
+
+def _complaint(shard: Path, rows: range) -> str:
+    """What is wrong with a shard on disk; empty where each file is, byte for byte, the one that was written."""
+    try:
+        _read_shard(shard, rows, hashed=True)
+        return ""
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+
+
+def _read_shard(shard: Path, rows: range, hashed: bool) -> dict[str, Stored]:
+    """A shard's arrays. Raises ValueError where manifest, folder, headers and, with `hashed`, contents do not agree.
+
+    numpy refuses to map an array of Python objects, so nothing in a file can be executed.
+    """
+    read = {}
+    try:
+        files = json.loads((shard / MANIFEST).read_text(encoding="utf-8"))["files"]
+        found = {path.name for path in shard.glob("*.npy")}  # what a file manager leaves beside them does no harm
+        if not files or found != files.keys():
+            raise UserError(f"the files are {sorted(found)}, expected {sorted(files)}")
+        for name, entry in files.items():
+            if (size := (shard / name).stat().st_size) != entry["bytes"]:
+                raise UserError(f"{name} has {size} bytes, expected {entry['bytes']}")
+            if hashed and file_hash(shard / name) != entry["sha256"]:  # before numpy reads a header that may be damaged
+                raise UserError(f"{name} is not the file that was written (SHA-256 differs)")
+            array = np.asarray(np.lib.format.open_memmap(shard / name, mode="r"))  # a memmap's own indexing is slower
+            form = [array.dtype.name, list(array.shape), len(array)]
+            if form != (expected := [entry["dtype"], entry["shape"], len(rows)]):
+                raise UserError(f"{name} is {form}, expected {expected} (type, shape, rows)")
+            rounding = Rounding(**entry["rounding"]) if array.dtype.kind == "f" else None
+            read[name.removesuffix(".npy")] = Stored(array, rounding)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{MANIFEST} is not one of a shard ({type(error).__name__}: {error})") from error
+    return read
+
+
+def _room(home: Path, rows: int, count: int, first: Arrays, title: str, dtype: str) -> str:
+    """The line that announces what will be written. Raises ValueError where the disk has no room for it."""
+    row_bytes = sum(_stored_dtype(x, dtype).itemsize * x[0].size for x in first.values())
+    nearest = next(path for path in (home, *home.absolute().parents) if path.exists())
+    needed, free = rows * row_bytes, shutil.disk_usage(nearest).free
+    needs, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
+    if needed > free:
+        raise UserError(f"{title}: {home.parent} needs {needs}, and has {has} free: make room, or give another --run")
+    some = f"{rows:,} rows" if rows == count else f"the missing {rows:,} of {count:,} rows"
+    return f"{title}: {some} of {row_bytes:,} bytes, {needs} in {dtype}, to {home} ({has} free)"
+
+
+def _stored_dtype(values: np.ndarray, dtype: str) -> np.dtype:
+    assert values.dtype.kind in "biu" or values.dtype == np.float32, values.dtype
+    return np.dtype(dtype) if values.dtype.kind == "f" else values.dtype
+
+
+def _write_shard(
+    shard: Path, rows: range, pieces: Iterator[tuple[Path, int, Arrays]], title: str, dtype: str, bar: tqdm
+) -> None:
+    columns: dict[str, _Column] = {}
+    with atomic_folder(shard) as partial, ExitStack() as files:
+        for _, start, arrays in pieces:
+            for name, values in arrays.items():
+                if name not in columns:
+                    file = files.enter_context((partial / f"{name}.npy").open("wb"))
+                    columns[name] = _Column(file, values, rows, dtype, f"{title}: {name}")
+                columns[name].append(values, start)
+            bar.update(len(values))
+        manifest = {"rows": len(rows), "files": {f"{name}.npy": column.entry() for name, column in columns.items()}}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+class _Column:
+    """One array of a shard on its way to its .npy file: the header, then piece after piece, hashed as they pass."""
+
+    def __init__(self, file: BinaryIO, like: np.ndarray, rows: range, dtype: str, title: str):
+        self.file, self.rows, self.title, self.floating = file, rows, title, like.dtype.kind == "f"
+        self.dtype, self.shape = _stored_dtype(like, dtype), (len(rows), *like.shape[1:])
+        self.digest, self.largest, self.squares, self.error_squares = hashlib.sha256(), 0.0, 0.0, 0.0
+        form = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(header := io.BytesIO(), form)
+        self._put(header.getbuffer())
+
+    def append(self, values: np.ndarray, start: int) -> None:
+        """(b, ...) float32, bool or whole numbers: rows `start`..`start` + b of the whole array."""
+        assert values.shape[1:] == self.shape[1:] and (values.dtype.kind == "f") == self.floating
+        if self.floating:
+            self._check(values, start)
+        stored = np.ascontiguousarray(values, self.dtype)
+        if self.floating:
+            error = values - stored  # exact: float32 has room for the digits that float16 dropped
+            self.largest = max(self.largest, float(np.abs(error).max()))
+            self.squares += _sum_of_squares(values)
+            self.error_squares += _sum_of_squares(error)
+        self._put(stored.reshape(-1).view(np.uint8))
+
+    def _put(self, data: memoryview | np.ndarray) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+
+    def _check(self, values: np.ndarray, start: int) -> None:
+        reach, limit = float(np.abs(values).max()), float(np.finfo(self.dtype).max)
+        if reach <= limit:  # false for NaN
+            return
+        bad, what = np.abs(values) > limit, f"{reach:g}"
+        mend = f"at most {limit:g}, the largest {self.dtype}: set cache_dtype to float32"
+        if not np.isfinite(reach):
+            bad, what = ~np.isfinite(values), "not finite"
+            mend = "finite numbers: look at these samples, or train the stage that made them again"
+        numbers = start + np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
+        raise UserError(f"{self.title} is {what}: rows {numbers[0]}..{numbers[-1]}; expected {mend}")
+
+    def entry(self) -> dict[str, Any]:
+        """The file's entry in the manifest, once all rows are written. Raises ValueError if too much was lost."""
+        size = int(np.prod(self.shape))
+        rounding = Rounding(self.largest, sqrt(self.error_squares / size), sqrt(self.squares / size))
+        if rounding.relative > LARGEST_RELATIVE_ERROR:
+            raise UserError(
+                f"{self.title}, rows {self.rows[0]}..{self.rows[-1]}: {self.dtype} loses {rounding.relative:.2g} of "
+                f"the values' rms; expected at most {LARGEST_RELATIVE_ERROR:g}: set cache_dtype to float32"
+            )
+        form = {"bytes": self.file.tell(), "dtype": self.dtype.name, "shape": list(self.shape)}
+        return {**form, "sha256": self.digest.hexdigest(), "rounding": rounding._asdict() if self.floating else None}
+
+
+def _sum_of_squares(values: np.ndarray) -> float:
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64, casting="safe"))  # makes no float64 copy
+
+
+def _open(shards: Shards) -> dict[str, Rows]:
+    try:
+        read = [_read_shard(path, rows, hashed=False) for path, rows in shards.items()]
+        if len({tuple((name, x.array.shape[1:]) for name, x in sorted(stored.items())) for stored in read}) > 1:
+            raise UserError("its shards hold different arrays")
+        return {name: Rows([stored[name] for stored in read]) for name in read[0]}
+    except (OSError, ValueError) as error:
+        mend = "let one launch at a time write there, on a disk that all processes see, delete it and start again"
+        home, why = next(iter(shards)).parent, " ".join(str(error).split())
+        raise UserError(f"{home} cannot be opened: {why}: {mend}") from error

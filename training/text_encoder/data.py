@@ -1,0 +1,172 @@
+"""What stage 1 reads: its texts as tokens or as a frozen encoder's states, its pictures as pixels or as features."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from sd_mini import images
+from sd_mini.data.captioned import CaptionedPictures
+from sd_mini.errors import UserError
+from sd_mini.files import combined_hash
+from sd_mini.stages.contract import model_hash
+from sd_mini.text_encoder.adapter import TextStage
+from sd_mini.text_encoder.encoder import Encoder, Hidden, Tokens, buckets
+from sd_mini.text_encoder.loading import load_open_clip
+from sd_mini.texts import shown
+from training.storage import cache
+
+CHUNK = 1024  # texts that are encoded at a time, like lengths together
+
+
+def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], name: str, strict: bool) -> None:
+    """Say which share of the captions is longer than an encoder reads, before anything is trained on what is left.
+
+    `captions` are those of each row of the data set `name`. Raises ValueError, the row named, for a caption that cannot
+    be encoded and, if `strict`, for the first that would be cut.
+    """
+    first: dict[str, int] = {}
+    for row, several in enumerate(captions):
+        for text in several:
+            first.setdefault(text, row)
+    texts = list(first)
+    for encoder in encoders:
+        rows, cuts = encoder.token_rows(texts, where=lambda i: f"row {first[texts[i]]} of {name}: a caption")
+        if not cuts:
+            continue
+        number, cut = next(iter(cuts.items()))
+        share = 100 * len(cuts) / len(rows)
+        said = (
+            f"{name}: {len(cuts)} of {len(rows)} captions ({share:.2g} %) have more than {encoder.max_length} tokens, "
+            f"all that {type(encoder.model).__name__} is given; the first is in row {first[texts[number]]}, "
+            f"{shown(texts[number])}, and loses {shown(cut)}"
+        )
+        if strict:
+            raise UserError(f"{said}: shorten them, raise encoder.max_length, or leave strict out to cut them")
+        if PartialState().is_main_process:
+            tqdm.write(said, file=sys.stderr)
+
+
+class Texts:
+    """Texts by number: `add` gives numbers, `close` encodes what can be encoded once, `take` gives an encoder's input.
+
+    That of an encoder that is trained is its tokens, that of a frozen one its states, cached on disk.
+    """
+
+    def __init__(self, stage: TextStage, trained: Sequence[int]):
+        self.stage, self.trained = stage, set(trained)
+        self.numbers: dict[str, int] = {}
+
+    def add(self, texts: Iterable[str]) -> list[int]:
+        return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
+
+    def close(self, folder: Path, dtype: str) -> None:
+        """Call once, when all texts are in; `folder` takes the cache of what frozen encoders say."""
+        texts = list(self.numbers)
+        self.rows = [encoder.token_rows(texts)[0] for encoder in self.stage.encoders]
+        # the words of frozen encoders, kept here: the encoder itself may move to a device that no worker has
+        self.words = [Words(encoder, rows) for encoder, rows in zip(self.stage.encoders, self.rows, strict=True)]
+        self.caches: dict[int, dict[str, cache.Rows]] = {}
+        for i, encoder in enumerate(self.stage.encoders):
+            if i not in self.trained:
+                self.caches[i] = self._encode(encoder, self.rows[i], folder, dtype)
+
+    def _encode(self, encoder: Encoder, rows: list[list[int]], folder: Path, dtype: str) -> dict[str, cache.Rows]:
+        device = PartialState().device
+        encoder.model.to(device)
+
+        def encode_rows(part: slice) -> dict[str, np.ndarray]:
+            own = rows[part]
+            states = torch.zeros(len(own), encoder.max_length, width)
+            pooled = torch.zeros(len(own), pooled_width)
+            for group in buckets(torch.tensor([len(row) for row in own])):
+                tokens = encoder.padded([own[i] for i in group.tolist()])
+                with torch.no_grad():
+                    hidden = encoder(tokens.ids.to(device), tokens.mask.to(device))
+                states[group, : tokens.ids.shape[1]] = (hidden.states * hidden.mask[..., None]).float().cpu()
+                pooled[group] = hidden.pooled.float().cpu()
+            return {"states": states.numpy(), "pooled": pooled.numpy()}
+
+        name, (width, _, pooled_width) = type(encoder.model).__name__, encoder.widths
+        key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": combined_hash(rows)}
+        title = f"texts by {name}"
+        found = cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, chunk=CHUNK)
+        encoder.model.to("cpu")
+        return found
+
+    def take(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """(T,) numbers => ids_0, mask_0 of encoder 0 if it is trained, else states_0, words_0, mask_0, pooled_0; ..."""
+        found: dict[str, Tensor] = {}
+        for i, encoder in enumerate(self.stage.encoders):
+            tokens = encoder.padded([self.rows[i][number] for number in numbers])
+            if i in self.trained:
+                own: Any = tokens
+            else:
+                ids, stored = np.asarray(numbers), self.caches[i]
+                states = torch.from_numpy(stored["states"][ids][:, : tokens.ids.shape[1]]).float()
+                pooled = torch.from_numpy(stored["pooled"][ids]).float()
+                own = Hidden(states, self.words[i].take(tokens), tokens.mask, pooled)
+            found |= {f"{name}_{i}": value for name, value in own._asdict().items()}
+        return found
+
+
+class Words:
+    """The vectors (N, W) of the words that occur in many texts, each once, on the CPU."""
+
+    def __init__(self, encoder: Encoder, rows: Iterable[Iterable[int]]):
+        self.ids = torch.tensor(sorted({number for row in rows for number in row}))
+        with torch.no_grad():
+            self.vectors = encoder.words(self.ids.to(encoder.model.device)).float().cpu()
+
+    def take(self, tokens: Tokens) -> Tensor:
+        """Tokens (B, L) => (B, L, W), zeros where there is padding."""
+        found = self.vectors[torch.searchsorted(self.ids, tokens.ids).clamp(max=len(self.ids) - 1)]
+        return found * tokens.mask[..., None]
+
+
+def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, folder: Path) -> Tensor:
+    """A frozen open_clip picture tower's features of every picture, (N, F); `folder` takes their cache."""
+    model, transform = load_open_clip(name, weights)
+    device = PartialState().device
+    model.to(device)
+
+    def encode_rows(rows: slice) -> dict[str, np.ndarray]:
+        batch = torch.stack([transform(picture) for picture in images.to_pil(pictures.pictures[rows])])
+        with torch.no_grad():
+            return {"features": model.encode_image(batch.to(device)).float().cpu().numpy()}
+
+    key = {"tower": model_hash(model), "transform": str(transform), "data": pictures.pictures_fingerprint}
+    title = f"features of {pictures.name}"
+    stored = cache.encode(folder / "picture_features", key, len(pictures), encode_rows, title, "float32")["features"]
+    return torch.from_numpy(stored[np.arange(len(pictures))])
+
+
+def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
+    """Features made elsewhere, a .npy file of (N, F) numbers, a row for each picture in order. Raises ValueError."""
+    try:
+        features = np.load(path)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"tower.features: {path} cannot be read ({error}); expected a .npy file of (N, F)") from None
+    if not isinstance(features, np.ndarray):
+        raise UserError(f"tower.features: {path} holds several arrays; expected a .npy file of one, (N, F)")
+    if features.ndim != 2 or len(features) != len(pictures) or features.dtype.kind != "f":
+        raise UserError(
+            f"tower.features: {path} is {features.dtype} of shape {features.shape}; expected floats, "
+            f"({len(pictures)}, F): a row for each picture of {pictures.name}"
+        )
+    with np.errstate(over="ignore"):  # what float32 has no room for is found on the next line
+        features = features.astype(np.float32)
+    if not np.isfinite(features).all():
+        raise UserError(
+            f"tower.features: {path}, row {np.argwhere(~np.isfinite(features))[0][0]} is not finite in float32"
+        )
+    return torch.from_numpy(features)

@@ -1,0 +1,216 @@
+"""Stage 1: the text adapter, trained on captions and pictures, with its encoder if that one has yet to learn.
+
+accelerate launch -m training.text_encoder --config training/configs/shapes/text_encoder.yaml --run runs/shapes
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from sd_mini import images, stages
+from sd_mini.data.captioned import load_captioned, unique_captions
+from sd_mini.errors import UserError
+from sd_mini.text_encoder.adapter import TextAdapter, TextStage
+from sd_mini.text_encoder.encoder import Encoder
+from sd_mini.text_encoder.loading import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
+from sd_mini.text_encoder.matcher import Matcher, look, projected_dim, say, similarity, text_scores, twins
+from training.distributed.processes import share
+from training.engine import launch
+from training.engine.augment import augment
+from training.engine.batches import Batch, row_slices
+from training.engine.learner import Player
+from training.text_encoder import data as text_data
+from training.text_encoder.config import TextConfig
+from training.text_encoder.losses import Objective
+from training.text_encoder.partial import merged, thaw
+
+STATISTICS_COUNT = 4096  # captions that the tokens' mean and std are measured on
+
+
+class TextTask:
+    measure_every = None  # its held-out scores are what its evaluators say
+
+    def __init__(self, config: TextConfig, cache: Path):
+        self.config = config
+        self.train, self.valid = load_captioned(config.data, config.valid)
+        self.identity = {"data": self.train.fingerprint}
+        self.count, self.valid_count = len(self.train), len(self.valid)
+        torch.manual_seed(config.train.seed)
+        encoders, trained = _encoders(config, unique_captions(self.train.captions))
+        for part in (self.train, self.valid):
+            text_data.report_cuts(encoders, part.captions, part.name, config.strict)
+        widths = [encoder.widths for encoder in encoders]
+        lengths = [encoder.max_length for encoder in encoders]
+        adapter = TextAdapter(*map(list, zip(*widths, strict=True)), lengths, **config.adapter.model_dump())
+        self.stage = TextStage(encoders, adapter)
+        self.features = self._features(cache)
+        self._identify(encoders)
+        tower = self._tower()  # the last that can be refused: from here on there are caches
+        self.texts = text_data.Texts(self.stage, trained)
+        self.own = [self.texts.add(captions) for captions in self.train.captions]
+        self.twins = [self._add_twins(i) for i in range(self.count)]
+        self.texts.close(cache, config.cache_dtype)
+        for read, words in zip(adapter.inputs, self.texts.words, strict=True):
+            read.set_words(words.vectors)
+        tower["late_dim"] = config.tower.late_dim if config.loss.late else 0
+        matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
+        objective = Objective(self.stage, trained, matcher, config.loss)
+        self.players = {"text_encoder": Player(objective, config.train)}
+
+    def _add_twins(self, number: int) -> list[list[int]]:
+        """The numbers of the twins of each of a picture's captions."""
+        count = self.config.twins
+        drawn = [twins(self.train, number, number * (count - 1) + k) for k in range(count)]
+        return [self.texts.add(several) for several in zip(*drawn, strict=True)]
+
+    def _identify(self, encoders: list[Encoder]) -> None:
+        """What is trained on beside the data: another encoder or other features make it another training."""
+        for i, (encoder, config) in enumerate(zip(encoders, self.config.encoders, strict=True)):
+            if config.name is not None:
+                self.identity[f"encoder_{i}"] = stages.model_hash(encoder.model)
+        if self.features is not None:
+            digests = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in self.features]
+            self.identity["features"] = "/".join(digests)
+
+    def _features(self, cache: Path) -> list[Tensor] | None:
+        """Of the training and the held-out pictures, where the picture side is a frozen tower's."""
+        tower, parts = self.config.tower, {"train": self.train, "valid": self.valid}
+        if tower.features is not None:
+            found = [text_data.read_features(Path(tower.features) / f"{name}.npy", p) for name, p in parts.items()]
+            widths = [part.shape[1] for part in found]
+            if len(set(widths)) > 1:
+                raise UserError(
+                    f"tower.features {tower.features}: train.npy and valid.npy are {widths} wide; not alike"
+                )
+            return found
+        if tower.name is not None:
+            return [text_data.tower_features(tower.name, tower.weights, p, cache) for p in parts.values()]
+        return None
+
+    def _tower(self) -> dict[str, Any]:
+        tower, resolution = self.config.tower, self.config.data.resolution
+        if self.features is not None:
+            return {"feature_dim": self.features[0].shape[1]}
+        if resolution % tower.patch:
+            raise UserError(f"tower.patch {tower.patch} does not divide data.resolution {resolution}")
+        return {"width": tower.width, "patch": tower.patch}
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Each picture with one of its captions, drawn anew; the texts that this process encodes: its share of the
+        global batch's captions and twins, and the captions of its own pictures."""
+        caption, wrong = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
+        which = [int(u * len(self.own[i])) for i, u in zip(batch.ids, caption, strict=True)]
+        chosen = [self.own[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        false = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        twisted = [several[int(u * len(several))] for several, u in zip(false, wrong, strict=True)]
+        # a text that stands twice is one column; a caption and its twin stand side by side
+        columns = list(dict.fromkeys(text for pair in zip(chosen, twisted, strict=True) for text in pair))
+        places, shared = _shares([share(len(columns), PartialState().num_processes, r) for r in _ranks()])
+        here = columns[share(len(columns), PartialState().num_processes, PartialState().process_index)]
+        here = list(dict.fromkeys([*here, *chosen[batch.rows]]))
+        number = {text: i for i, text in enumerate(here)}
+        column = {text: i for i, text in enumerate(columns)}
+        pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
+        own_captions = [set(self.own[i]) for i in batch.own_ids]
+        return {
+            "pictures": pixels if self.features is None else self.features[0][batch.own_ids],
+            "thumbnails": adaptive_avg_pool2d(pixels, 8),
+            "own": torch.tensor([column[text] for text in chosen[batch.rows]]),
+            "twin": torch.tensor([column[text] for text in twisted[batch.rows]]),
+            "here": torch.tensor([number.get(text, -1) for text in columns]),
+            "positive": torch.tensor([[text in own for text in columns] for own in own_captions]),
+            "text_places": places,
+            "shared": shared,
+            **(self._against_all_pictures(batch, chosen) if self.config.loss.infonce else {}),
+            **self.texts.take(here),
+        }
+
+    def _against_all_pictures(self, batch: Batch, chosen: list[int]) -> dict[str, Tensor]:
+        rows = row_slices(len(batch.ids), PartialState().num_processes, 1)[0]
+        places, shared = _shares(rows)
+        true_of = [[text in self.own[i] for i in batch.ids] for text in chosen[batch.rows]]
+        return {"picture_places": places, "shared_pictures": shared, "true_of": torch.tensor(true_of)}
+
+    def stage_of(self, objective: Objective) -> TextStage:
+        """The stage with the parts as they are in `objective`, or in a copy of it."""
+        encoders = [objective.encoder(i) or frozen for i, frozen in enumerate(self.stage.encoders)]
+        for encoder in encoders:
+            encoder.model.to(objective.adapter.device)
+        return TextStage(encoders, objective.adapter)
+
+    def _valid_pictures(self, count: int) -> Tensor:
+        return self.valid.pixels(range(count)) if self.features is None else self.features[1][:count]
+
+    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+        """Retrieval and binding of held-out samples; see `text_scores`."""
+        pictures = self._valid_pictures(len(self.valid))
+        return text_scores(self.stage_of(objective), objective.matcher, self.valid, pictures, rows)
+
+    def preview(self, objective: Objective) -> Image.Image:
+        """For eight held-out captions, the held-out picture that each finds."""
+        count = min(256, len(self.valid))
+        captions = [c[0] for c in self.valid.captions[: min(8, count)]]
+        said, _ = say(self.stage_of(objective), objective.matcher, captions)
+        found = similarity(look(objective.matcher, self._valid_pictures(count)), said).argmax(0).tolist()
+        return images.grid([self.valid.pictures[i] for i in found], columns=4, labels=captions, scale=2)
+
+    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
+        """Measure the tokens of the training captions, store it in the adapter, and write the stage."""
+        encoders = [Encoder(e.tokenizer, merged(e.model), e.max_length) for e in self.stage_of(objective).encoders]
+        stage = TextStage(encoders, objective.adapter)
+        stage.standardise(_spread(unique_captions(self.train.captions), STATISTICS_COUNT))
+        contract = {
+            "conditioning": [stage.adapter.length, self.config.adapter.dim],
+            "resolution": self.config.data.resolution,
+            "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
+            "valid": {"name": self.valid.name, "count": len(self.valid)},
+            **record,
+        }
+        stages.export(folder, "text_encoder", {**stage.parts, "matcher": objective.matcher}, contract)
+
+
+def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], list[int]]:
+    """The encoders of a config, and the numbers of those that are trained."""
+    found, trained = [], []
+    for i, one in enumerate(config.encoders):
+        if one.name is None:
+            tokenizer = clip_tokenizer(captions, one.vocab_size, one.max_length)
+            model = small_clip(tokenizer, one.dim, one.layers, one.heads, one.max_length)
+        else:
+            load = open_clip_encoder if is_open_clip(one.name, one.weights) else load_encoder
+            tokenizer, model = load(one.name, one.weights) if load is open_clip_encoder else load(one.name)
+            thaw(model, one.train_layers, one.lora_rank)
+        found.append(Encoder(tokenizer, model, one.max_length))
+        if one.name is None or one.train_layers or one.lora_rank:
+            trained.append(i)
+    return found, trained
+
+
+def _ranks() -> range:
+    return range(PartialState().num_processes)
+
+
+def _shares(slices: list[slice]) -> tuple[Tensor, Tensor]:
+    """The rows of each process => where every row stands once all processes' are joined, each filled up to the most
+    that one has; and which of its own rows this process gives, filled up with the first."""
+    counts = [part.stop - part.start for part in slices]
+    most, own = max(counts), counts[PartialState().process_index]
+    places = torch.cat([torch.arange(count) + rank * most for rank, count in enumerate(counts)])
+    return places, torch.tensor([i if i < own else 0 for i in range(most)])
+
+
+def _spread(texts: list[str], at_most: int) -> list[str]:
+    """At most so many, evenly taken from the whole."""
+    return [texts[i * len(texts) // at_most] for i in range(at_most)] if len(texts) > at_most else texts
+
+
+main = launch.Program(TextConfig, "text_encoder", lambda launched: TextTask(launched.config, launched.run / "cache"))
