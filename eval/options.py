@@ -11,7 +11,7 @@ from eval.data_options import SHAPES, add_data, check_columns
 from eval.makers.sources import Lying, Maker, Sampling
 from sd_mini.cli.main import Parser, whole
 from sd_mini.errors import UserError
-from sd_mini.sampling.guidance import Guidance
+from sd_mini.sampling.loop import Guidance
 
 BATCH = 64
 _MAKING = ("prompts", "steps", "guidance", "rescale", "interval", "sampler", "autoguidance", "resolution", "batch",

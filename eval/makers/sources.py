@@ -21,8 +21,7 @@ from sd_mini.cli.main import PIPELINE_MARK, open_pipeline
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, file_hash, file_hashes, written
 from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.sampling.guidance import Guidance
-from sd_mini.sampling.samplers import OwnDraws
+from sd_mini.sampling.loop import Guidance, OwnDraws
 from sd_mini.stages.contract import KINDS as STAGE_KINDS
 from sd_mini.stages.start import wrapped
 from sd_mini.weights import load_components, pipeline_variant, reason

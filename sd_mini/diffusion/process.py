@@ -141,8 +141,3 @@ class TimeConfig(Process):
             prediction = "flow" if self.is_flow else self.kind
             return diffusion.min_snr_weights(self.snr(timesteps), self.min_snr_gamma, prediction)
         return None
-
-
-def levels(timesteps: Tensor) -> Tensor:
-    """A scheduler's timesteps, 0 to 1000 => noise levels in [0, 1]."""
-    return (timesteps / STEPS).clamp(0, 1)

@@ -1,119 +1,50 @@
-"""Prompts => pictures: the three stages joined, with the calls and the folders a diffusers user expects."""
+"""Prompts => pictures: the call of the joined pipeline, as a diffusers user expects it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_mini import images
-from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.autoencoder.tiling import check_tile
-from sd_mini.config import check_choice
-from sd_mini.cpu.fused import speed_up
-from sd_mini.diffusion.process import Process
 from sd_mini.errors import UserError
-from sd_mini.files import (
-    MANIFEST,
-    PIPELINE_MARK,
-    atomic_folder,
-    atomic_text,
-    combined_hash,
-    file_hash,
-    usual_modes,
-    written,
-    written_to,
+from sd_mini.pipelines.inputs import (
+    CallState,
+    Request,
+    as_list,
+    as_tensor,
+    check_counts,
+    check_embeds,
+    check_texts,
+    is_blank,
+    one_call,
 )
-from sd_mini.noise_predictor import lora
-from sd_mini.noise_predictor.network import unwrapped
-from sd_mini.pipelines.call_state import OfTheCall, one_call
-from sd_mini.pipelines.prompted import PromptedPipeline
+from sd_mini.pipelines.joining import JoinedPipeline
 from sd_mini.sampling import samplers
-from sd_mini.sampling.denoising import Denoising
-from sd_mini.sampling.guidance import Guidance, interval
-from sd_mini.sampling.inputs import Generators, as_generators, given_negative, number, tensor
-from sd_mini.stages.contract import Stage, check_belonging, check_files, load_stage
-from sd_mini.text_encoder.adapter import TextAdapter
-from sd_mini.weights import load_components, pipeline_variant
+from sd_mini.sampling.loop import Condition, Generators, SamplingRun, as_generators, draws, number
+from sd_mini.text_encoder.adapter import PromptEmbeds, TextStage
 
 
-class Pipeline(PromptedPipeline):
-    """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
+class Pipeline(JoinedPipeline):
+    """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler: `pipeline(prompt).images`.
 
-    `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
-    and `default_interval` are the recipe's own; `objective` says what the network predicts, which the scheduler has to
-    step by; `guide` is an earlier snapshot of the network, for autoguidance; `stages` holds the hashes of the stages
-    this was joined from. Any part may be None for a pipeline of which the rest is used: its text half to encode
-    prompts, or all but that to make pictures of embeddings.
+    Join one with `from_run(RUN)` or `from_stages(...)`, load a saved one with `from_pretrained(FOLDER)`; see
+    `JoinedPipeline` for its components and settings.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
-    _interrupt, _guidance_scale, _num_timesteps = OfTheCall(False), OfTheCall(None), OfTheCall(0)
+    _interrupt, _guidance_scale, _num_timesteps = CallState(False), CallState(None), CallState(0)
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "prompt_mask"]
-    _optional_components: ClassVar[list[str]] = [
-        "tokenizer_2",
-        "text_encoder_2",
-        "tokenizer_3",
-        "text_encoder_3",
-        "guide",
-    ]
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: PreTrainedModel,
-        text_adapter: TextAdapter,
-        noise_predictor: ModelMixin,
-        autoencoder: Autoencoder,
-        scheduler: SchedulerMixin,
-        tokenizer_2: PreTrainedTokenizerBase | None = None,
-        text_encoder_2: PreTrainedModel | None = None,
-        tokenizer_3: PreTrainedTokenizerBase | None = None,
-        text_encoder_3: PreTrainedModel | None = None,
-        guide: ModelMixin | None = None,
-        resolution: int = 64,
-        default_steps: int = 20,
-        default_guidance: float = 3.0,
-        default_interval: list[float] | tuple[float, float] = (0.0, 1.0),
-        objective: dict[str, Any] | None = None,
-        stages: dict[str, str] | None = None,
-    ):
-        super().__init__()
-        process = Process.of({"objective": objective})
-        if scheduler is not None:
-            samplers.check(scheduler, process)
-        self.register_modules(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            text_adapter=text_adapter,
-            noise_predictor=noise_predictor if noise_predictor is None else speed_up(noise_predictor),
-            autoencoder=autoencoder,
-            scheduler=scheduler,
-            tokenizer_2=tokenizer_2,
-            text_encoder_2=text_encoder_2,
-            tokenizer_3=tokenizer_3,
-            text_encoder_3=text_encoder_3,
-            guide=guide if guide is None else speed_up(guide),
-        )
-        self.register_to_config(
-            resolution=resolution,
-            default_steps=default_steps,
-            default_guidance=default_guidance,
-            default_interval=tuple(default_interval),
-            objective=process.model_dump(),
-            stages=dict(stages or {}),
-        )
-        self.tile: int | None = None
+    tile: int | None = None  # latent cells, of `enable_vae_tiling`
+    _checked_scheduler: SchedulerMixin | None = None
+    _postprocess = staticmethod(VaeImageProcessor().postprocess)
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call at work is to end after its present step."""
+        """Whether the running call ends after its present step."""
         return self._interrupt
 
     @property
@@ -129,131 +60,14 @@ class Pipeline(PromptedPipeline):
         """How often the scheduler steps."""
         return self._num_timesteps
 
-    @classmethod
-    def from_stages(
-        cls,
-        text_encoder: str | Path | Stage,
-        autoencoder: str | Path | Stage,
-        noise_predictor: str | Path | Stage,
-        scheduler: SchedulerMixin | None = None,
-        guide: str | Path | Stage | None = None,
-    ) -> Pipeline:
-        """Join three exported stages (folders, or loaded), and an earlier noise predictor to guide away from.
-
-        Raises ValueError, both hashes named, if they do not fit.
-        """
-        given = {"text_encoder": text_encoder, "autoencoder": autoencoder, "noise_predictor": noise_predictor}
-        stages = {kind: s if isinstance(s, Stage) else load_stage(s, kind) for kind, s in given.items()}
-        text, vae, predictor = stages.values()
-        check_belonging(predictor.contract, text_encoder=text.contract, autoencoder=vae.contract)
-        sampling, process = dict(predictor.contract["sampling"]), Process.of(predictor.contract)
-        sampler = sampling.pop("sampler", None) or samplers.default(process)
-        joined = cls(
-            **{name: part for name, part in text.parts.items() if name != "matcher"},  # which only stage 1 needs
-            **vae.parts,
-            **predictor.parts,
-            scheduler=scheduler or samplers.build(sampler, process),
-            **sampling,
-            objective=process.model_dump(),
-            stages={kind: stage.hash for kind, stage in stages.items()},
-        )
-        if guide is not None:
-            joined.add_guide(guide, {"text_encoder": text.contract, "autoencoder": vae.contract})
-        return joined
-
-    def add_guide(self, guide: str | Path | Stage, joined_to: dict[str, dict[str, Any]]) -> None:
-        """Take an earlier, or smaller, noise predictor of the same two other stages to guide away from (autoguidance).
-
-        `joined_to`: their contracts. Raises ValueError if it was trained against others, or predicts something else.
-        """
-        stage = guide if isinstance(guide, Stage) else load_stage(guide, "noise_predictor")
-        check_belonging(stage.contract, **joined_to)
-        if Process.of(stage.contract) != self.process:
-            raise UserError(
-                f"guide {stage.folder}: predicts {Process.of(stage.contract).kind}, but the noise predictor "
-                f"{self.process.kind}; give a snapshot of the same training"
-            )
-        self.register_modules(guide=speed_up(stage.parts["noise_predictor"]))
-
     @property
-    def process(self) -> Process:
-        """What the noise predictor was trained to predict."""
-        return Process.of(self.config)
-
-    def use_sampler(self, name: str) -> None:
-        """Step by another sampler: euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm too.
-
-        Raises ValueError for one that does not fit what the network predicts.
-        """
-        self.register_modules(scheduler=samplers.build(name, self.process))
-
-    def load_lora(self, folder: str | Path) -> None:
-        """Merge the LoRA saved in `folder` into the noise predictor. Raises ValueError if it is another network's."""
-        network = unwrapped(self.noise_predictor)
-        lora.load(network, folder, self.process.model_dump())
-        lora.merge(network)
-        stages = dict(self.config.stages)
-        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}
-        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
-
-    @classmethod
-    def from_run(cls, run: str | Path, **kwargs: Any) -> Pipeline:
-        """Join the three exported stages of a run folder, `RUN/STAGE/final`."""
-        return cls.from_stages(*(Path(run) / kind / "final" for kind in _STAGE_ORDER), **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Pipeline:
-        """diffusers': another pipeline of the same parts. By itself it would leave out a network whose class is not the
-        very one of the annotation."""
-        networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
-        return super().from_pipe(pipeline, **networks | kwargs)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Pipeline:
-        """Load what `save_pretrained` wrote. Weights come from safetensors only.
-
-        Raises ValueError, one line, where a file is not the one that was saved (its manifest says so; an older folder
-        has none), and for a tensor that a component's weights lack.
-        """
-        folder = Path(folder)
-        if not (folder / PIPELINE_MARK).is_file():
-            raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
-        # the index holds settings (steps, guidance, ...), which a user may edit
-        manifest = {name: digest for name, digest in written(folder).items() if digest and name != PIPELINE_MARK}
-        mend = f"the pipeline cannot be loaded: save it again, or delete {MANIFEST} if you changed it yourself"
-        check_files(folder, manifest, mend)
-        kwargs.setdefault("use_safetensors", True)
-        kwargs.setdefault("variant", pipeline_variant(folder))
-        return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """diffusers', and a manifest of the files that were written, by which `from_pretrained` checks them."""
-        folder = Path(save_directory)
-        before, listed = _states(folder), written(folder)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        after = _states(folder)
-        files = {}
-        for name in sorted(after):
-            if after[name] != before.get(name):
-                usual_modes(folder / name)
-                files[name] = file_hash(folder / name)
-            elif listed.get(name):  # as of another variant
-                files[name] = listed[name]
-        atomic_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
-
-    def save(self, folder: str | Path) -> None:
-        """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one.
-
-        Files in it that are not a pipeline's stay (a user's notes). Raises ValueError, one line, if it cannot be
-        written.
-        """
-        with written_to(Path(folder)), atomic_folder(Path(folder), keep=True) as partial:
-            self.save_pretrained(partial)
+    def text_stage(self) -> TextStage:
+        return TextStage.from_parts(self.components)
 
     def enable_vae_tiling(self, tile: int = 64) -> None:
         """Decode pictures larger than `tile` x `tile` latent cells in overlapping squares: memory goes by the square.
 
-        See `tiles.in_tiles` for what that changes. Raises ValueError for a tile of less than 8.
+        See `autoencoder.tiling.in_tiles` for what that changes. Raises UserError for a tile of less than 8.
         """
         check_tile(tile)
         self.tile = tile
@@ -301,94 +115,165 @@ class Pipeline(PromptedPipeline):
             negative_prompt_embeds, negative_prompt_mask: the same, instead of a negative prompt.
             autoguidance: lead away from what `guide`, an earlier snapshot, makes of the same prompt.
             strict: refuse a prompt that is too long, instead of cutting it with a warning.
-            callback_on_step_end: called after each step with the pipeline, the step, its timestep and the tensors asked
-                for; what it returns replaces them, and a `_guidance_scale` or `_interrupt` that it sets on the pipeline
-                holds from the next step on.
+            callback_on_step_end: called after each step with the pipeline, the step, its timestep and the requested
+                tensors; what it returns replaces them, and a `_guidance_scale` or `_interrupt` that it sets on the
+                pipeline holds from the next step on.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
 
         Returns:
             an object with `.images`, or the tuple `(images,)` with `return_dict=False`.
 
         Raises:
-            ValueError: one line that says what was given, what was expected and how to mend it.
+            UserError: a ValueError of one line: what was given, what was expected and how to mend it.
         """
-        height = self.config.resolution if height is None else number(height)
-        width = self.config.resolution if width is None else number(width)
-        steps = self.config.default_steps if num_inference_steps is None else number(num_inference_steps)
-        scale = self.config.default_guidance if guidance_scale is None else guidance_scale
-        guided = self.config.default_interval if guidance_interval is None else guidance_interval
-        guidance = Guidance(scale, guidance_rescale, *interval(guided))
-        num_images_per_prompt, generator = number(num_images_per_prompt), as_generators(generator)
-        latents, prompt_embeds, prompt_mask = tensor(latents), tensor(prompt_embeds), tensor(prompt_mask)
-        negative_prompt_embeds, negative_prompt_mask = tensor(negative_prompt_embeds), tensor(negative_prompt_mask)
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            steps,
-            prompt_embeds,
-            latents,
-            num_images_per_prompt,
-            negative_prompt,
-            prompt_mask,
-            negative_prompt_embeds,
-            negative_prompt_mask,
-        )
-        negative_prompt = given_negative(negative_prompt)
-        if autoguidance and (negative_prompt is not None or negative_prompt_embeds is not None):
-            raise UserError("autoguidance leads away from the guide, not from a negative prompt; leave one of them out")
-        if autoguidance and self.guide is None:
-            raise UserError(
-                "autoguidance: this pipeline has no guide; join one: Pipeline.from_run(RUN, guide=FOLDER), or "
-                "sd-mini export RUN --guide FOLDER"
-            )
-        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        for name in callback_on_step_end_tensor_inputs:
-            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        request = Request.of(self, locals())
 
-        condition = self.encode_prompt(prompt, num_images_per_prompt, prompt_embeds, prompt_mask, strict)
+        # 1. text: prompts => embeddings
+        condition = self.encode_prompt(prompt, request.num_images_per_prompt, *request.embeds, strict)
         batch = len(condition[0])
-        noise = self.prepare_latents(batch, height, width, generator, latents)
-        guide = self.guide if autoguidance else None
-        parts = (self.noise_predictor, self.scheduler, self.process, guidance, steps, self._execution_device, guide)
-        denoising, null = Denoising(*parts), None
-        negative_embeds = (negative_prompt_embeds, negative_prompt_mask)
-        self._interrupt, self._guidance_scale = False, guidance.scale
-        self._num_timesteps, latents = len(denoising.timesteps), denoising.start(noise)
-        with self.progress_bar(total=len(denoising.timesteps)) as progress:
-            for i, t in enumerate(denoising.timesteps):
+
+        # 2. noise => latents: one call of the network a step, guided within the interval
+        if self.scheduler is not self._checked_scheduler:  # which a user may exchange
+            samplers.check(self.scheduler, self.process)
+            self._checked_scheduler = self.scheduler
+        run = SamplingRun(
+            self.noise_predictor,
+            self.scheduler,
+            self.process,
+            request.guidance,
+            request.num_inference_steps,
+            self._execution_device,
+            guide=self.guide if autoguidance else None,
+        )
+        latents = run.start(self.prepare_latents(batch, request.height, request.width, generator, request.latents))
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, request.guidance.scale, len(run.timesteps)
+        null: Condition | None = None
+        with self.progress_bar(total=len(run.timesteps)) as progress:
+            for i, t in enumerate(run.timesteps):
                 if self._interrupt:
                     continue
-                if null is None and denoising.needs_null:  # at the first step, or once a callback has set a scale
-                    null = self._encode_negative(
-                        negative_prompt, batch, num_images_per_prompt, strict, *negative_embeds
-                    )
-                latents = denoising.step(i, latents, condition, null, generator)
+                if null is None and run.needs_null:  # at the first step, or once a callback has set a scale
+                    null = self.encode_negative(request, batch)
+                latents = run.step(i, latents, condition, null, request.generator)
                 if callback_on_step_end is not None:
-                    known = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
-                    wanted = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                    scale = self._guidance_scale
-                    latents, *changed = (known | (callback_on_step_end(self, i, t, wanted) or {})).values()
-                    condition = tuple(changed)
-                    if self._guidance_scale != scale:
-                        denoising.set_scale(self._guidance_scale)
+                    tensors = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, wanted) or {}
+                    latents, *condition = (tensors | changed).values()
+                    if self._guidance_scale != run.guidance.scale:
+                        run.set_scale(self._guidance_scale)
                 progress.update()
+
+        # 3. latents => pictures
         pictures = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        strict: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts, or embeddings made before, => prompt_embeds (B, L, D), prompt_mask (B, L); B counts the pictures.
+
+        A prompt that is too long is cut, with a warning that names the words; `strict` raises UserError instead.
+        """
+        prompt_embeds, prompt_mask = as_tensor(prompt_embeds), as_tensor(prompt_mask)
+        repeat = number(num_images_per_prompt)
+        check_texts(prompt, None, prompt_embeds)
+        check_embeds(prompt_embeds, prompt_mask, *self.embeds_shape)
+        check_counts(num_images_per_prompt=repeat)
+        if prompt_embeds is None:
+            with torch.no_grad():
+                encoded = self.text_stage.encode(as_list(prompt), strict)
+            prompt_embeds, prompt_mask = encoded.tokens, encoded.mask
+        prompt_embeds = prompt_embeds.to(self._execution_device, self._condition_dtype).repeat_interleave(repeat, 0)
+        prompt_mask = prompt_mask.to(self._execution_device).repeat_interleave(repeat, 0)
+        # plain names: diffusers' tools read off this line which arguments of a call the results are
+        return prompt_embeds, prompt_mask
+
+    def null_condition(self, batch: int) -> Condition:
+        """The trained condition of no prompt at all: (batch, L, D), (batch, L)."""
+        if self.text_adapter is None:
+            raise UserError(
+                "guidance leads away from the null condition, which a pipeline without text_adapter lacks; "
+                "give negative_prompt_embeds and negative_prompt_mask, as null_condition(B) of the pipeline with it "
+                "makes them, or guidance_scale 1"
+            )
+        null: PromptEmbeds = self.text_adapter.null(batch)
+        device = self._execution_device
+        return null.tokens.to(device, self._condition_dtype), null.mask.to(device)
+
+    def encode_negative(self, request: Request, batch: int) -> Condition:
+        """The condition that guidance leads away from, one a picture: null, a negative prompt, or its embeddings."""
+        per_prompt, negative = request.num_images_per_prompt, request.negative_prompt
+        prompts = batch // per_prompt
+        if request.negative_prompt_embeds is not None:
+            if len(request.negative_prompt_embeds) != prompts:
+                raise UserError(
+                    f"{len(request.negative_prompt_embeds)} negative_prompt_embeds for {prompts} prompts; give one each"
+                )
+            return self.encode_prompt(None, per_prompt, *request.negative_embeds)
+        if negative is None:
+            return self.null_condition(batch)
+        texts = as_list(negative)
+        texts = texts * prompts if len(texts) == 1 else texts
+        if len(texts) != prompts:
+            raise UserError(f"{len(texts)} negative prompts for {prompts} prompts; give one, or one each")
+        rows = [row for row, text in enumerate(texts) if not is_blank(text)]
+        embeds, mask = self.encode_prompt([texts[row] for row in rows], per_prompt, strict=request.strict)
+        if len(rows) == prompts:
+            return embeds, mask
+        # a blank one among them keeps the null condition
+        pictures = [row * per_prompt + i for row in rows for i in range(per_prompt)]
+        tokens, present = (part.clone() for part in self.null_condition(batch))
+        tokens[pictures], present[pictures] = embeds, mask
+        return tokens, present
+
+    def prepare_latents(
+        self, batch: int, height: int, width: int, generator: Generators, latents: Tensor | None
+    ) -> Tensor:
+        """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
+        latents, generator = as_tensor(latents), as_generators(generator)
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != batch:
+                raise UserError(f"{len(generator)} generators for {batch} pictures; give one, or one each")
+            one_each = generator if isinstance(generator, list) else [generator] * batch
+            latents = draws((batch, *self.latent_shape(height, width)), one_each)
+        elif len(latents) != batch:
+            raise UserError(f"{len(latents)} latents for {batch} pictures; give one each")
+        return latents.to(self._execution_device, self.noise_predictor.dtype)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
+        patch = getattr(self.noise_predictor.config, "patch_size", 1)
+        cell = self.autoencoder.stride * patch
+        height, width = number(height), number(width)
+        for name, side in (("height", height), ("width", width)):
+            if not isinstance(side, int) or isinstance(side, bool):
+                raise UserError(f"{name} {side!r}: expected a whole number of pixels, a multiple of {cell}")
+            if side <= 0 or side % cell:
+                below = max(int(side) // cell, 1) * cell
+                raise UserError(
+                    f"{name} {side}: expected a multiple of {cell}; the nearest are {below}, {below + cell}"
+                )
+        return self.autoencoder.latent_shape(height, width)
+
+    @property
+    def embeds_shape(self) -> tuple[int | None, int | None]:
+        """(L, D) of prompt embeddings; unknown without the adapter that makes them."""
+        return (None, None) if self.text_adapter is None else (self.text_adapter.length, self.text_adapter.config.dim)
+
+    @property
+    def _condition_dtype(self) -> torch.dtype:
+        """The noise predictor's; of a pipeline that is loaded for its text half alone the adapter's."""
+        return (self.text_adapter if self.noise_predictor is None else self.noise_predictor).dtype
+
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile).float().clamp(-1, 1)
-        if output_type == "pil":
-            return images.to_pil(images.to_uint8(pixels))
-        unit = (pixels + 1) / 2
-        return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
-
-
-_STAGE_ORDER = ("text_encoder", "autoencoder", "noise_predictor")
-
-
-def _states(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What tells whether a file was written anew, by relative path."""
-    stats = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile).float()
+        if pixels.isnan().any():  # which would pass for a plausible black
+            raise UserError("the decoded pictures hold NaN: the model has diverged; load an earlier checkpoint of it")
+        return self._postprocess(pixels, output_type)

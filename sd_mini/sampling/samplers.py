@@ -1,12 +1,10 @@
-"""Samplers by name, each a diffusers scheduler that fits the process; and the spacing of steps that each needs."""
+"""Samplers by name, each a diffusers scheduler that fits what the network predicts."""
 
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -19,14 +17,11 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from sd_mini import diffusion
 from sd_mini.diffusion.forward import STEPS
 from sd_mini.diffusion.process import Process
 from sd_mini.errors import UserError
-from sd_mini.sampling.inputs import Generators, draws
 
 FLOW: dict[str, type[SchedulerMixin]] = {
     "euler": FlowMatchEulerDiscreteScheduler,
@@ -60,7 +55,7 @@ def build(name: str, process: Process) -> SchedulerMixin:
 
     dpm++ is DPM-Solver++(2M), Lu et al. 2022; unipc Zhao et al. 2023; heun Karras et al. 2022, algorithm 1, two
     evaluations a step; ddim Song et al. 2021 with eta 0; ddpm Ho et al. 2020, algorithm 2, which draws noise on its
-    way. Raises ValueError for an unknown name, and for one that cannot follow the process.
+    way. Raises UserError for an unknown name, and for one that cannot follow the process.
     """
     known = FLOW if process.is_flow else DISCRETE
     if name not in NAMES:
@@ -104,12 +99,12 @@ def _spacing(process: Process) -> dict[str, Any]:
 
 
 def check(scheduler: SchedulerMixin, process: Process) -> None:
-    """Raises ValueError, one line, for a scheduler that would step by something else than what the network predicts."""
+    """Raises UserError, one line, for a scheduler that would step by something else than what the network predicts."""
     config, name = scheduler.config, type(scheduler).__name__
-    is_flow = is_flow_match(scheduler) or bool(config.get("use_flow_sigmas"))
+    is_flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
     steps_by = config.get("prediction_type", "flow_prediction" if is_flow else "epsilon")
     wanted = "flow_prediction" if process.is_flow else process.kind
-    mend = "make one that fits: sd_mini.samplers.build(NAME, process), or Pipeline.use_sampler(NAME)"
+    mend = "make one that fits: sd_mini.sampling.samplers.build(NAME, process), or Pipeline.use_sampler(NAME)"
     if is_flow != process.is_flow or steps_by != wanted:
         path = "the linear path's sigmas" if is_flow else "a discrete schedule"
         raise UserError(
@@ -135,73 +130,3 @@ def check(scheduler: SchedulerMixin, process: Process) -> None:
             f"scheduler {name}: its betas are not those of the {process.schedule} schedule"
             f"{' with zero_snr' if process.zero_snr else ''} that this network was trained on; {mend}"
         )
-
-
-def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | str | None = None) -> Tensor:
-    """Space `steps` steps evenly down to the picture, and return the timesteps (N,) that the network is asked at.
-
-    The two flow-matching schedulers would by themselves spend the last step between sigma 0.001 and 0.
-
-    Raises ValueError where a discrete schedule would begin elsewhere than at the noise.
-    """
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
-    else:
-        if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
-            scheduler.sigma_min = 1 / steps
-        if hasattr(scheduler, "alphas_cumprod") and steps > STEPS:
-            raise UserError(f"num_inference_steps {steps}: the discrete schedule has {STEPS}; use 50, for example")
-        scheduler.set_timesteps(steps, device=device)
-    _check_start(scheduler, steps)
-    return scheduler.timesteps
-
-
-def _check_start(scheduler: SchedulerMixin, steps: int) -> None:
-    """Spacing by whole steps, counted from the picture, may end far below the noise, or beyond the last step."""
-    if scheduler.config.get("use_flow_sigmas") or not hasattr(scheduler, "alphas_cumprod"):
-        return
-    first = float(scheduler.timesteps[0])
-    if not STEPS - 2 * STEPS / steps - STEPS / 8 <= first < STEPS:
-        raise UserError(
-            f"num_inference_steps {steps}: {type(scheduler).__name__} begins at {first:.0f}, and the schedule is noise "
-            "at 999; use another number, such as 50"
-        )
-
-
-def is_flow_match(scheduler: SchedulerMixin) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
-def level_grain(scheduler: SchedulerMixin) -> float:
-    """How finely a scheduler's timesteps tell noise levels: whole steps of a schedule are a thousandth apart, and which
-    of two neighbours stands for a level (699 or 700 for 0.7) depends on the spacing."""
-    return 0.0 if is_flow_match(scheduler) else 1 / STEPS
-
-
-def step(
-    scheduler: SchedulerMixin, answer: Tensor, timestep: Tensor, latents: Tensor, generator: Generators = None
-) -> Tensor:
-    """One step of `scheduler`: latents (B, C, h, w) => the next. A sampler that draws noise draws from `generator`: in
-    order from one, or each picture's from its own."""
-    with OwnDraws(generator) if generator is not None else nullcontext():
-        return scheduler.step(answer, timestep, latents, return_dict=False)[0]
-
-
-class OwnDraws(TorchFunctionMode):
-    """Within, in this thread, torch.randn and torch.randn_like draw from `generator`, wherever it lies: some schedulers
-    take none, or one alone, or ignore the one that they take. With a list row i of a draw is its i-th generator's."""
-
-    def __init__(self, generator: torch.Generator | list[torch.Generator]):
-        super().__init__()
-        self.generator = generator
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func not in (torch.randn, torch.randn_like) or kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        like = args[0] if func is torch.randn_like else None
-        sizes = args[0] if len(args) == 1 else args
-        shape = tuple(like.shape if like is not None else kwargs.get("size", sizes))
-        device = kwargs.get("device") or (None if like is None else like.device)
-        dtype = kwargs.get("dtype") or (None if like is None else like.dtype)
-        return draws(shape, self.generator, dtype).to(device)

@@ -13,7 +13,7 @@ from eval import options
 from eval.__main__ import main
 from eval.makers.sources import Sampling, open_source
 from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.sampling.guidance import Guidance
+from sd_mini.sampling.loop import Guidance
 
 SHORT = ["--data", "shapes", "--prompts", "2", "--steps", "1", "--sweep"]
 

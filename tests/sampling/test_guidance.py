@@ -7,14 +7,14 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.sampling.guidance import Guidance, guide, rescaled
+from sd_mini.sampling.loop import Guidance, guided, rescaled
 
 PROMPTS = ["a red circle", "two blue squares"]
 
 
 def test_guide():
     conditional, unconditional = torch.tensor([2.0]), torch.tensor([1.0])
-    assert [guide(conditional, unconditional, s).item() for s in (0.0, 1.0, 3.0)] == [1.0, 2.0, 4.0]
+    assert [guided(conditional, unconditional, s).item() for s in (0.0, 1.0, 3.0)] == [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

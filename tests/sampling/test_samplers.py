@@ -26,9 +26,8 @@ from torch import nn
 
 from sd_mini import diffusion, noise_predictor
 from sd_mini.diffusion.process import Process, TimeConfig
-from sd_mini.sampling import samplers
-from sd_mini.sampling.denoising import Denoising
-from sd_mini.sampling.guidance import Guidance
+from sd_mini.sampling import loop, samplers
+from sd_mini.sampling.loop import Guidance, SamplingRun
 
 PROCESSES = [Process(kind=kind) for kind in ("flow", "flow_x")]
 PROCESSES += [
@@ -69,7 +68,7 @@ class Exact(nn.Module):
 
 def sampled(process, scheduler, steps, monkeypatch, count=4096):
     monkeypatch.setattr(noise_predictor, "predict", lambda network, x, t, *text: network(x, t))
-    denoising = Denoising(Exact(process), scheduler, process, Guidance(1.0), steps)
+    denoising = SamplingRun(Exact(process), scheduler, process, Guidance(1.0), steps)
     latents = denoising.start(torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(0)))
     generator = torch.Generator().manual_seed(1)
     for number in range(len(denoising.timesteps)):
@@ -109,7 +108,7 @@ def test_more_steps_and_a_higher_order_come_closer(monkeypatch):
 def test_the_steps_on_the_linear_path_are_even(name):
     """No step is spent between sigma 0.001 and 0, as two of the schedulers would by themselves."""
     scheduler = samplers.build(name, Process())
-    timesteps = samplers.set_timesteps(scheduler, 4)
+    timesteps = loop.set_timesteps(scheduler, 4)
     np.testing.assert_allclose(scheduler.sigmas.unique().flip(0).numpy(), [1, 0.75, 0.5, 0.25, 0], atol=1e-3)
     np.testing.assert_allclose(timesteps.unique().flip(0).numpy(), [1000, 750, 500, 250], atol=1.01)
 
@@ -117,14 +116,14 @@ def test_the_steps_on_the_linear_path_are_even(name):
 @pytest.mark.parametrize("name", list(samplers.DISCRETE))
 def test_the_steps_on_a_schedule_begin_where_training_ends(name):
     process = Process(kind="v_prediction", schedule="scaled_linear")
-    timesteps = samplers.set_timesteps(samplers.build(name, process), 4)
+    timesteps = loop.set_timesteps(samplers.build(name, process), 4)
     assert timesteps.unique().flip(0).tolist() == [999, 749, 499, 249]
 
 
 @pytest.mark.parametrize("steps", [4, 8, 20, 50])
 @pytest.mark.parametrize("name", list(samplers.DISCRETE))
 def test_the_noise_on_the_cosine_schedule_begins_a_step_before_the_last(name, steps):
-    timesteps = samplers.set_timesteps(samplers.build(name, Process(kind="epsilon", schedule="cosine")), steps)
+    timesteps = loop.set_timesteps(samplers.build(name, Process(kind="epsilon", schedule="cosine")), steps)
     # by how whole steps are counted, it may be as much lower again
     assert 999 - 2 * 1000 / steps - 25 <= timesteps[0] < 999 and timesteps[-1] <= 1 + 1000 / steps
 
@@ -142,7 +141,7 @@ def test_the_noise_on_the_cosine_schedule_begins_a_step_before_the_last(name, st
 )
 def test_steps_that_would_not_begin_at_the_noise_are_refused(name, schedule, steps):
     with pytest.raises(ValueError, match=f"num_inference_steps {steps}: "):
-        samplers.set_timesteps(samplers.build(name, Process(kind="epsilon", schedule=schedule)), steps)
+        loop.set_timesteps(samplers.build(name, Process(kind="epsilon", schedule=schedule)), steps)
 
 
 def test_the_dummy_loops_of_diffusers():
@@ -165,7 +164,7 @@ def test_the_dummy_loops_of_diffusers():
             scheduler.set_timesteps(10)
         for t in scheduler.timesteps:
             answer = latents * t / (t + 1)
-            latents = samplers.step(scheduler, answer, t, latents, generator)
+            latents = loop.scheduler_step(scheduler, answer, t, latents, generator)
         assert latents.abs().sum().item() == pytest.approx(expected, abs=1e-2)
 
 
@@ -266,7 +265,7 @@ NOISY = [
 def walked(process, scheduler, seeds, monkeypatch, shared=False):
     """Latents of `seeds`, from noise that is each one's, and with one generator a picture, or one for all."""
     monkeypatch.setattr(noise_predictor, "predict", lambda network, x, t, *text: network(x, t))
-    denoising = Denoising(Exact(process), scheduler, process, Guidance(1.0), 4)
+    denoising = SamplingRun(Exact(process), scheduler, process, Guidance(1.0), 4)
     noise = [torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(100 + seed)) for seed in seeds]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     latents = denoising.start(torch.stack(noise))
@@ -296,7 +295,7 @@ def test_the_noise_of_a_step_is_the_generators_as_diffusers_draws_it():
         made = []
         for stepped in (
             lambda t, g: scheduler.step(answer, t, latents, generator=g, return_dict=False)[0],
-            lambda t, g: samplers.step(scheduler, answer, t, latents, g),
+            lambda t, g: loop.scheduler_step(scheduler, answer, t, latents, g),
         ):
             scheduler.set_timesteps(4)
             made.append(stepped(scheduler.timesteps[0], generators()))
@@ -332,6 +331,6 @@ def test_every_tenth_is_an_end_of_a_guidance_interval(steps, process):
         if low > high or name == "heun":  # whose second evaluations lie between
             continue
         guidance = Guidance(2.0, 0.0, low / 10, high / 10)
-        denoising = Denoising(nn.Identity(), samplers.build(name, process), process, guidance, steps)
+        denoising = SamplingRun(nn.Identity(), samplers.build(name, process), process, guidance, steps)
         expected = [low * steps <= 10 * (steps - i) <= high * steps for i in range(steps)]
         assert denoising.is_guided == expected, (name, low, high)

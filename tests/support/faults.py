@@ -148,7 +148,7 @@ def save_and_die(root: Path, step: int, size: int, line: int | None, counted: Pa
 
     def watch(frame, event, argument):
         name = Path(frame.f_code.co_filename).name
-        if name not in ("checkpoint.py", "stages.py"):
+        if name not in ("checkpoint.py", "files.py"):
             return None
         if event == "line":
             seen[0] = number = next(numbers)

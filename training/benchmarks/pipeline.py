@@ -15,7 +15,7 @@ from sd_mini.cli.main import open_pipeline
 from sd_mini.cpu.fused import stock
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.sampling.denoising import Condition
+from sd_mini.sampling.loop import Condition
 from training.benchmarks.interleaved import Spread, ratios
 from training.benchmarks.predictor import parsed
 from training.distributed.processes import join_processes, tune_cpu

@@ -22,7 +22,7 @@ from sd_mini.errors import UserError
 from sd_mini.noise_predictor import lora
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.sampling import samplers
-from sd_mini.sampling.guidance import Guidance
+from sd_mini.sampling.loop import Guidance
 from sd_mini.stages.contract import Stage
 from training.engine import launch
 from training.engine.batches import Batch, generator

@@ -30,7 +30,7 @@ from eval.metrics.clip_score import Clip
 from sd_mini import shapes
 from sd_mini.cli.inspection import inspect
 from sd_mini.errors import UserError
-from sd_mini.sampling.guidance import Guidance
+from sd_mini.sampling.loop import Guidance
 from sd_mini.text_encoder.loading import clip_tokenizer, open_clip_encoder
 from tests.support.launching import on_two_ranks
 from tests.text_encoder.test_open_clip import save_model

@@ -10,8 +10,7 @@ from torch import nn
 from sd_mini import noise_predictor
 from sd_mini.diffusion.process import Process
 from sd_mini.sampling import samplers
-from sd_mini.sampling.denoising import Denoising
-from sd_mini.sampling.guidance import Guidance
+from sd_mini.sampling.loop import Guidance, SamplingRun
 from tests.support.launching import launch, prepared
 from training.noise_predictor.losses import Objective, ObjectiveConfig, answer_and_target
 
@@ -57,7 +56,7 @@ def test_the_matrix(kind, schedule):
         assert losses.shape == (8,) and math.isfinite(sum(norms)) and sum(norms) > 0, given
         network.zero_grad()
         scheduler = samplers.build(samplers.default(config.process), config.process)
-        denoising = Denoising(network, scheduler, config.process, Guidance(1.0), 3)
+        denoising = SamplingRun(network, scheduler, config.process, Guidance(1.0), 3)
         with torch.no_grad():
             made = denoising.start(noise)
             for number in range(3):
@@ -150,7 +149,7 @@ def test_training_approaches_the_optimum_and_samples_the_gaussian(kind, monkeypa
             answer, _ = answer_and_target(network, config, *shaped, *none)
             assert (answer.view(-1, 2) - optimal).square().mean() < 0.02 * optimal.square().mean() + 0.005
     process = Process(kind=kind, schedule=config.schedule)
-    denoising = Denoising(network, samplers.build("dpm++", process), process, Guidance(1.0), 30)
+    denoising = SamplingRun(network, samplers.build("dpm++", process), process, Guidance(1.0), 30)
     made = denoising.start(torch.randn(8192, 1, 1, 2))
     with torch.no_grad():
         for number in range(len(denoising.timesteps)):

@@ -1,0 +1,220 @@
+"""What a pipeline is made of: its components, joined from stages, loaded, saved and exchanged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.cpu.fused import speed_up
+from sd_mini.diffusion.process import Process
+from sd_mini.errors import UserError
+from sd_mini.files import (
+    MANIFEST,
+    PIPELINE_MARK,
+    atomic_folder,
+    atomic_text,
+    combined_hash,
+    file_hash,
+    usual_modes,
+    written,
+    written_to,
+)
+from sd_mini.noise_predictor import lora
+from sd_mini.noise_predictor.network import unwrapped
+from sd_mini.sampling import samplers
+from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
+from sd_mini.text_encoder.adapter import TextAdapter
+from sd_mini.weights import load_components, pipeline_variant
+
+
+class JoinedPipeline(DiffusionPipeline):
+    """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
+
+    `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
+    and `default_interval` are the recipe's own; `objective` says what the network predicts, which the scheduler has to
+    step by; `guide` is an earlier snapshot of the network, for autoguidance; `stages` holds the hashes of the stages
+    this was joined from. Any part may be None for a pipeline of which the rest is used: its text half to encode
+    prompts, or all but that to make pictures of embeddings.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
+    _optional_components: ClassVar[list[str]] = [
+        "tokenizer_2",
+        "text_encoder_2",
+        "tokenizer_3",
+        "text_encoder_3",
+        "guide",
+    ]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        text_adapter: TextAdapter,
+        noise_predictor: ModelMixin,
+        autoencoder: Autoencoder,
+        scheduler: SchedulerMixin,
+        tokenizer_2: PreTrainedTokenizerBase | None = None,
+        text_encoder_2: PreTrainedModel | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
+        text_encoder_3: PreTrainedModel | None = None,
+        guide: ModelMixin | None = None,
+        resolution: int = 64,
+        default_steps: int = 20,
+        default_guidance: float = 3.0,
+        default_interval: list[float] | tuple[float, float] = (0.0, 1.0),
+        objective: dict[str, Any] | None = None,
+        stages: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        process = self.process = Process.of({"objective": objective})  # what the network was trained to predict
+        if scheduler is not None:
+            samplers.check(scheduler, process)
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            text_adapter=text_adapter,
+            noise_predictor=noise_predictor if noise_predictor is None else speed_up(noise_predictor),
+            autoencoder=autoencoder,
+            scheduler=scheduler,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder_3=text_encoder_3,
+            guide=guide if guide is None else speed_up(guide),
+        )
+        self.register_to_config(
+            resolution=resolution,
+            default_steps=default_steps,
+            default_guidance=default_guidance,
+            default_interval=tuple(default_interval),
+            objective=process.model_dump(),
+            stages=dict(stages or {}),
+        )
+
+    @classmethod
+    def from_stages(
+        cls,
+        text_encoder: str | Path | Stage,
+        autoencoder: str | Path | Stage,
+        noise_predictor: str | Path | Stage,
+        scheduler: SchedulerMixin | None = None,
+        guide: str | Path | Stage | None = None,
+    ) -> Self:
+        """Join three exported stages (folders, or loaded), and an earlier noise predictor to guide away from.
+
+        Raises UserError, both hashes named, if they do not fit.
+        """
+        sources = dict(zip(KINDS, (text_encoder, autoencoder, noise_predictor), strict=True))
+        stages = {kind: s if isinstance(s, Stage) else load_stage(s, kind) for kind, s in sources.items()}
+        text, vae, predictor = stages.values()
+        check_belonging(predictor.contract, text_encoder=text.contract, autoencoder=vae.contract)
+        sampling, process = dict(predictor.contract["sampling"]), Process.of(predictor.contract)
+        sampler = sampling.pop("sampler", None) or samplers.default(process)
+        joined = cls(
+            **{name: part for name, part in text.parts.items() if name != "matcher"},  # which only stage 1 needs
+            **vae.parts,
+            **predictor.parts,
+            scheduler=scheduler or samplers.build(sampler, process),
+            **sampling,
+            objective=process.model_dump(),
+            stages={kind: stage.hash for kind, stage in stages.items()},
+        )
+        if guide is not None:
+            joined.add_guide(guide, {"text_encoder": text.contract, "autoencoder": vae.contract})
+        return joined
+
+    def add_guide(self, guide: str | Path | Stage, joined_to: dict[str, dict[str, Any]]) -> None:
+        """Take an earlier, or smaller, noise predictor of the same two other stages to guide away from (autoguidance).
+
+        `joined_to`: their contracts. Raises UserError if it was trained against others, or predicts something else.
+        """
+        stage = guide if isinstance(guide, Stage) else load_stage(guide, "noise_predictor")
+        check_belonging(stage.contract, **joined_to)
+        if Process.of(stage.contract) != self.process:
+            raise UserError(
+                f"guide {stage.folder}: predicts {Process.of(stage.contract).kind}, but the noise predictor "
+                f"{self.process.kind}; give a snapshot of the same training"
+            )
+        self.register_modules(guide=speed_up(stage.parts["noise_predictor"]))
+
+    def use_sampler(self, name: str) -> None:
+        """Step by another sampler: euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm too.
+
+        Raises UserError for one that does not fit what the network predicts.
+        """
+        self.register_modules(scheduler=samplers.build(name, self.process))
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Merge the LoRA saved in `folder` into the noise predictor. Raises UserError if it is another network's."""
+        network = unwrapped(self.noise_predictor)
+        lora.load(network, folder, self.process.model_dump())
+        lora.merge(network)
+        stages = dict(self.config.stages)
+        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}
+        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
+
+    @classmethod
+    def from_run(cls, run: str | Path, **kwargs: Any) -> Self:
+        """Join the three exported stages of a run folder, `RUN/STAGE/final`."""
+        return cls.from_stages(*(Path(run) / kind / "final" for kind in KINDS), **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """diffusers': another pipeline of the same parts. By itself it would leave out a network whose class is not the
+        very one of the annotation."""
+        networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
+        return super().from_pipe(pipeline, **networks | kwargs)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:
+        """Load what `save_pretrained` wrote. Weights come from safetensors only.
+
+        Raises UserError, one line, where a file is not the one that was saved (its manifest says so; an older folder
+        has none), and for a tensor that a component's weights lack.
+        """
+        folder = Path(folder)
+        if not (folder / PIPELINE_MARK).is_file():
+            raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
+        # the index holds settings (steps, guidance, ...), which a user may edit
+        manifest = {name: digest for name, digest in written(folder).items() if digest and name != PIPELINE_MARK}
+        mend = f"the pipeline cannot be loaded: save it again, or delete {MANIFEST} if you changed it yourself"
+        check_files(folder, manifest, mend)
+        kwargs.setdefault("use_safetensors", True)
+        kwargs.setdefault("variant", pipeline_variant(folder))
+        return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """diffusers', and a manifest of the files that were written, by which `from_pretrained` checks them."""
+        folder = Path(save_directory)
+        before, listed = _states(folder), written(folder)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        after = _states(folder)
+        files = {}
+        for name in sorted(after):
+            if after[name] != before.get(name):
+                usual_modes(folder / name)
+                files[name] = file_hash(folder / name)
+            elif listed.get(name):  # as of another variant
+                files[name] = listed[name]
+        atomic_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+
+    def save(self, folder: str | Path) -> None:
+        """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one.
+
+        Files in it that are not a pipeline's stay (a user's notes). Raises UserError, one line, if it cannot be
+        written.
+        """
+        with written_to(Path(folder)), atomic_folder(Path(folder), keep=True) as partial:
+            self.save_pretrained(partial)
+
+
+def _states(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether a file was written anew, by relative path."""
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
