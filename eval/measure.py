@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from eval.analysis.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out, share_out_each
-from eval.analysis.text import TextProbe
-from eval.features.features import Extractor
-from eval.features.reference import Seen, pictures_hash, reference
+from eval.analysis.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out_each
+from eval.features.reference import reference
 from eval.judge.judge import Verdict, judge_found, look, summarise
 from eval.makers.asked import Asked, Question
 from eval.makers.sources import Maker
 from eval.metrics.bootstrap import few_prompts
-from eval.metrics.clip_score import Clip, clip_part, cosines
-from eval.metrics.distances import compare
-from eval.metrics.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
-from eval.metrics.reconstruction import reconstruction_scores
+from eval.metrics.clip_score import cosines
+from eval.metrics.memorisation import nearest
+from eval.metrics.registry import METRICS, Sample, Tools
 from eval.report.gallery import Gallery, pick_galleries, pick_pairs
-from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What to measure with, as far as it is at hand."""
-
-    networks: list[Extractor]
-    cache: Path
-    batch: int = 64
-    clip: Clip | None = None
-    probe: TextProbe | None = None
-    training: CaptionedPictures | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    """where the asked rows come from: the text stage looks at them at a size of its own"""
-    blame: bool = True
-    """whether each stage's share of every distance is measured"""
+from sd_mini.data.captioned import CaptionedPictures, load
 
 
 @dataclass(frozen=True)
@@ -71,26 +51,17 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
         sets = _sets(asked, made[asked.split], maker, tools, data)
         judged = _judge_split(scores, asked, sets) if asked.scenes is not None else []
         if asked is first:
-            verdicts = judged
-            if AUTOENCODER in sets:
-                remarks += _reconstruction(scores, asked.pictures, sets[AUTOENCODER])
-            remarks += _distances(scores, question, sets, tools)
-    if tools.clip is not None:
-        encoders = maker.text_encoders if maker is not None else []
-        scores["clip"] = clip_part(tools.clip, pictures, first.captions, question.reference, encoders)
-        if scores["clip"]["conditioned"]:
-            remarks.append(
-                f"CLIP score: {tools.clip.name} also conditioned the pictures, which flatters them; score with another"
-            )
+            verdicts, sample = judged, Sample(question, pictures, sets, maker, tools, remarks)
+    for name, metric in METRICS.items():
+        part = metric.measure(sample)
+        if part is not None:
+            scores[name] = part
+    if sample.blame:
+        scores.setdefault("blame", {}).setdefault(first.split, {}).update(sample.blame)
     galleries = pick_galleries(pictures, first.captions, *_ranking(verdicts, pictures, question, tools))
-    if tools.training is not None:
-        found, closest, said = _memorisation(pictures, question, tools)
-        scores |= {"memorisation": found} if found is not None else {}
-        remarks += said
-        galleries.append(pick_pairs(pictures, first.captions, tools.training, closest))
-    else:
-        remarks.append("memorisation left out: the training pictures are not known")
-    return Measured(scores, galleries, remarks)
+    if sample.nearest is not None:
+        galleries.append(pick_pairs(pictures, first.captions, tools.training, sample.nearest))
+    return Measured(scores, galleries, sample.remarks)
 
 
 def _put(scores: dict[str, Any], part: str, split: str, value: Any) -> None:
@@ -123,14 +94,6 @@ def _sets(asked: Asked, made: np.ndarray, maker: Maker | None, tools: Tools, dat
     return picture_sets(asked, made, maker.autoencoder, tools.probe, data, tools.batch)
 
 
-def _reconstruction(scores: dict[str, Any], pictures: np.ndarray, reconstructed: np.ndarray) -> list[str]:
-    found = reconstruction_scores(pictures, reconstructed)
-    if not np.isfinite(found["psnr"]):
-        return ["reconstruction left out: a picture comes back without any error, which is infinitely many dB"]
-    scores["reconstruction"] = found
-    return []
-
-
 def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdict]:
     """Composition, ceiling, chance (each picture judged by the next prompt) and, where there is a true set, the blame.
 
@@ -161,25 +124,6 @@ def _verdicts(found: list, scenes: Sequence) -> list[Verdict]:
     return [judge_found(objects, scene) for objects, scene in zip(found, scenes, strict=True)]
 
 
-def _distances(scores: dict[str, Any], question: Question, sets: Sets, tools: Tools) -> list[str]:
-    """Every network's distances, and the blame in them; what is to be said about them."""
-    remarks, first = [], question.splits[0]
-    scores["distances"] = {}
-    for extractor in tools.networks:
-        name = extractor.distance
-        scores["distances"][name], said = compare(
-            extractor, sets[MADE], question.reference, first.captions, tools.cache
-        )
-        remarks += said
-        if tools.blame and REAL in sets and question.is_apart:
-            known = reference(extractor, question.reference, tools.cache)
-            apart = {n: Seen.of(extractor(pictures)).distance(known) for n, pictures in sets.items() if n != MADE}
-            shares = share_out({**apart, MADE: scores["distances"][name]["fd"]})
-            entry = {"shares": {part: {"share": share} for part, share in shares.items()}}
-            scores.setdefault("blame", {}).setdefault(first.split, {})[name] = entry
-    return remarks
-
-
 def _ranking(
     verdicts: list[Verdict], pictures: np.ndarray, question: Question, tools: Tools
 ) -> tuple[np.ndarray, str, list[str]]:
@@ -201,25 +145,3 @@ def _note(verdict: Verdict) -> str:
     if verdict.exact:
         return "exact"
     return "cannot be read" if verdict.abstain else f"{verdict.soft:.0%} of the facts hold"
-
-
-def _memorisation(
-    pictures: np.ndarray, question: Question, tools: Tools
-) -> tuple[dict[str, Any] | None, Nearest, list[str]]:
-    """By pixels and by the first network's features, beside the reference pictures that nothing was trained on; the
-    nearest by pixels; and what is to be said about it."""
-    training, extractor = tools.training, tools.networks[0]
-    small = small_pixels(training.pictures)
-    found = nearest(small_pixels(pictures), small)
-    own = {pictures_hash(picture) for picture in training.pictures}
-    held_out = np.array([pictures_hash(picture) not in own for picture in question.reference])
-    trained_on = int((~held_out).sum())
-    said = f"memorisation: {trained_on} of {len(held_out)} reference pictures are training pictures"
-    if trained_on and held_out.sum() < 1 / QUANTILE:
-        return None, found, [f"{said}; left out: compare with a split that was not trained on"]
-    entry = {"pixels": audit(found, nearest(small_pixels(question.reference[held_out]), small))}
-    known = reference(extractor, training.pictures, tools.cache).features
-    seen = reference(extractor, question.reference, tools.cache).features[held_out]
-    entry[extractor.name] = audit(nearest(extractor(pictures), known), nearest(seen, known))
-    remarks = [f"{said}; only the others stand for held-out ones"] if trained_on else []
-    return {"training": training.name, "n_training": len(training), **entry}, found, remarks

@@ -13,9 +13,9 @@ from eval.judge.judge import judge, wilson
 from eval.makers.asked import Asked, Question
 from eval.makers.generate import Job
 from eval.makers.sources import Sampling
-from eval.measure import Tools
 from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.clip_score import cosines
+from eval.metrics.registry import Tools
 
 SCALES = (1.0, 1.5, 2.5, 4.0, 6.0)
 PROMPTS = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from eval.judge.judge import wilson
 from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.cmmd import cmmd
+from eval.metrics.registry import Metric, Row, Sample, percent_row
 from sd_mini import images
 from sd_mini.stages.contract import model_hash
 from sd_mini.text_encoder.loading import load_open_clip
@@ -121,3 +122,37 @@ def clip_part(
     part["r_precision"] = {"mean": float(hits.mean()), "low": low, "high": high, "candidates": candidates}
     part["cmmd"] = cmmd(seen, clip.pictures(real))
     return {**part, "conditioned": clip.is_among(encoders), "n": len(made), "n_reference": len(real)}
+
+
+def _measure(sample: Sample) -> dict[str, Any] | None:
+    clip = sample.tools.clip
+    if clip is None:
+        return None
+    encoders = sample.maker.text_encoders if sample.maker is not None else []
+    part = clip_part(clip, sample.pictures, sample.prompts, sample.question.reference, encoders)
+    if part["conditioned"]:
+        sample.remarks.append(
+            f"CLIP score: {clip.name} also conditioned the pictures, which flatters them; score with another"
+        )
+    return part
+
+
+def _rows(found: Mapping[str, Any]) -> list[Row]:
+    label = "; the model that conditioned the pictures" if found["conditioned"] else ""
+    names = {"cosine": "cosine", "x100": "100 max(cos, 0)", "hessel": "2.5 max(cos, 0)"}
+    rows = []
+    for key, what in names.items():
+        one = found[key]
+        ends = f"{one['low']:.4g}–{one['high']:.4g}"
+        rows.append(Row(f"CLIP score, {what}{label}", f"{one['mean']:.4g}", ends, str(found["n"])))
+    one = found["r_precision"]
+    rows.append(percent_row(f"CLIP R-precision of {one['candidates']}", one, "mean", found["n"]))
+    n = f"{found['n']} : {found['n_reference']}"
+    return [*rows, Row("CMMD, 1000 MMD², biased", f"{found['cmmd']:.4g}", "", n)]
+
+
+def _lines(part: Mapping[str, Any]) -> list[str]:
+    return [f"CLIP score {part['x100']['mean']:.2f}, CMMD {part['cmmd']:.4g} by {part['model']}"]
+
+
+CLIP = Metric("clip", _measure, _rows, _lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from eval.metrics import kid
 from eval.metrics.bootstrap import bootstrap_rows, prompt_interval
 from eval.metrics.fid import distance_to, fewest_for_a_line, frechet_infinity, null_bias
 from eval.metrics.prdc import NEIGHBOURS, each_picture
+from eval.metrics.registry import Metric, Row, Sample
 
 _DRAWS = 200  # of prompts, for the distance's interval
 _WIDEST = 256  # features; wider ones take too long for an interval
@@ -113,3 +114,56 @@ def moved_by_prompts(seen: Seen, known: Seen, prompts: Sequence[str]) -> np.ndar
     distance = distance_to(known.mean, known.covariance)
     found = [distance(*statistics(seen.features[rows])) for rows in bootstrap_rows(prompts, _DRAWS)]
     return np.array(found) - np.mean(found)
+
+
+def _measure(sample: Sample) -> dict[str, Any]:
+    """Every network's distances, and each stage's part of them."""
+    # blame imports the reconstruction metric, which stands in the same registry
+    from eval.analysis.blame import MADE, REAL, share_out
+
+    question, tools = sample.question, sample.tools
+    part = {}
+    for extractor in tools.networks:
+        name = extractor.distance
+        made = sample.sets[MADE]
+        part[name], remarks = compare(extractor, made, question.reference, sample.prompts, tools.cache)
+        sample.remarks += remarks
+        if tools.blame and REAL in sample.sets and question.is_apart:
+            known = reference(extractor, question.reference, tools.cache)
+            others = {name: pictures for name, pictures in sample.sets.items() if name != MADE}
+            apart = {name: Seen.of(extractor(pictures)).distance(known) for name, pictures in others.items()}
+            shares = share_out({**apart, MADE: part[name]["fd"]})
+            sample.blame[name] = {"shares": {stage: {"share": share} for stage, share in shares.items()}}
+    return part
+
+
+def _rows(part: Mapping[str, Any]) -> list[Row]:
+    return [row for name, scores in part.items() for row in _rows_of(name, scores)]
+
+
+def _rows_of(name: str, found: Mapping[str, Any]) -> list[Row]:
+    n = f"{found['n']} : {found['n_reference']}"
+    ends = f"{found['low']:.4g}–{found['high']:.4g}" if "low" in found else ""
+    rows = [Row(name, f"{found['fd']:.4g}", ends, n)]
+    if "fd_infinity" in found:
+        has_ends = "fd_infinity_low" in found
+        ends = f"{found['fd_infinity_low']:.4g}–{found['fd_infinity_high']:.4g}" if has_ends else ""
+        rows.append(Row(f"{name} of infinitely many", f"{found['fd_infinity']:.4g}", ends, n))
+    kid = "KID" if name == "FID" else f"KID by {name.removeprefix('FD-')}"
+    rows.append(Row(f"{kid} (unbiased)", f"{found['kid']:.4g}", f"{found['kid_low']:.4g}–{found['kid_high']:.4g}", n))
+    by = "" if name == "FID" else f" by {name.removeprefix('FD-')}"
+    for key in ("precision", "recall", "density", "coverage") if "precision" in found else ():
+        ends = f"{found[key + '_low']:.3f}–{found[key + '_high']:.3f}"
+        rows.append(Row(f"{key}{by}", f"{found[key]:.3f}", ends, n))
+    return rows
+
+
+def _lines(part: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, found in part.items():
+        infinity = f", {found['fd_infinity']:.4g} of infinitely many" if "fd_infinity" in found else ""
+        lines.append(f"{name} {found['fd']:.4g} of {found['n']}{infinity}, KID {found['kid']:.4g}")
+    return lines
+
+
+DISTANCES = Metric("distances", _measure, _rows, _lines)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import binom
 
+from eval.features.reference import pictures_hash, reference
 from eval.judge.judge import wilson
 from eval.metrics.pairs import check_pair, squared_distances, strips
+from eval.metrics.registry import Metric, Row, Sample, percent_row
 
 QUANTILE = 0.05  # of the held-out pictures' distances, below which a picture is closer than is to be expected
 SIDE = 16  # px at which pixels are compared
@@ -83,3 +87,39 @@ def _two_sample_interval(made: np.ndarray, held_out: np.ndarray, close: int) -> 
         max(0.0, share - math.hypot(share - low, share - least)),
         min(1.0, share + math.hypot(high - share, most - share)),
     )
+
+
+def _measure(sample: Sample) -> dict[str, Any] | None:
+    """By pixels and by the first network's features, beside the reference pictures that nothing was trained on."""
+    pictures, question, training = sample.pictures, sample.question, sample.tools.training
+    if training is None:
+        sample.remarks.append("memorisation left out: the training pictures are not known")
+        return None
+    extractor, cache = sample.tools.networks[0], sample.tools.cache
+    small = small_pixels(training.pictures)
+    sample.nearest = nearest(small_pixels(pictures), small)
+    trained = {pictures_hash(picture) for picture in training.pictures}
+    held_out = np.array([pictures_hash(picture) not in trained for picture in question.reference])
+    trained_on = int((~held_out).sum())
+    remark = f"memorisation: {trained_on} of {len(held_out)} reference pictures are training pictures"
+    if trained_on and held_out.sum() < 1 / QUANTILE:
+        sample.remarks.append(f"{remark}; left out: compare with a split that was not trained on")
+        return None
+    if trained_on:
+        sample.remarks.append(f"{remark}; only the others stand for held-out ones")
+    part = {"pixels": audit(sample.nearest, nearest(small_pixels(question.reference[held_out]), small))}
+    known = reference(extractor, training.pictures, cache).features
+    held_out_features = reference(extractor, question.reference, cache).features[held_out]
+    part[extractor.name] = audit(nearest(extractor(pictures), known), nearest(held_out_features, known))
+    return {"training": training.name, "n_training": len(training), **part}
+
+
+def _rows(part: Mapping[str, Any]) -> list[Row]:
+    # by the network's features: pictures that are a little blurred always pass the comparison by pixels
+    network = next(name for name in part if name not in ("training", "n_training", "pixels"))
+    scores = part[network]
+    name = f"closer to training pictures than {scores['expected']:.0%} of held-out ones, by {network}"
+    return [percent_row(name, scores, "copied", scores["n"])]
+
+
+MEMORISATION = Metric("memorisation", _measure, _rows)

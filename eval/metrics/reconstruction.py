@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from eval.features.reference import Seen
 from eval.judge.judge import judge, summarise
 from eval.judge.objects import MIN_SIDE
 from eval.metrics.bootstrap import prompt_interval
+from eval.metrics.registry import Metric, Row, Sample
 from sd_mini import images, shapes
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.cli.main import Parser, check_target, whole
@@ -235,6 +236,32 @@ def _parser() -> Parser:
     parser.add_argument("--lpips", metavar="FILE", help="LPIPS, by torchvision's AlexNet weights, or 'download'")
     parser.add_argument("--inception", metavar="FILE", help="rFID, by torch-fidelity's weights, or 'download'")
     return parser
+
+
+def _measure(sample: Sample) -> dict[str, Any] | None:
+    from eval.analysis.blame import AUTOENCODER  # which reconstructs by this file
+
+    if AUTOENCODER not in sample.sets:
+        return None
+    part = reconstruction_scores(sample.question.splits[0].pictures, sample.sets[AUTOENCODER])
+    if np.isfinite(part["psnr"]):
+        return part
+    sample.remarks.append(
+        "reconstruction left out: a picture comes back without any error, which is infinitely many dB"
+    )
+    return None
+
+
+def _rows(part: Mapping[str, Any]) -> list[Row]:
+    interval = f"{part['psnr_low']:.2f}–{part['psnr_high']:.2f}"
+    return [Row("reconstruction, PSNR", f"{part['psnr']:.2f} dB PSNR", interval, str(part["n"]))]
+
+
+def _lines(part: Mapping[str, Any]) -> list[str]:
+    return [f"reconstruction: {part['psnr']:.2f} dB PSNR over {part['n']} pictures"]
+
+
+RECONSTRUCTION = Metric("reconstruction", _measure, _rows, _lines)
 
 
 if __name__ == "__main__":

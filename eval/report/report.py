@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eval.judge.judge import CATEGORIES
+from eval.metrics.registry import METRICS
 from eval.report.figures import part_name
 from eval.report.gallery import Gallery
 from eval.report.page import render
@@ -129,18 +130,11 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{category.replace('_', ' '):13}" + "".join(f"{cell:>32}" for cell in cells))
     if report.get("text"):
         lines.append("text stage: " + "; ".join(_text_line(*entry) for entry in report["text"].items()))
-    for name, found in report["distances"].items():
-        infinity = f", {found['fd_infinity']:.4g} of infinitely many" if "fd_infinity" in found else ""
-        few = f" ({report['different_captions']} different captions)" if "different_captions" in report else ""
-        lines.append(f"{name} {found['fd']:.4g} of {found['n']}{few}{infinity}, KID {found['kid']:.4g}")
-    if "clip" in report:
-        score = report["clip"]
-        lines.append(f"CLIP score {score['x100']['mean']:.2f}, CMMD {score['cmmd']:.4g} by {score['model']}")
+    if "different_captions" in report:
+        lines.append(f"only {report['different_captions']} different captions")
+    lines += [line for name, metric in METRICS.items() if name in report for line in metric.line(report[name])]
     for split, measures in report.get("blame", {}).items():
         lines += [f"blame, {split}, {name}: {_blame_line(name, entry)}" for name, entry in measures.items()]
-    if "reconstruction" in report:
-        found = report["reconstruction"]
-        lines.append(f"reconstruction: {found['psnr']:.2f} dB PSNR over {found['n']} pictures")
     spent = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report["seconds"].items())
     lines.append(f"seconds: {spent}")
     return "\n".join(lines)

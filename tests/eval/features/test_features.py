@@ -23,7 +23,7 @@ OWN_WIDTH = 5
 
 
 def own_network():
-    """What a user would name: module:tests.test_features:own_network."""
+    """What a user would name: module:tests.eval.features.test_features:own_network."""
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, OWN_WIDTH))
 
@@ -99,7 +99,7 @@ def test_inception_is_torch_fidelity_s(stock_inception, inception_file, pictures
 
 def test_only_inception_s_distance_is_called_fid(tmp_path):
     assert open_features("mini").distance == "FD-mini"
-    assert open_features("module:tests.test_features:own_network").distance == "FD-own_network"
+    assert open_features("module:tests.eval.features.test_features:own_network").distance == "FD-own_network"
 
 
 def test_dinov2_is_a_model_that_timm_has_weights_of():
@@ -149,7 +149,7 @@ def test_an_open_clip_tower_from_a_folder(clip_name, pictures):
 
 
 def test_a_network_of_one_s_own(pictures):
-    found = open_features("module:tests.test_features:own_network")(pictures)
+    found = open_features("module:tests.eval.features.test_features:own_network")(pictures)
     with torch.no_grad():
         expected = own_network()(torch.from_numpy(pictures)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -190,11 +190,11 @@ def test_fd_mini_grows_with_what_is_wrong():
         ("transformers:nowhere", "'nowhere' cannot be loaded"),
         ("open_clip:ViT-B-32=nowhere.pt", "no weights file nowhere.pt"),
         ("mini=nowhere.pth", "mini=nowhere.pth: mini is drawn from a seed and takes no weights"),
-        ("module:tests.test_features:nothing", "module:PACKAGE.MODULE:FUNCTION"),
+        ("module:tests.eval.features.test_features:nothing", "module:PACKAGE.MODULE:FUNCTION"),
         ("module:.relative:nothing", "module:PACKAGE.MODULE:FUNCTION"),
         ("module:math:pi", "expected a function that is called without arguments"),
         ("module:math:sqrt", "expected a function that is called without arguments"),
-        ("module:tests.test_features:no_network", "gives int, expected a function or torch.nn.Module"),
+        ("module:tests.eval.features.test_features:no_network", "gives int, expected a function or torch.nn.Module"),
         ("module:time:time", "no signature found .* expected a function that is called without arguments"),
     ],
 )
@@ -206,7 +206,7 @@ def test_what_is_no_network_is_refused(name, says):
 
 def test_a_network_that_gives_nan_is_refused(pictures):
     with pytest.raises(ValueError, match="expected one finite vector for each"):
-        open_features("module:tests.test_features:broken_network")(pictures)
+        open_features("module:tests.eval.features.test_features:broken_network")(pictures)
 
 
 def test_offline_the_weights_file_is_named(monkeypatch, tmp_path):
@@ -233,14 +233,14 @@ def test_other_pictures_networks_and_preparations_have_references_of_their_own(p
     extract = open_features("mini")
     changed = pictures.copy()
     changed[0, 0, 0, 0] ^= 1
-    other = open_features("module:tests.test_features:own_network")
+    other = open_features("module:tests.eval.features.test_features:own_network")
     for given, network in ((pictures, extract), (changed, extract), (pictures[:-1], extract), (pictures, other)):
         reference(network, given, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_function_s_reference_is_not_kept(pictures, tmp_path, monkeypatch):
-    extract = open_features("module:tests.test_features:own_function")
+    extract = open_features("module:tests.eval.features.test_features:own_function")
     first = reference(extract, pictures, tmp_path)
     monkeypatch.setitem(SHADE, "added", 9.0)
     np.testing.assert_allclose(reference(extract, pictures, tmp_path).features, first.features + 9, rtol=1e-6)

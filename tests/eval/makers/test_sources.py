@@ -159,7 +159,7 @@ def test_a_stock_pipeline_is_measured(stock, tmp_path, capsys):
         "--sweep",
         "--features",
         "mini",
-        "module:tests.test_features:own_network",
+        "module:tests.eval.features.test_features:own_network",
     ]
     assert main([str(stock), "--data", "shapes", "--out", str(out), *options]) == 0
     report = json.loads((out / "report.json").read_text())
