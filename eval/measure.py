@@ -13,10 +13,11 @@ from eval.features.reference import reference
 from eval.judge.judge import Verdict, judge_found, look, summarise
 from eval.makers.asked import Asked, Question
 from eval.makers.sources import Maker
+from eval.metrics.all import METRICS
 from eval.metrics.bootstrap import few_prompts
 from eval.metrics.clip_score import cosines
 from eval.metrics.memorisation import nearest
-from eval.metrics.registry import METRICS, Sample, Tools
+from eval.metrics.registry import Sample, Tools
 from eval.report.gallery import Gallery, pick_galleries, pick_pairs
 from sd_mini.data.captioned import CaptionedPictures, load
 

@@ -1,10 +1,1 @@
-"""Metrics, one file each. The registered ones stand in report.json, on the page and in the card, in this order."""
-
-from eval.metrics.clip_score import CLIP
-from eval.metrics.distances import DISTANCES
-from eval.metrics.memorisation import MEMORISATION
-from eval.metrics.reconstruction import RECONSTRUCTION
-from eval.metrics.registry import register
-
-for metric in (DISTANCES, CLIP, RECONSTRUCTION, MEMORISATION):
-    register(metric)
+"""Metrics of the report, one file each; see `registry` and, for the list of them, `all`."""

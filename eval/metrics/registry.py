@@ -1,4 +1,4 @@
-"""The metrics of the report. To add one, write a file with a `Metric` and register it in `eval/metrics/__init__.py`."""
+"""The metrics of the report. To add one, write a file with a `Metric` and register it in `eval/metrics/all.py`."""
 
 from __future__ import annotations
 

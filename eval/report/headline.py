@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from eval.metrics.registry import METRICS, Row, percent_row
+from eval.metrics.all import METRICS
+from eval.metrics.registry import Row, percent_row
 
 
 def headline(report: Mapping[str, Any]) -> list[Row]:

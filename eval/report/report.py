@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eval.judge.judge import CATEGORIES
-from eval.metrics.registry import METRICS
+from eval.metrics.all import METRICS
 from eval.report.figures import part_name
 from eval.report.gallery import Gallery
 from eval.report.page import render

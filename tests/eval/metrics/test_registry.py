@@ -1,6 +1,7 @@
 """A metric added through the documented door stands in report.json, on the page, in the card and on the terminal."""
 
 import json
+import shutil
 
 import pytest
 
@@ -24,14 +25,15 @@ def brightness():
 
 
 def test_a_registered_metric_is_everywhere(brightness, tiny_run, tmp_path, capsys):
-    out = tmp_path / "report"
-    assert run(tiny_run / "pipeline", out, "--data", "shapes", "--prompts", "2") == 0
+    pipeline, out = tmp_path / "run" / "pipeline", tmp_path / "report"
+    shutil.copytree(tiny_run, tmp_path / "run")
+    assert run(pipeline, out, "--data", "shapes", "--prompts", "2") == 0
     part = json.loads((out / "report.json").read_text())["brightness"]
     assert 0 < part["mean"] < 255 and part["n"] == 2
     value = f"{part['mean']:.2f}"
     assert f"brightness {value} of 2" in capsys.readouterr().out
     assert "mean brightness" in Page(out / "report.html").text
-    assert f"| mean brightness | {value} |  | 2 |" in (tiny_run / "pipeline" / "README.md").read_text()
+    assert f"| mean brightness | {value} |  | 2 |" in (pipeline / "README.md").read_text()
 
 
 def test_a_name_is_registered_once(brightness):
