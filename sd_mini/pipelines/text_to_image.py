@@ -17,7 +17,7 @@ from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.autoencoder.tiling import check_tile
 from sd_mini.config import check_choice
 from sd_mini.cpu.fused import speed_up
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
 from sd_mini.files import (
     MANIFEST,
@@ -30,8 +30,7 @@ from sd_mini.files import (
     written,
     written_to,
 )
-from sd_mini.noise_predictor import lora
-from sd_mini.noise_predictor.network import unwrapped
+from sd_mini.noise_predictor import lora, unwrapped
 from sd_mini.pipelines.call_state import OfTheCall, one_call
 from sd_mini.pipelines.prompted import PromptedPipeline
 from sd_mini.sampling import samplers

@@ -10,7 +10,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from sd_mini import diffusion, noise_predictor
-from sd_mini.diffusion.process import Process, levels
+from sd_mini.diffusion.objective import Process, levels
 from sd_mini.sampling import samplers
 from sd_mini.sampling.guidance import Guidance
 from sd_mini.sampling.inputs import Generators

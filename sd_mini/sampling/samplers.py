@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sd_mini import diffusion
-from sd_mini.diffusion.forward import STEPS
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import STEPS, Process
 from sd_mini.errors import UserError
 from sd_mini.sampling.inputs import Generators, draws
 

@@ -24,7 +24,7 @@ from sd_mini.remarks import remark
 from sd_mini.stages.start import load_autoencoder
 from sd_mini.vision.lpips import load_lpips
 from training.autoencoder.adversarial import AdversaryConfig, Discriminator, DiscriminatorObjective
-from training.autoencoder.losses import OF_ERROR, LossConfig, Objective, drawn_change
+from training.autoencoder.losses import OF_ERROR, AutoencoderLossConfig, AutoencoderObjective, drawn_change
 from training.engine import launch
 from training.engine.augment import AugmentConfig, augment
 from training.engine.batches import Batch, generator
@@ -67,7 +67,7 @@ class AutoencoderConfig(Config):
     """pictures to measure on"""
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
     adversary: AdversaryConfig = AdversaryConfig()
     train: TrainConfig = TrainConfig()
     statistics_count: int = Field(4096, ge=1)
@@ -99,7 +99,7 @@ class AutoencoderConfig(Config):
 
 
 class AutoencoderTask:
-    measure_every = None  # its held-out scores are what its evaluators say
+    evaluate_every = None  # its held-out scores are what an evaluation would measure
 
     def __init__(self, config: AutoencoderConfig):
         self.config, loss = config, config.loss
@@ -142,7 +142,7 @@ class AutoencoderTask:
         self.teacher = teacher
         others = (perceptual, teacher, discriminator)
         others = [part.to(PartialState().device) if part is not None else None for part in others]
-        objective = Objective(autoencoder, *others, adaptive=config.adversary.adaptive)
+        objective = AutoencoderObjective(autoencoder, *others, adaptive=config.adversary.adaptive)
         self.players = {"autoencoder": Player(objective, config.train)}
         if discriminator is not None:
             judge = DiscriminatorObjective(discriminator, objective, config.adversary.r1)
@@ -158,7 +158,7 @@ class AutoencoderTask:
             found |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
         return found | {name: batch.normal(name, *self.latent_shape) for name in ("noise", "posterior_noise")}
 
-    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+    def validate(self, objective: AutoencoderObjective, rows: slice) -> dict[str, np.ndarray]:
         """PSNR of each held-out picture, from its 8-bit reconstruction."""
         psnr = []
         for start in range(rows.start, rows.stop, 128):
@@ -167,13 +167,13 @@ class AutoencoderTask:
             psnr.append(images.psnr(self.valid.pictures[ids.start : ids.stop], decoded.numpy()))
         return {"psnr": np.concatenate(psnr)}
 
-    def preview(self, objective: Objective) -> Image.Image:
+    def preview(self, objective: AutoencoderObjective) -> Image.Image:
         """Held-out pictures in the upper row, their reconstructions below."""
         ids = range(min(8, len(self.valid)))
         decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
         return images.grid([*self.valid.pictures[: len(ids)], *decoded.numpy()], columns=len(ids), scale=2)
 
-    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
+    def export(self, objective: AutoencoderObjective, folder: Path, record: dict[str, Any]) -> None:
         """Measure the latents over the training set, store the statistics in the autoencoder, write the stage.
 
         Latents that were another stage's before keep its statistics, and the contract says whose they are:

@@ -40,8 +40,8 @@ from training.benchmarks.pipeline import pipeline_speed
 from training.benchmarks.predictor import parsed, profiled, training_speed, utilisation
 from training.benchmarks.score import time_to_score
 from training.distributed.processes import join_processes, tune_cpu
+from training.engine.batches import iterate
 from training.engine.launch import parse
-from training.engine.loader import iterate
 from training.engine.loop import Loop
 from training.engine.task import Origin
 from training.storage import cache, checkpoint

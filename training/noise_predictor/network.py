@@ -13,7 +13,7 @@ from torch import nn
 
 from sd_mini import noise_predictor
 from sd_mini.config import Config
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
 from sd_mini.noise_predictor import lora
 from sd_mini.noise_predictor.loading import check_process, load_network
@@ -21,7 +21,7 @@ from sd_mini.noise_predictor.lora import LoraConfig
 from sd_mini.noise_predictor.presets import preset
 from training.engine.flops import count_flops
 from training.engine.task import TrainConfig
-from training.noise_predictor.losses import Objective
+from training.noise_predictor.losses import PredictorObjective
 from training.optim.optimizer import block_matrices
 
 
@@ -102,7 +102,10 @@ def token_grid(network: ModelMixin, latent_shape: tuple[int, int, int]) -> tuple
 
 
 def description(
-    objective: Objective, latent_shape: tuple[int, int, int], conditioning: tuple[int, int], config: TrainConfig
+    objective: PredictorObjective,
+    latent_shape: tuple[int, int, int],
+    conditioning: tuple[int, int],
+    config: TrainConfig,
 ) -> str:
     """One line of what a training will take, before it begins: parameters, tokens, FLOPs a picture, memory.
 

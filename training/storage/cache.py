@@ -21,7 +21,7 @@ from itertools import chain, groupby
 from math import ceil, sqrt
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from accelerate import PartialState
@@ -31,6 +31,7 @@ from sd_mini.config import check_choice
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, combined_hash, file_hash
 from training.distributed.processes import only_writer, wait_for_everyone
+from training.engine.batches import Rounding, Rows, Stored
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch visits them all, and each costs it some microseconds
@@ -40,58 +41,6 @@ MANIFEST = "manifest.json"
 
 Arrays = dict[str, np.ndarray]
 Shards = dict[Path, range]  # folder => the rows that it holds, in order
-
-
-class Rounding(NamedTuple):
-    """What the float format on disk cost an array: the largest absolute error, and both root mean squares."""
-
-    largest: float
-    rms_error: float
-    rms: float
-
-    @property
-    def relative(self) -> float:
-        return self.rms_error / self.rms if self.rms else 0.0
-
-    def __str__(self) -> str:
-        return f"at most {self.largest:.2g}, rms {self.relative:.2g} of the values' rms"
-
-
-class Stored(NamedTuple):
-    """One array of one shard, memory-mapped, and what its float format cost."""
-
-    array: np.ndarray
-    rounding: Rounding | None
-
-
-class Rows:
-    """One array, memory-mapped from its shards. `rounding` was measured while encoding; None if it holds no floats."""
-
-    def __init__(self, parts: list[Stored]):
-        self.shards, self.rounding = [part.array for part in parts], None
-        self.edges = np.cumsum([0, *map(len, self.shards)])
-        if parts[0].rounding is not None:
-            errors, weights = np.array([part.rounding for part in parts]), np.diff(self.edges) / len(self)
-            self.rounding = Rounding(float(errors[:, 0].max()), *np.sqrt(weights @ errors[:, 1:] ** 2).tolist())
-
-    def __len__(self) -> int:
-        return int(self.edges[-1])
-
-    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        """(B,) row numbers => (B, ...), copied out. Raises IndexError where one is not in 0..len - 1."""
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise IndexError(f"expected a list of row numbers, got {ids.dtype} of shape {ids.shape}")
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"row numbers {ids.min()}..{ids.max()}, expected them in 0..{len(self) - 1}")
-        order = np.argsort(ids)  # each shard's rows together, and in the order in which they lie on the disk
-        ordered = ids[order].astype(np.int64)
-        cuts = np.searchsorted(ordered, self.edges)
-        out = np.empty((len(ids), *self.shards[0].shape[1:]), self.shards[0].dtype)
-        for number in np.flatnonzero(np.diff(cuts)):
-            here = slice(cuts[number], cuts[number + 1])
-            out[order[here]] = self.shards[number][ordered[here] - self.edges[number]]
-        return out
 
 
 def encode(
@@ -125,7 +74,7 @@ def encode(
     work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in undone for a in r[::chunk])
     first = next(work, None)  # encoded before anything is written: it tells how much room a row takes
     if first is not None:
-        say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
+        message(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
     wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
     with _alone(home, key) if missing and loud else nullcontext():
         wait_for_everyone()
@@ -140,7 +89,7 @@ def encode(
     opened = _open(shards)
     if missing:
         said = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
-        say(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
+        message(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
     return opened
 
 
@@ -154,7 +103,7 @@ def _alone(home: Path, key: dict[str, object]) -> Iterator[None]:
         yield
 
 
-def say(line: str) -> None:
+def message(line: str) -> None:
     if PartialState().is_main_process:
         tqdm.write(line, file=sys.stderr)
 
@@ -168,7 +117,7 @@ def _missing(shards: Shards, title: str) -> Shards:
         complaints = dict(zip(there, checks, strict=True))
     for path, complaint in complaints.items():
         if complaint:
-            say(f"{title}: {path} is encoded again: {complaint}")
+            message(f"{title}: {path} is encoded again: {complaint}")
     return {path: rows for path, rows in shards.items() if complaints.get(path, "not there")}
 
 

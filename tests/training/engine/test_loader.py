@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from training.distributed.processes import Stop, share
+from training.distributed.processes import rows_of_process
 from training.engine.augment import AugmentConfig, augment
-from training.engine.batches import Batch, batch_ids, row_slices
-from training.engine.finite import FiniteWatch
-from training.engine.loader import Steps, iterate
+from training.engine.batches import Batch, Steps, batch_ids, iterate, row_slices
+from training.engine.loop import Stop
+from training.engine.metrics import FiniteCheck
 
 PIXELS = torch.arange(8 * 3 * 6 * 6, dtype=torch.float32).view(8, 3, 6, 6)
 
@@ -72,7 +72,7 @@ def test_workers_make_the_same_steps_in_order_and_leave_the_global_generator(wor
 
 @pytest.mark.parametrize(("count", "processes"), [(7, 2), (16, 3), (5, 5), (1000, 7)])
 def test_every_row_is_some_process_and_no_row_is_twos(count, processes):
-    rows = [list(range(count))[share(count, processes, rank)] for rank in range(processes)]
+    rows = [list(range(count))[rows_of_process(count, processes, rank)] for rank in range(processes)]
     assert [row for part in rows for row in part] == list(range(count))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
@@ -81,18 +81,18 @@ def test_every_row_is_some_process_and_no_row_is_twos(count, processes):
 def test_a_signal_is_noted_and_the_handlers_put_back(number, code):
     before = signal.getsignal(number)
     with Stop(processes=1) as stop:
-        assert not stop.asked()
+        assert not stop.is_asked()
         signal.raise_signal(number)
-        assert stop.asked() and stop.exit_code == code
+        assert stop.is_asked() and stop.exit_code == code
     assert signal.getsignal(number) is before
 
 
 @pytest.mark.gpu
 def test_a_norm_on_the_device_is_looked_at_a_step_later():
-    watch = FiniteWatch()
-    watch.note(0, np.arange(2), torch.tensor(1.0, device="cuda"), [])
-    watch.check()
+    finite = FiniteCheck()
+    finite.record(0, np.arange(2), torch.tensor(1.0, device="cuda"), [])
+    finite.check()
     losses = [(np.arange(2), torch.tensor([1.0, float("nan")], device="cuda"))]
-    watch.note(1, np.arange(2), torch.tensor(float("nan"), device="cuda"), losses)
+    finite.record(1, np.arange(2), torch.tensor(float("nan"), device="cuda"), losses)
     with pytest.raises(ValueError, match=r"step 1: the gradient is not finite, and the loss of \[1\] is not"):
-        watch.check()
+        finite.check()

@@ -69,7 +69,7 @@ def test_sigterm_to_accelerate_launch_reaches_the_training(tmp_path):
     while not (folder / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from here" in process.communicate(timeout=60)[1]  # which waits for the training
+    assert "rerun the command to resume" in process.communicate(timeout=60)[1]  # which waits for the training
     saved = checkpoint.newest(folder / "checkpoints")[0]
     assert saved is not None and lines(folder)[-1]["step"] <= int(saved.name[-8:])
 
