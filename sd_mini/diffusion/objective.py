@@ -49,7 +49,7 @@ def velocity_of(sample: Tensor, noised: Tensor, timesteps: Tensor, floor: float 
 
 
 def alphas_cumprod(schedule: Schedule, zero_snr: bool = False) -> Tensor:
-    """(STEPS,) float32: how much of the picture's variance is left at each step, as in diffusers' schedulers.
+    """(STEPS,) float32: the part of the picture's variance left at each step, as in diffusers' schedulers.
 
     `zero_snr`: rescaled so that nothing is left at the last one, Lin et al. 2024 ("Common Diffusion Noise Schedules
     and Sample Steps are Flawed"), algorithm 1.
@@ -109,12 +109,12 @@ def cosmap_weights(timesteps: Tensor) -> Tensor:
     return 2 / (math.pi * (1 - 2 * timesteps + 2 * timesteps**2))
 
 
-# immiscible diffusion in its cheap form, the nearest of k draws for each sample: Li et al. 2024
+# immiscible diffusion, in its form with k draws a sample: Li et al. 2024
 def nearest_noise(latents: Tensor, draws: Tensor) -> Tensor:
-    """latents (B, C, h, w), draws (B, k, C, h, w) => of each sample's k draws the one nearest to it, (B, C, h, w).
+    """latents (B, C, h, w), draws (B, k, C, h, w) => the draw nearest to each sample, (B, C, h, w).
 
-    Pictures and noise are then less mixed up, so the velocity at a point is less of an average. Of d dimensions the
-    noise is still close to N(0, I): for k 4 its variance is 1 - 0.84 / sqrt(d).
+    Fewer pictures are then paired with one region of noise, so the velocity at a point averages over fewer of them.
+    In d dimensions the noise stays close to N(0, I): for k = 4 its variance is 1 - 0.84 / sqrt(d).
     """
     distance = (draws - latents[:, None]).square().flatten(2).sum(2)
     return draws[torch.arange(len(draws)), distance.argmin(1)]
@@ -138,10 +138,9 @@ def sample_timesteps(
 ) -> Tensor:
     """`uniform` (B,): draws from U[0, 1) => timesteps (B,) in [0, 1], float32.
 
-    logit_normal and mode: Esser et al. 2024, eq. 19 and 20; a `uniform_share` of the samples is uniform all the same,
-    so that no t is left untrained. One draw is enough: it decides whether a sample is, and, rescaled, is its value or
-    the quantile of the density. `shift` > 1 moves weight towards the noisy end for larger latents:
-    t' = s t / (1 + (s - 1) t), eq. 23.
+    logit_normal and mode: Esser et al. 2024, eq. 19 and 20, mixed with a fraction `uniform_share` of uniform samples so
+    that every t is trained. One draw chooses the component and, rescaled, is the quantile in it. `shift` > 1 moves
+    weight towards the noisy end, for larger latents: t' = s t / (1 + (s - 1) t), eq. 23.
     """
     quantile = uniform.double()
     timesteps = quantile
@@ -168,9 +167,9 @@ FLOW = ("flow", "flow_x")
 
 
 class Process(Config):
-    """What belongs to a trained network for good. Time, inside: t in [0, 1] on the linear path, 0 to 999 on a schedule.
+    """What a network predicts, on which path. Timesteps: [0, 1] on the linear path, 0 to 999 on a schedule.
 
-    Combinations in which nothing could be learnt, or nothing sampled, are refused by name.
+    Raises UserError for combinations in which nothing could be learnt or sampled.
     """
 
     kind: Literal["flow", "flow_x", "epsilon", "v_prediction", "sample"] = "flow"
@@ -199,7 +198,7 @@ class Process(Config):
 
     @classmethod
     def of(cls, contract: dict[str, Any]) -> Self:
-        """The process that a stage's contract, or a pipeline's config, records; flow where it says nothing."""
+        """The process in a stage's contract or a pipeline's config; flow if there is none."""
         recorded = contract.get("objective") or {}
         return check(cls, {name: recorded[name] for name in cls.model_fields if name in recorded}, "recorded objective")
 
@@ -208,7 +207,7 @@ class Process(Config):
         return self.kind in FLOW
 
     def times(self, drawn: Tensor) -> Tensor:
-        """Draws in [0, 1] (B,) => timesteps: themselves, or the steps that they fall on."""
+        """Draws in [0, 1] (B,) => timesteps: the same on the linear path, else the steps of the schedule."""
         return drawn if self.is_flow else (drawn * STEPS).long().clamp(max=STEPS - 1)
 
     def scaled(self, timesteps: Tensor) -> Tensor:
@@ -235,10 +234,10 @@ class Process(Config):
         return noise if self.kind == "epsilon" else latents
 
     def answer(self, predicted: Tensor, noised: Tensor, timesteps: Tensor, floor: float = 0.05) -> Tensor:
-        """The network's output => what the loss compares and the scheduler steps by: of flow_x the velocity.
+        """The network's output => what the loss and the scheduler use: of flow_x the velocity.
 
-        `floor`: below that t the loss would be all of the last little noise. A sampler divides by its own t instead, so
-        that its last step ends in the clean latents that the network said.
+        `floor`: smallest t to divide by; below it the last bit of noise would dominate the loss. A sampler passes a
+        smaller one, so that its last step ends in the latents that the network predicts.
         """
         return velocity_of(predicted, noised, timesteps, floor) if self.kind == "flow_x" else predicted
 
@@ -254,19 +253,19 @@ Weighting = Literal["none", "min_snr", "cosmap", "log"]
 
 
 class TimeConfig(Process):
-    """The process, and how its training spreads its effort over the noise levels."""
+    """The process, and the distribution of its training over noise levels."""
 
     density: Density = "logit_normal"
     """how timesteps are drawn"""
     uniform_share: float = Field(0.1, ge=0, le=1)
-    """share of timesteps drawn uniformly all the same"""
+    """fraction of timesteps drawn uniformly"""
     mode_scale: float = Field(1.29, ge=-1, le=1.75)
     """of density mode: above 0 the middle is drawn more often, below 0 the ends"""
     shift: float = Field(1.0, gt=0)
     """above 1 trains more on the noisy end"""
     weighting: Weighting = "none"
-    """of the losses: min_snr (Min-SNR-gamma), cosmap (Stable Diffusion 3's); log takes each sample's logarithm instead,
-    so that all count alike, whatever their noise level and however much there is in their pictures"""
+    """of the losses: min_snr (Min-SNR-gamma), cosmap (Stable Diffusion 3's); log: the logarithm of each
+    sample's loss, so that noise levels and pictures have the same weight"""
     min_snr_gamma: float = Field(5.0, gt=0)
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
-
-if TYPE_CHECKING:
-    from eval.makers.asked import Question
 
 Scores = dict[str, float]
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
@@ -92,8 +89,8 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
     return evaluate
 
 
-def open_prompts(count: int, data: DataConfig) -> Question:
-    """The first `count` prompts that `python -m eval` would make pictures of, and the pictures to compare with."""
+def open_prompts(count: int, data: DataConfig) -> Any:
+    """The first `count` prompts of `python -m eval` and its reference pictures: an `eval.makers.asked.Question`."""
     from eval.makers.asked import SHAPES, Asked, Question, ask_captions, ask_shapes
 
     is_shapes = data.source == SHAPES
