@@ -57,7 +57,7 @@ class AutoencoderLossConfig(Config):
     commitment: Term = Term(weight=0.25)
     """of kind vq: pull of the latents towards their codes, and four times as much of the codes towards the latents"""
     equivariance: Term = OFF
-    """the terms up to gradient once more, of latents made smaller and turned against the picture made so (EQ-VAE)"""
+    """the terms up to gradient once more, with latents and pictures downsampled and rotated (EQ-VAE)"""
     latent_noise: Term = OFF
     """weight: standard deviation of noise on the latents while training, as the network gives them (and as they are
     standardised, with a teacher); neighbours in latent space then decode alike"""
@@ -175,12 +175,16 @@ class AutoencoderObjective(nn.Module):
         """pixels (b, 3, R, R); both noises like the latents; for equivariance `turned` and `places`, a Change's."""
         w = {name.removeprefix("weight_"): value for name, value in weights.items()}
         autoencoder = self.autoencoder
+
+        # Encode, add noise, decode.
         raw, log_variance = self._latents(pixels)
         latents, noised = self._decoder_inputs(pixels, raw, log_variance, noise, posterior_noise, w)
+        decoded = autoencoder.decode_raw(noised)
+
+        # Terms of the reconstruction and of the latents.
         terms = {} if not self.encoder_is_trained else {"kl": kl_term(raw, log_variance)}
         if self.others[1] is not None:
             terms["distillation"] = (raw - latents).square().mean((1, 2, 3))
-        decoded = autoencoder.decode_raw(noised)
         terms |= self._reconstruction(decoded, pixels, w)
         metrics = {}
         if autoencoder.config.kind == "vq" and self.encoder_is_trained:
@@ -190,6 +194,8 @@ class AutoencoderObjective(nn.Module):
             terms["equivariance"] = self._equivariance(latents, turned, places, w)
         total = sum((w[name] * term for name, term in terms.items() if name in w), decoded.new_zeros(len(decoded)))
         metrics |= {name: term.mean() for name, term in terms.items()}
+
+        # The adversarial term, scaled to the others (VQGAN, eq. 7).
         if "adversarial" in w:
             adversarial_losses = self._adversarial(noised, decoded)
             balance = total.new_ones(())
