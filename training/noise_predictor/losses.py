@@ -28,7 +28,7 @@ class ObjectiveConfig(TimeConfig):
     def _direction_of_a_velocity(self) -> Self:
         if self.direction and self.kind in ("epsilon", "sample"):
             raise UserError(
-                f"objective.direction {self.direction:g}: compares velocities, and {self.kind} predicts none; "
+                f"objective.direction {self.direction:g}: is that of a velocity, which {self.kind} does not predict; "
                 "choose flow, flow_x or v_prediction, or leave it out"
             )
         return self

@@ -123,7 +123,7 @@ def test_a_frozen_encoders_states_are_read_from_the_cache_as_they_were(tmp_path,
     assert not objective.encoders and not any("bert" in name.lower() for name, _ in objective.named_parameters())
     inputs = task.inputs(make_batch(task))
     texts = list(task.texts.numbers)
-    chosen = [task.own[i] for i in make_batch(task).own_ids]
+    chosen = [task.captions[i] for i in make_batch(task).own_ids]
     encoder = task.stage.encoders[0]
     for row, own in enumerate(inputs["local_texts"][inputs["caption"]].tolist()):
         kept = inputs["mask_0"][own]
