@@ -128,8 +128,10 @@ def reported_as_evaluation() -> Iterator[None]:
 def untouched_training() -> Iterator[None]:
     """Leaves every random state, the number of threads and the grad mode of the training as they were."""
     python_state, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    # of this process's GPU alone: asking the others for their state would open a context on each
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
         random.setstate(python_state)

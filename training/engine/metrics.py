@@ -98,6 +98,7 @@ class FiniteCheck:
         """`step` as it is logged, from 1; `ids` of the global batch; (ids, losses (b,)) of this process's passes."""
         event = None
         if norm.device.type == "cuda":
+            # an asynchronous copy to pinned memory; the event tells when it has arrived
             host = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm.detach(), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
@@ -144,6 +145,7 @@ class Pace:
         except Exception as error:  # an operation without a fake form: no reason to stop a training
             message(f"MFU is not shown, as the FLOPs cannot be counted ({' '.join(str(error).split())[:200]})")
             passes = [0]
+        # of the first pass, scaled to all rows of this process
         self.flops = sum(passes) * rows // (first.stop - first.start)
 
     def add(self, seconds: float) -> None:
@@ -151,6 +153,7 @@ class Pace:
 
     def take(self) -> tuple[float, float]:
         """(pictures a second over all processes, MFU of this one) since the last call."""
+        # MFU: FLOPs of a second of updates over the peak of the device (Chowdhery et al. 2022)
         rate = self.updates / self.seconds if self.updates else 0.0
         self.seconds, self.updates = 0.0, 0
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
