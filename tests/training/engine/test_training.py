@@ -170,7 +170,7 @@ def test_a_run_remembers_its_data(tmp_path, capsys):
     data = ["--data.count", "40", "--data.seed=3", "--valid.count", "12"]
     assert launch("autoencoder", run, *data) == 0
     assert launch("text_encoder", run) == 0
-    assert "--data.count=40 --data.seed=3 --valid.count=12, as the run's first stage" in capsys.readouterr().err
+    assert "--data.count=40 --data.seed=3 --valid.count=12, from the run's first stage" in capsys.readouterr().err
     recorded = read_yaml(run / "text_encoder" / "config.yaml")
     assert (recorded["data"]["count"], recorded["data"]["seed"], recorded["valid"]["count"]) == (40, 3, 12)
     assert launch("noise_predictor", run, "--data.count", "48") == 0
