@@ -71,7 +71,7 @@ def loop_cost(stage: str, argv: Sequence[str]) -> None:
 
     Validation, previews and checkpoints come on top, each at its own price.
     """
-    program = import_module(f"training.{stage}").main
+    program = import_module(f"training.{stage}.task").main
     launched = parse(program.config, stage, argv)
     if launched is None:
         return
