@@ -134,7 +134,9 @@ def validate_seven(folder):
     loop = made_loop(folder, task)
     loop.watch.start({}, 0)
     loop.inspection.validate(loop.step)
-    assert loop.scores == {"rows": 3.0}, loop.scores  # (0 + ... + 6) / 7: nothing twice, nothing left out
+    assert loop.inspection.scores == {"rows": 3.0}, (
+        loop.inspection.scores
+    )  # (0 + ... + 6) / 7: nothing twice, nothing left out
 
 
 def test_seven_held_out_samples_on_two_ranks(tmp_path):
