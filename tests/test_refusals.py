@@ -66,7 +66,7 @@ class TestResumeFromAPath:
     def test_another_run_goes_on_from_it(self, smoke_run, tmp_path, capsys):
         first = smoke_run / "autoencoder" / "checkpoints" / "step-00000003"
         assert launch("autoencoder", tmp_path / "other", "--resume", str(first)) == 0
-        assert "goes on from step 3" in capsys.readouterr().err
+        assert "resumed at step 3" in capsys.readouterr().err
         a, b = tmp_path / "other" / "autoencoder", smoke_run / "autoencoder"
         assert stages.read_contract(a / "final")["hash"] == stages.read_contract(b / "final")["hash"]
 
@@ -76,7 +76,7 @@ class TestResumeFromAPath:
         more += ("--train.checkpoint_every", "1")
         assert launch_apart("autoencoder", tmp_path / "run", *more, fault=KillAt(5))[0] == [-9]
         codes, said = launch_apart("autoencoder", tmp_path / "run", *more)
-        assert codes == [0] and "goes on from step 5" in said
+        assert codes == [0] and "resumed at step 5" in said
         folders = [run / "autoencoder" for run in (tmp_path / "run", smoke_run)]
         hashes = [stages.read_contract(folder / "final")["hash"] for folder in folders]
         assert hashes[0] == hashes[1]
@@ -92,7 +92,7 @@ class TestResumeFromAPath:
     def test_not_over_a_run_of_its_own(self, halfway, smoke_run, capsys):
         other = smoke_run / "noise_predictor" / "checkpoints" / "step-00000006"
         assert launch("noise_predictor", halfway.parent, "--resume", str(other)) == 2
-        assert "already goes on from" in error_line(capsys.readouterr().err)
+        assert "already resumes from" in error_line(capsys.readouterr().err)
         own = halfway / "checkpoints"
         assert launch("noise_predictor", halfway.parent, "--resume", str(own)) == 0
 

@@ -1,6 +1,6 @@
 """Noise and targets: forward processes, timesteps and loss weights."""
 
-from sd_mini.diffusion.forward import (
+from sd_mini.diffusion.objective import (
     BETAS,
     STEPS,
     Density,

@@ -11,7 +11,7 @@ from diffusers import ModelMixin, UNet2DConditionModel
 from sd_mini import diffusion
 from sd_mini.config import check
 from sd_mini.cpu.fused import speed_up
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK
 from sd_mini.noise_predictor.network import check_call, class_of, condition_field

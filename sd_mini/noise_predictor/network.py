@@ -9,10 +9,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin, PixArtTransformer2DModel, PRXTransformer2DModel, UNet2DConditionModel
-from torch import Tensor
 
 from sd_mini.cpu.fused import speed_up
-from sd_mini.diffusion.forward import STEPS
+from sd_mini.diffusion.objective import predict
 from sd_mini.errors import UserError
 
 KINDS = {"prx": PRXTransformer2DModel, "pixart": PixArtTransformer2DModel, "unet": UNet2DConditionModel}
@@ -127,29 +126,3 @@ def condition_field(cls: type[ModelMixin]) -> str | None:
     known = inspect.signature(cls.__init__).parameters
     names = ("context_in_dim", "caption_channels", "cross_attention_dim", "joint_attention_dim")
     return next((name for name in names if name in known), None)
-
-
-def unwrapped(network: torch.nn.Module) -> ModelMixin:
-    """The network itself of what torch.compile made of it."""
-    return getattr(network, "_orig_mod", network)
-
-
-def predict(
-    network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
-) -> Tensor:
-    """latents (B, C, h, w), timesteps (B,) from 0 to 1000 (the noise), prompt_embeds (B, L, D), prompt_mask (B, L) bool
-    => (B, C, h, w). PRX alone counts time in [0, 1]."""
-    kind = unwrapped(network)
-    if isinstance(kind, PRXTransformer2DModel):
-        return network(latents, timesteps / STEPS, prompt_embeds, attention_mask=prompt_mask, return_dict=False)[0]
-    more: dict[str, Any] = {}
-    if isinstance(kind, PixArtTransformer2DModel):
-        more["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
-    return network(
-        latents,
-        timestep=timesteps,
-        encoder_hidden_states=prompt_embeds,
-        encoder_attention_mask=prompt_mask,
-        return_dict=False,
-        **more,
-    )[0]

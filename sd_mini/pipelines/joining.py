@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.cpu.fused import speed_up
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process, unwrapped
 from sd_mini.errors import UserError
 from sd_mini.files import (
     MANIFEST,
@@ -25,7 +25,6 @@ from sd_mini.files import (
     written_to,
 )
 from sd_mini.noise_predictor import lora
-from sd_mini.noise_predictor.network import unwrapped
 from sd_mini.sampling import samplers
 from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter

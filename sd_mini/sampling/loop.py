@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sd_mini import noise_predictor
-from sd_mini.diffusion.forward import STEPS
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import STEPS, Process
 from sd_mini.errors import UserError
 
 Condition = tuple[Tensor, Tensor]  # prompt_embeds (B, L, D), prompt_mask (B, L)

@@ -19,8 +19,7 @@ from diffusers import (
 )
 
 from sd_mini import diffusion
-from sd_mini.diffusion.forward import STEPS
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import STEPS, Process
 from sd_mini.errors import UserError
 
 FLOW: dict[str, type[SchedulerMixin]] = {

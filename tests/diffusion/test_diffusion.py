@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from sd_mini import diffusion
-from sd_mini.diffusion.process import Process, TimeConfig
+from sd_mini.diffusion.objective import Process, TimeConfig
 
 
 def test_path_and_velocity_agree():

@@ -11,8 +11,9 @@ from sd_mini.config import read
 from tests.support.launching import SMOKE
 from tests.support.networks import NETWORKS
 from training.engine.batches import Batch
-from training.noise_predictor.losses import Objective, ObjectiveConfig, log_losses
-from training.noise_predictor.task import PredictorConfig, PredictorTask
+from training.noise_predictor.config import PredictorConfig
+from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective, log_losses
+from training.noise_predictor.task import PredictorTask
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -22,7 +23,7 @@ def test_every_kind_learns_and_never_sees_padding(kind):
     latents, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8])
     tokens, mask = torch.randn(2, 6, 24), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
-    objective, losses = Objective(network, ObjectiveConfig()), []
+    objective, losses = PredictorObjective(network, ObjectiveConfig()), []
     for _ in range(12):
         loss = objective(latents, noise, t, tokens, mask)[0].mean()
         optimizer.zero_grad()
@@ -62,8 +63,8 @@ def test_a_weight_on_the_direction_adds_it_to_the_squared_error():
     given = (torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 6, 24))
     given = (*given, torch.ones(2, 6, dtype=torch.bool))
     with torch.no_grad():
-        plain, nothing = Objective(network, ObjectiveConfig())(*given)
-        both, metrics = Objective(network, ObjectiveConfig(direction=0.5))(*given)
+        plain, nothing = PredictorObjective(network, ObjectiveConfig())(*given)
+        both, metrics = PredictorObjective(network, ObjectiveConfig(direction=0.5))(*given)
     assert not nothing and metrics["error"].item() == pytest.approx(plain.mean().item())
     assert both.mean().item() == pytest.approx(plain.mean().item() + 0.5 * metrics["direction"].item(), rel=1e-5)
 
@@ -75,8 +76,8 @@ def test_under_the_logarithm_every_sample_counts_alike():
     latents = torch.randn(2, 4, 8, 8) * torch.tensor([0.1, 3.0])[:, None, None, None]
     given = (latents, torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.8]), torch.randn(2, 6, 24))
     given = (*given, torch.ones(2, 6, dtype=torch.bool))
-    errors, _ = Objective(network, ObjectiveConfig())(*given)
-    losses, metrics = Objective(network, ObjectiveConfig(weighting="log"))(*given)
+    errors, _ = PredictorObjective(network, ObjectiveConfig())(*given)
+    losses, metrics = PredictorObjective(network, ObjectiveConfig(weighting="log"))(*given)
     torch.testing.assert_close(losses.exp(), errors)
     assert metrics["error"].item() == pytest.approx(errors.mean().item())
     weights = [p for p in network.parameters() if p.requires_grad]

@@ -25,7 +25,7 @@ from diffusers import (
 from torch import nn
 
 from sd_mini import diffusion, noise_predictor
-from sd_mini.diffusion.process import Process, TimeConfig
+from sd_mini.diffusion.objective import Process, TimeConfig
 from sd_mini.sampling import loop, samplers
 from sd_mini.sampling.loop import Guidance, SamplingRun
 

@@ -18,7 +18,7 @@ from transformers import BitImageProcessor, CLIPTextModel, Dinov2Config, Dinov2M
 from eval.features.features import open_features
 from eval.features.inception import load_inception
 from eval.makers.sources import Stock
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process
 from sd_mini.noise_predictor.loading import check_process, load_network
 from sd_mini.stages.start import load_autoencoder
 from sd_mini.text_encoder.loading import clip_tokenizer, load_encoder, load_open_clip, open_clip_training, small_clip

@@ -1,7 +1,7 @@
 """A discriminator that any autoencoder can be given: a GAN attached to another kind of model.
 
-It judges patches, real pictures against reconstructions; what it says trains the decoder alone (Esser et al. 2021,
-"VQGAN", section 3.1). What is healthy is in the README's chapter on stage 2.
+It classifies patches of pictures and of reconstructions; its logits train the decoder alone (Esser et al. 2021,
+"VQGAN", section 3.1). The README's chapter on stage 2 gives the ranges of a healthy training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from training.distributed.processes import is_shared
+from training.distributed.processes import is_distributed
 from training.engine.learner import Others, fixed
 from training.optim.optimizer import OptimizerConfig
 
@@ -25,17 +25,17 @@ class AdversaryConfig(OptimizerConfig):
     width: int = Field(64, ge=8, multiple_of=4)
     """channels of its first layer"""
     layers: int = Field(3, ge=1)
-    """convolutions that halve the picture; a verdict is on a patch of 70 px for 3 (Isola et al. 2017)"""
+    """convolutions that halve the picture; with 3 a logit is of a patch of 70 px (Isola et al. 2017)"""
     r1: float = Field(0.1, ge=0)
     """weight of the penalty on its gradient at real pictures; 0 leaves it out"""
     adaptive: bool = True
-    """let the verdict pull at the decoder's last layer as hard as the other terms do, times its weight"""
+    """scale the adversarial term so that its gradient at the decoder's last layer is as long as the other terms'"""
 
 
 class Discriminator(nn.Module):
-    """pixels (B, 3, H, W) => logits of patches (B, 1, h, w): above 0 it takes them for real.
+    """pixels (B, 3, H, W) => logits of patches (B, 1, h, w), above 0 for real ones.
 
-    PatchGAN, Isola et al. 2017, section 3.2.2, with group norm: a picture's verdict does not depend on its batch.
+    PatchGAN, Isola et al. 2017, section 3.2.2, with group norm, so that a picture's logits do not depend on its batch.
     """
 
     def __init__(self, width: int, layers: int):
@@ -52,34 +52,34 @@ class Discriminator(nn.Module):
 
 
 def generator_losses(discriminator: nn.Module, decoded: Tensor) -> Tensor:
-    """Reconstructions => (B,): minus the mean logit of their patches. The discriminator itself gets no gradient."""
+    """Reconstructions => (B,): minus the mean logit of their patches, without a gradient to the discriminator."""
     return -fixed(discriminator, decoded).mean((1, 2, 3))
 
 
 # hinge loss, Lim & Ye 2017
-def hinge_losses(real: Tensor, made: Tensor) -> Tensor:
-    """Logits of B real and B made pictures => (B,)."""
-    return ((1 - real).relu().mean((1, 2, 3)) + (1 + made).relu().mean((1, 2, 3))) / 2
+def hinge_losses(real: Tensor, decoded: Tensor) -> Tensor:
+    """Logits of B pictures and of their reconstructions => (B,)."""
+    return ((1 - real).relu().mean((1, 2, 3)) + (1 + decoded).relu().mean((1, 2, 3))) / 2
 
 
 # Mescheder et al. 2018, eq. 9, of the mean logit
 def gradient_penalties(logits: Tensor, pixels: Tensor) -> Tensor:
-    """Logits of `pixels`, which want a gradient, => (B,): the squared length of the verdict's gradient, halved."""
+    """Logits of `pixels` (which require a gradient) => (B,): half the squared norm of the mean logit's gradient."""
     (slope,) = torch.autograd.grad(logits.mean((1, 2, 3)).sum(), pixels, create_graph=True)
     return slope.square().sum((1, 2, 3)) / 2
 
 
-def balance(others: Tensor, verdict: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """Losses (b,) of the other terms and of the verdict => how much longer the gradient of the former's mean is at the
-    last layer, at most 10,000.
+def balance(others: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """Losses (b,) of the other terms and of the adversarial one => the ratio of their gradients' norms at the last
+    layer, at most 10,000.
 
     Esser et al. 2021, eq. 7, with the constants of its authors' code. The means are over all processes' pictures.
     """
-    if isinstance(others, FakeTensor):  # counted, not computed: nobody else is there to be asked
+    if isinstance(others, FakeTensor):  # FLOPs are counted on one process, without collectives
         return others.new_ones(())
-    pulls = [torch.autograd.grad(part.sum(), last_layer, retain_graph=True)[0] for part in (others, verdict)]
+    pulls = [torch.autograd.grad(part.sum(), last_layer, retain_graph=True)[0] for part in (others, adversarial)]
     count = others.new_tensor(float(len(others)))
-    if is_shared():
+    if is_distributed():
         for summed in (*pulls, count):
             dist.all_reduce(summed)
     long, short = (pull.norm() / count for pull in pulls)
@@ -87,20 +87,20 @@ def balance(others: Tensor, verdict: Tensor, last_layer: nn.Parameter) -> Tensor
 
 
 class DiscriminatorObjective(nn.Module):
-    """pixels => hinge losses (b,) of the pictures and their reconstructions, and the penalty.
+    """pixels => hinge losses (b,) of the pictures and of their reconstructions, plus the R1 penalty.
 
-    It is called with what the autoencoder's own objective, `maker`, is called with, and judges what that one decodes.
+    It takes the inputs of the autoencoder's objective, whose reconstructions it is trained on.
     """
 
-    def __init__(self, discriminator: Discriminator, maker: nn.Module, r1: float):
+    def __init__(self, discriminator: Discriminator, autoencoder_objective: nn.Module, r1: float):
         super().__init__()
         self.discriminator, self.r1 = discriminator, r1
-        self.maker = Others([maker])
+        self.others = Others([autoencoder_objective])
 
     def forward(self, pixels: Tensor, **more: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        made = self.maker[0].made(pixels, **more)
+        decoded = self.others[0].reconstructions(pixels, **more)
         pixels = pixels.detach().requires_grad_(self.r1 > 0)
-        real, false = self.discriminator(pixels), self.discriminator(made)
+        real, false = self.discriminator(pixels), self.discriminator(decoded)
         losses = hinge_losses(real, false)
         metrics = {"real_logits": real.mean(), "fake_logits": false.mean()}
         if self.r1:

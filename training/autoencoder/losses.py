@@ -1,4 +1,4 @@
-"""What stage 2 minimises: how a picture may differ from what is left of it, and what its latents have to be like."""
+"""Stage 2's loss: terms of the reconstruction, and terms of the latents."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Term(Config):
 OFF = Term(weight=0)
 
 
-class LossConfig(Config):
+class AutoencoderLossConfig(Config):
     """The terms, each `{weight: W, start: UPDATE}` or its weight alone; 0 leaves a term out."""
 
     l1: Term = Term(weight=1)
     l2: Term = OFF
     log_l2: Term = OFF
-    """logarithm of a picture's l2, which is its PSNR but for sign and scale: every picture counts alike"""
+    """logarithm of a picture's l2, which is its PSNR but for sign and scale: every picture has the same weight"""
     charbonnier: Term = OFF
     """sqrt(error^2 + 0.001^2): L1 that is smooth at 0"""
     gradient: Term = OFF
@@ -49,7 +49,7 @@ class LossConfig(Config):
     ssim: Term = OFF
     """1 - SSIM, over 11 x 11 pixels"""
     focal_frequency: Term = OFF
-    """squared error of the spectra, each frequency weighing as much as it is wrong"""
+    """squared error of the spectra, each frequency weighted by its own error"""
     lpips: Term = OFF
     """distance of a pretrained network's features; see lpips_network and lpips_weights"""
     kl: Term = Term(weight=1e-4)
@@ -57,14 +57,14 @@ class LossConfig(Config):
     commitment: Term = Term(weight=0.25)
     """of kind vq: pull of the latents towards their codes, and four times as much of the codes towards the latents"""
     equivariance: Term = OFF
-    """the terms up to gradient once more, of latents made smaller and turned against the picture made so (EQ-VAE)"""
+    """the terms up to gradient once more, with latents and pictures downsampled and rotated (EQ-VAE)"""
     latent_noise: Term = OFF
     """weight: standard deviation of noise on the latents while training, as the network gives them (and as they are
     standardised, with a teacher); neighbours in latent space then decode alike"""
     distillation: Term = Term(weight=1)
     """with model.teacher: squared distance of the latents from its"""
     adversarial: Term = OFF
-    """a discriminator's verdict on the reconstruction; it trains the decoder alone; see `adversary`"""
+    """minus a discriminator's logit of the reconstruction; trains the decoder alone; see `adversary`"""
     lpips_network: str = "vgg"
     """vgg or alex"""
     lpips_weights: str | None = None
@@ -100,9 +100,9 @@ def ssim(decoded: Tensor, pixels: Tensor) -> Tensor:
         return 1 - images.ssim(decoded.float(), pixels, 2.0)
 
 
-# Jiang et al. 2021, focal frequency loss, alpha 1: each frequency weighs as the root of its error, over the largest
+# focal frequency loss, Jiang et al. 2021, alpha 1: a frequency's weight is the root of its error over the largest
 def focal_frequency(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """=> (B,), each channel's spectrum weighed by itself."""
+    """=> (B,), each channel's spectrum weighted by itself."""
     distance = torch.view_as_real(torch.fft.fft2((decoded - pixels).float(), norm="ortho")).square().sum(-1)
     weight = distance.detach().sqrt()
     weight = weight / weight.amax((2, 3), keepdim=True).clamp(min=1e-8)
@@ -119,22 +119,22 @@ def kl_term(mean: Tensor, log_variance: Tensor | None) -> Tensor:
 
 
 class Change(NamedTuple):
-    """One size and one angle for a whole batch: `side`, cells of the latents; `turns`, right angles."""
+    """One size and one rotation for a batch: `side` in cells of the latents, `turns` in right angles."""
 
     side: int
     turns: int
 
     def places(self) -> Tensor:
-        """(side^2,): from which cell each cell of the turned latents comes."""
+        """(side^2,): the source cell of each cell of the rotated latents."""
         return torch.arange(self.side**2).view(self.side, self.side).rot90(self.turns).flatten()
 
     def of_pixels(self, pixels: Tensor, stride: int) -> Tensor:
-        """(B, 3, R, R) => (B, 3, R', R'), smaller by area, and turned."""
+        """(B, 3, R, R) => (B, 3, R', R'), downsampled by area and rotated."""
         return resized(pixels, self.side * stride).rot90(self.turns, (-2, -1))
 
 
 def drawn_change(cells: int, size: float, turn: float) -> Change:
-    """Two draws from U[0, 1) => a change of latents `cells` a side: from a quarter of them to all, at any angle."""
+    """Two draws from U[0, 1) => a change of latents `cells` a side: a quarter of them to all, by any right angle."""
     smallest = max(1, cells // 4)
     return Change(smallest + int(size * (cells - smallest + 1)), int(turn * 4))
 
@@ -143,12 +143,11 @@ def resized(tensor: Tensor, side: int) -> Tensor:
     return nn.functional.interpolate(tensor, size=(side, side), mode="area")
 
 
-class Objective(nn.Module):
+class AutoencoderObjective(nn.Module):
     """pixels => the weighted sum of the terms, one a picture.
 
-    `weight_TERM` are given of the terms that have begun, and only these are computed. Other networks are read and not
-    trained: `perceptual` (LPIPS), `teacher` (an Autoencoder whose standardised latents are to be learned) and
-    `discriminator`.
+    Inputs `weight_TERM` are those of the terms that have begun; only these are computed. Called but not trained:
+    `perceptual` (LPIPS), `teacher` (an Autoencoder whose standardised latents are learned) and `discriminator`.
     """
 
     def __init__(
@@ -176,12 +175,16 @@ class Objective(nn.Module):
         """pixels (b, 3, R, R); both noises like the latents; for equivariance `turned` and `places`, a Change's."""
         w = {name.removeprefix("weight_"): value for name, value in weights.items()}
         autoencoder = self.autoencoder
+
+        # Encode, add noise, decode.
         raw, log_variance = self._latents(pixels)
-        latents, noised = self.given(pixels, raw, log_variance, noise, posterior_noise, w)
+        latents, noised = self._decoder_inputs(pixels, raw, log_variance, noise, posterior_noise, w)
+        decoded = autoencoder.decode_raw(noised)
+
+        # Terms of the reconstruction and of the latents.
         terms = {} if not self.encoder_is_trained else {"kl": kl_term(raw, log_variance)}
         if self.others[1] is not None:
             terms["distillation"] = (raw - latents).square().mean((1, 2, 3))
-        decoded = autoencoder.decode_raw(noised)
         terms |= self._reconstruction(decoded, pixels, w)
         metrics = {}
         if autoencoder.config.kind == "vq" and self.encoder_is_trained:
@@ -191,16 +194,18 @@ class Objective(nn.Module):
             terms["equivariance"] = self._equivariance(latents, turned, places, w)
         total = sum((w[name] * term for name, term in terms.items() if name in w), decoded.new_zeros(len(decoded)))
         metrics |= {name: term.mean() for name, term in terms.items()}
+
+        # The adversarial term, scaled to the others (VQGAN, eq. 7).
         if "adversarial" in w:
-            verdict = self._verdict(noised, decoded)
+            adversarial_losses = self._adversarial(noised, decoded)
             balance = total.new_ones(())
             if self.adaptive:
-                balance = adversarial.balance(total, verdict, autoencoder.last_layer)
-            total = total + w["adversarial"] * balance * verdict
-            metrics |= {"adversarial": verdict.mean(), "adaptive_weight": balance}
+                balance = adversarial.balance(total, adversarial_losses, autoencoder.last_layer)
+            total = total + w["adversarial"] * balance * adversarial_losses
+            metrics |= {"adversarial": adversarial_losses.mean(), "adaptive_weight": balance}
         return total, metrics
 
-    def given(
+    def _decoder_inputs(
         self,
         pixels: Tensor,
         raw: Tensor,
@@ -209,7 +214,7 @@ class Objective(nn.Module):
         posterior_noise: Tensor,
         w: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """What the decoder has to decode, the teacher's latents where there is one, and these with their noise."""
+        """(latents: the teacher's if there is one, else the encoder's; the same with noise, which are decoded)."""
         latents = raw
         if self.others[1] is not None:
             with torch.no_grad():
@@ -220,14 +225,15 @@ class Objective(nn.Module):
         return latents, noised
 
     @torch.no_grad()
-    def made(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, **more: Tensor) -> Tensor:
-        """The reconstructions that a discriminator judges: those that the decoder learns on, of the same noise."""
+    def reconstructions(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, **more: Tensor) -> Tensor:
+        """What the discriminator is trained on: the decoder's outputs of this update, by the same noise."""
         w = {name.removeprefix("weight_"): value for name, value in more.items()}
-        given = self.given(pixels, *self.autoencoder.raw_latents(pixels), noise, posterior_noise, w)
-        return self.autoencoder.decode_raw(given[1])
+        raw = self.autoencoder.raw_latents(pixels)
+        _, noised = self._decoder_inputs(pixels, *raw, noise, posterior_noise, w)
+        return self.autoencoder.decode_raw(noised)
 
     def _latents(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """In float32, whatever the passes' precision: the terms are means over many values."""
+        """Mean and log variance in float32, whatever the passes' precision: the terms are means over many values."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_is_trained):
             raw, log_variance = self.autoencoder.raw_latents(pixels)
         return raw.float(), None if log_variance is None else log_variance.float()
@@ -244,32 +250,32 @@ class Objective(nn.Module):
         return terms
 
     def _commitment(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """van den Oord et al. 2017, eq. 3, over its beta of 0.25, and which of the codes this pass used."""
+        """Commitment and codebook loss, van den Oord et al. 2017, eq. 3, divided by beta = 0.25; and the codes used."""
         codes = self.autoencoder.codes(latents)
         to_codes = (latents - codes.vectors.detach()).square().mean((1, 2, 3))
         to_latents = (codes.vectors - latents.detach()).square().mean((1, 2, 3))
         indices, count = codes.indices.flatten(), self.autoencoder.network.config.num_vq_embeddings
-        # whole numbers in float32, whatever the latents' dtype: bfloat16 counts to 256
+        # counts in float32, whatever the latents' dtype: bfloat16 holds whole numbers up to 256
         uses = torch.zeros(count, device=indices.device).index_add_(
             0, indices, torch.ones_like(indices, dtype=torch.float32)
         )
-        share = uses / len(indices)
+        frequency = uses / len(indices)
         most = min(count, len(indices))  # that a pass can use
-        perplexity = torch.special.entr(share).sum().exp()
+        perplexity = torch.special.entr(frequency).sum().exp()
         return to_codes + 4 * to_latents, {
             "codes_used": (uses > 0).float().sum() / most,
             "code_perplexity": perplexity / most,
         }
 
     def _equivariance(self, latents: Tensor, turned: Tensor, places: Tensor, w: dict[str, Tensor]) -> Tensor:
-        """Kouzelis et al. 2025 (EQ-VAE), eq. 4: each picture once more, its latents made smaller and turned."""
+        """Kouzelis et al. 2025 (EQ-VAE), eq. 4: the decoded change of the latents is the change of the picture."""
         side = turned.shape[-1] // self.autoencoder.stride
         small = resized(latents, side).flatten(2)[..., places].unflatten(2, (side, side))
         error = self.autoencoder.decode_raw(small).float() - turned
         return sum(w[name] * of(error) for name, of in OF_ERROR.items() if name in w)
 
-    def _verdict(self, noised: Tensor, decoded: Tensor) -> Tensor:
-        """What the discriminator holds against the reconstruction, (b,), with a gradient to the decoder alone."""
+    def _adversarial(self, noised: Tensor, decoded: Tensor) -> Tensor:
+        """Minus the discriminator's mean logit of the reconstruction, (b,), with a gradient to the decoder alone."""
         if self.encoder_is_trained:
             decoded = self.autoencoder.decode_raw(noised.detach())
         return adversarial.generator_losses(self.others[2], decoded)

@@ -24,39 +24,39 @@ from sd_mini.remarks import remark
 from sd_mini.stages.start import load_autoencoder
 from sd_mini.vision.lpips import load_lpips
 from training.autoencoder.adversarial import AdversaryConfig, Discriminator, DiscriminatorObjective
-from training.autoencoder.losses import OF_ERROR, LossConfig, Objective, drawn_change
+from training.autoencoder.losses import OF_ERROR, AutoencoderLossConfig, AutoencoderObjective, drawn_change
 from training.engine import launch
 from training.engine.augment import AugmentConfig, augment
 from training.engine.batches import Batch, generator
 from training.engine.learner import Player
 from training.engine.task import TrainConfig
 
-COARSE = 4  # cells a side of latents that lose most of a picture's details
+COARSE = 4  # cells a side at which latents lose most of a picture's details
 
 
 class ModelConfig(Config):
     kind: Literal["dc", "kl", "vq", "tiny", "small_picture"] | None = None
     """dc: AutoencoderDC (the fewest FLOPs), which is what null means too; kl: AutoencoderKL; vq: VQModel; tiny:
-    AutoencoderTiny; small_picture: the latent is a small picture, the decoder makes it large"""
+    AutoencoderTiny; small_picture: the latent is a small picture, which the decoder upsamples"""
     patch_size: int = Field(1, ge=1)
-    """pixels a side that are folded into channels before the network (space-to-depth) and unfolded behind it"""
+    """pixels a side folded into channels before the network (space-to-depth) and unfolded after it"""
     network: dict[str, Any] = Field(default_factory=dict)
     """fields of that diffusers class"""
     start: str | None = None
-    """an autoencoder to go on from, instead of the fields above: an exported stage, a diffusers folder or a hub name"""
+    """an autoencoder to start from, instead of the fields above: an exported stage, a diffusers folder or a hub name"""
     train: Literal["all", "decoder"] = "all"
-    """decoder: the encoder stays as it is, and with it the latents, their caches and the noise predictors over them"""
+    """decoder: the encoder is frozen, so latents, their caches and noise predictors on them stay valid"""
     teacher: str | None = None
-    """an exported autoencoder whose latents are to be learned, so that one can stand in for the other"""
+    """an exported autoencoder whose latents are learned, so that this one can replace it"""
 
     @model_validator(mode="after")
     def _possible_together(self) -> ModelConfig:
         if self.start is not None and (self.kind is not None or self.network or self.patch_size > 1):
             raise UserError("start brings its own network; leave kind, network and patch_size out")
         if self.train == "decoder" and self.start is None:
-            raise UserError("train: decoder keeps an encoder that has learned; give its folder as start")
+            raise UserError("train: decoder needs a trained encoder; give its folder as start")
         if self.train == "decoder" and self.teacher is not None:
-            raise UserError("teacher is for an encoder that learns; leave out teacher, or train: decoder")
+            raise UserError("teacher is for a trained encoder; leave out teacher, or train: decoder")
         return self
 
 
@@ -67,7 +67,7 @@ class AutoencoderConfig(Config):
     """pictures to measure on"""
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
     adversary: AdversaryConfig = AdversaryConfig()
     train: TrainConfig = TrainConfig()
     statistics_count: int = Field(4096, ge=1)
@@ -77,7 +77,7 @@ class AutoencoderConfig(Config):
     def _possible_together(self) -> AutoencoderConfig:
         if self.loss.adversarial.weight and self.adversary.adaptive and self.train.accumulation > 1:
             raise UserError(
-                f"adversary.adaptive weighs by the gradients of the whole batch, and with train.accumulation "
+                f"adversary.adaptive weights by the gradients of the whole batch, and with train.accumulation "
                 f"{self.train.accumulation} a pass sees a part of it; expected accumulation 1, or adaptive false"
             )
         for name, term in self.loss.begun(10**18).items():
@@ -94,12 +94,12 @@ class AutoencoderConfig(Config):
             raise UserError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
         if self.loss.ssim.weight and self.data.resolution < images.SSIM_WINDOW:
             window = f"{images.SSIM_WINDOW} x {images.SSIM_WINDOW} pixels"
-            raise UserError(f"loss.ssim looks at {window}; data.resolution is {self.data.resolution}")
+            raise UserError(f"loss.ssim needs {window}; data.resolution is {self.data.resolution}")
         return self
 
 
 class AutoencoderTask:
-    measure_every = None  # its held-out scores are what its evaluators say
+    evaluate_every = None  # its held-out scores are what an evaluation would measure
 
     def __init__(self, config: AutoencoderConfig):
         self.config, loss = config, config.loss
@@ -113,7 +113,7 @@ class AutoencoderTask:
                 "loss.commitment: kind vq needs it above 0 from update 0; its codebook learns by nothing else"
             )
         if autoencoder.config.kind == "tiny" and config.train.gradient_checkpointing:
-            # diffusers' EncoderTiny then leaves out the scaling of its input that it has in evaluation
+            # diffusers' EncoderTiny then skips the scaling of its input that it applies in evaluation
             raise UserError("train.gradient_checkpointing: AutoencoderTiny learns something else with it; leave it out")
         teacher, self.taught_by = _teacher(config.model, autoencoder)
         perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
@@ -129,7 +129,7 @@ class AutoencoderTask:
         self.identity = {"data": self.train.fingerprint}
         for name, contract in (("start", self.started_from), ("teacher", self.taught_by)):
             self.identity |= {name: contract["hash"]} if contract is not None else {}
-        # channels_last: the convolutions of oneDNN and cuDNN run up to twice as fast on it
+        # the convolutions of oneDNN and cuDNN are up to twice as fast on channels_last
         autoencoder.to(memory_format=torch.channels_last)
         if decoder_only:
             for part in autoencoder.encoder_parts:
@@ -137,28 +137,28 @@ class AutoencoderTask:
         elif is_vq and config.model.start is None:
             some = self.train.pixels(range(min(64, self.count)))
             with torch.no_grad():
-                seen = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
-            autoencoder.start_codebook(seen, generator(config.train.seed, 0, "codebook"))
+                latents = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
+            autoencoder.start_codebook(latents, generator(config.train.seed, 0, "codebook"))
         self.teacher = teacher
         others = (perceptual, teacher, discriminator)
         others = [part.to(PartialState().device) if part is not None else None for part in others]
-        objective = Objective(autoencoder, *others, adaptive=config.adversary.adaptive)
+        objective = AutoencoderObjective(autoencoder, *others, adaptive=config.adversary.adaptive)
         self.players = {"autoencoder": Player(objective, config.train)}
         if discriminator is not None:
-            judge = DiscriminatorObjective(discriminator, objective, config.adversary.r1)
-            self.players["discriminator"] = Player(judge, config.adversary, loss.adversarial.start)
+            adversary = DiscriminatorObjective(discriminator, objective, config.adversary.r1)
+            self.players["discriminator"] = Player(adversary, config.adversary, loss.adversarial.start)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
         begun = self.config.loss.begun(batch.step)
-        found = {"pixels": pixels, **{f"weight_{name}": torch.tensor(term.weight) for name, term in begun.items()}}
+        inputs = {"pixels": pixels, **{f"weight_{name}": torch.tensor(term.weight) for name, term in begun.items()}}
         if "equivariance" in begun:
             change = drawn_change(self.latent_shape[1], *(float(u) for u in batch.uniform_all("change", 2)[0]))
             stride = pixels.shape[-1] // self.latent_shape[1]
-            found |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
-        return found | {name: batch.normal(name, *self.latent_shape) for name in ("noise", "posterior_noise")}
+            inputs |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
+        return inputs | {name: batch.normal(name, *self.latent_shape) for name in ("noise", "posterior_noise")}
 
-    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+    def validate(self, objective: AutoencoderObjective, rows: slice) -> dict[str, np.ndarray]:
         """PSNR of each held-out picture, from its 8-bit reconstruction."""
         psnr = []
         for start in range(rows.start, rows.stop, 128):
@@ -167,27 +167,30 @@ class AutoencoderTask:
             psnr.append(images.psnr(self.valid.pictures[ids.start : ids.stop], decoded.numpy()))
         return {"psnr": np.concatenate(psnr)}
 
-    def preview(self, objective: Objective) -> Image.Image:
+    def preview(self, objective: AutoencoderObjective) -> Image.Image:
         """Held-out pictures in the upper row, their reconstructions below."""
         ids = range(min(8, len(self.valid)))
         decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
         return images.grid([*self.valid.pictures[: len(ids)], *decoded.numpy()], columns=len(ids), scale=2)
 
-    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
+    def export(self, objective: AutoencoderObjective, folder: Path, record: dict[str, Any]) -> None:
         """Measure the latents over the training set, store the statistics in the autoencoder, write the stage.
 
-        Latents that were another stage's before keep its statistics, and the contract says whose they are:
-        `latents_of`, whose latents it decodes, and `encoder_of`, whose encoder it has.
+        If the latents are another stage's, its statistics are kept and the contract holds its hash: `latents_of`, the
+        stage whose latents this one decodes, and `encoder_of`, the stage with the same encoder.
         """
-        autoencoder, whose = objective.autoencoder, {}
-        if self.taught_by is not None:  # it has learned them as they are standardised
+        autoencoder, origin = objective.autoencoder, {}
+        if self.taught_by is not None:  # it learned standardised latents
             zeros = torch.zeros(self.latent_shape[0])
             autoencoder.set_statistics(zeros, zeros + 1)
-            whose = {"latents_of": stages.latents_of(self.taught_by), "latents_error": self._latents_error(autoencoder)}
+            origin = {
+                "latents_of": stages.latents_of(self.taught_by),
+                "latents_error": self._latents_error(autoencoder),
+            }
         elif self.config.model.train == "all" or autoencoder.config.latents_std is None:
             autoencoder.set_statistics(*self._statistics(autoencoder))
         elif self.started_from is not None:
-            whose = {
+            origin = {
                 "latents_of": stages.latents_of(self.started_from),
                 "encoder_of": stages.encoder_of(self.started_from),
             }
@@ -197,13 +200,13 @@ class AutoencoderTask:
             "latents_mean": autoencoder.config.latents_mean,
             "latents_std": autoencoder.config.latents_std,
             "data": {"name": self.train.name, "count": self.count, "fingerprint": self.train.fingerprint},
-            **whose,
+            **origin,
             **record,
         }
         stages.export(folder, "autoencoder", {"autoencoder": autoencoder}, contract)
 
     def _latents_error(self, autoencoder: Autoencoder) -> float:
-        """Root mean square distance of its latents from the teacher's, whose own is 1, on training pictures."""
+        """Root mean square distance of its latents from the teacher's (of rms 1), on training pictures."""
         pixels = self.train.pixels(range(min(256, self.count))).to(autoencoder.device)
         return float((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().mean().sqrt())
 
@@ -221,7 +224,7 @@ class AutoencoderTask:
 
 
 def _built(model: ModelConfig) -> tuple[Autoencoder, dict[str, Any] | None]:
-    """The autoencoder to train, and the contract of the stage that it goes on from, if it is one."""
+    """The autoencoder to train, and the contract of the exported stage it starts from; None without one."""
     if model.start is not None:
         return load_autoencoder(model.start)
     return Autoencoder(model.kind or "dc", model.network, model.patch_size), None
@@ -247,7 +250,7 @@ def _teacher(model: ModelConfig, student: Autoencoder) -> tuple[Autoencoder | No
 
 
 def coarse_grid(autoencoder: Autoencoder, resolution: int) -> str | None:
-    """What is to be said of latents that have at most COARSE cells a side, too few to hold a picture's details."""
+    """A remark on latents of at most COARSE cells a side, too few for a picture's details; None for finer ones."""
     _, height, width = autoencoder.latent_shape(resolution, resolution)
     if height > COARSE:
         return None
@@ -262,29 +265,29 @@ def coarse_grid(autoencoder: Autoencoder, resolution: int) -> str | None:
 def _check_sizes(
     autoencoder: Autoencoder, resolution: int, perceptual: nn.Module | None, discriminator: nn.Module | None
 ) -> None:
-    """Try everything on one picture. Raises ValueError where what comes out is not as large as what goes in, the
-    halves' levels being different, and where the picture is too small for LPIPS's network or the discriminator."""
+    """Run every network on one picture. Raises UserError if encoder and decoder differ in their levels, or the picture
+    is too small for LPIPS's network or the discriminator."""
     pixels = torch.zeros(1, 3, resolution, resolution)
-    tried = {
+    attempts = {
         "model: encoder and decoder do not fit": lambda: autoencoder.decode_raw(autoencoder.raw_latents(pixels)[0]),
         f"loss.lpips_network is too deep for {resolution} px": lambda: perceptual and perceptual(pixels, pixels),
         f"adversary.layers are too many for {resolution} px": lambda: discriminator and discriminator(pixels),
     }
-    made = []
-    for says, attempt in tried.items():
+    results = []
+    for complaint, attempt in attempts.items():
         try:
             with torch.no_grad():
-                made.append(attempt())
+                results.append(attempt())
         except RuntimeError as error:
-            raise UserError(f"{says} ({' '.join(str(error).split())[:160]})") from None
-    if made[0].shape != pixels.shape:
+            raise UserError(f"{complaint} ({' '.join(str(error).split())[:160]})") from None
+    if results[0].shape != pixels.shape:
         raise UserError(
-            f"model: {resolution} px go in and {made[0].shape[-1]} px come out; give encoder and decoder as many levels"
+            f"model: {resolution} px go in and {results[0].shape[-1]} px come out; give both halves equal levels"
         )
 
 
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """pixels => what is left of them after encoding and decoding, on the CPU."""
+    """pixels => their reconstruction, on the CPU."""
     raw = autoencoder.raw_latents(pixels.to(autoencoder.device))[0]
     return autoencoder.decode_raw(raw).float().cpu()
 

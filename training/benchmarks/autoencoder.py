@@ -21,8 +21,7 @@ from training.autoencoder.losses import OF_ERROR, kl_term
 from training.benchmarks.interleaved import Spread, measure, ratios
 from training.distributed.processes import join_processes
 from training.engine import launch
-from training.engine.batches import Batch, batch_ids
-from training.engine.loader import iterate
+from training.engine.batches import Batch, batch_ids, iterate
 from training.engine.loop import Loop
 from training.engine.task import Origin
 

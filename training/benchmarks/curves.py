@@ -17,7 +17,7 @@ from training.autoencoder import task as autoencoder
 from training.benchmarks.interleaved import received
 from training.distributed.processes import join_processes
 from training.engine import launch
-from training.engine.loader import iterate
+from training.engine.batches import iterate
 from training.engine.loop import Loop
 from training.engine.task import Origin
 
@@ -79,7 +79,7 @@ def _train(argv: Sequence[str], pipe: Connection) -> None:
                 start = time.perf_counter()
                 loop.update(next(updates))
                 spent += time.perf_counter() - start
-            with loop.evaluated() as shown:
+            with loop.inspection.weights(loop.step) as shown:
                 psnr = float(np.mean(task.validate(shown, slice(0, task.valid_count))["psnr"]))
             pipe.send((spent, loop.step, psnr))
 

@@ -26,15 +26,15 @@ from sd_mini.errors import UserError
 from training.benchmarks.interleaved import Spread, measure, ratios
 from training.distributed.processes import chosen_precision, join_processes
 from training.engine import launch
-from training.engine.batches import shifted_grid
+from training.engine.batches import iterate, shifted_grid
 from training.engine.flops import count_flops, measured_peak
 from training.engine.launch import Launch
-from training.engine.loader import iterate
 from training.engine.loop import Loop
 from training.engine.task import Origin
 from training.noise_predictor import task as noise_predictor
-from training.noise_predictor.data import Encoded, text_stage
-from training.noise_predictor.losses import Objective
+from training.noise_predictor.data import text_stage
+from training.noise_predictor.losses import PredictorObjective
+from training.noise_predictor.task import Encoded
 
 BLOCK, ROUNDS, WARM_UP = 10, 9, 5  # updates, blocks of each loop, updates before the first
 
@@ -182,7 +182,7 @@ def _plain_loop(argv: Sequence[str], cached: bool) -> Iterator[float]:
     ema = EMAModel(network.parameters(), decay=0.9999)
     network, optimizer, loader, schedule = accelerator.prepare(network, optimizer, loader, schedule)
     ema.to(accelerator.device)
-    objective = Objective(network, config.objective)
+    objective = PredictorObjective(network, config.objective)
     encode = (lambda batch: batch) if cached else _Encoders(task, accelerator.device)
     train_loss = 0.0
     yield 0.0

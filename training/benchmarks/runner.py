@@ -40,8 +40,8 @@ from training.benchmarks.pipeline import pipeline_speed
 from training.benchmarks.predictor import parsed, profiled, training_speed, utilisation
 from training.benchmarks.score import time_to_score
 from training.distributed.processes import join_processes, tune_cpu
+from training.engine.batches import iterate
 from training.engine.launch import parse
-from training.engine.loader import iterate
 from training.engine.loop import Loop
 from training.engine.task import Origin
 from training.storage import cache, checkpoint
@@ -71,7 +71,7 @@ def loop_cost(stage: str, argv: Sequence[str]) -> None:
 
     Validation, previews and checkpoints come on top, each at its own price.
     """
-    program = import_module(f"training.{stage}").main
+    program = import_module(f"training.{stage}.task").main
     launched = parse(program.config, stage, argv)
     if launched is None:
         return

@@ -1,4 +1,4 @@
-"""Changes to training pictures, drawn for each sample and step: a resumed run sees the very same ones."""
+"""Augmentation of training pictures, drawn for each sample and step: a resumed run draws the same."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from training.engine.batches import Batch
 
 
 class AugmentConfig(Config):
-    """What may be done to a training picture. Not for captions that say left and right: leave `mirror` at 0 there."""
+    """Random changes to a training picture. Leave `mirror` at 0 where captions name left and right."""
 
     mirror: float = Field(0.0, ge=0, le=1)
-    """how likely a picture is mirrored, left for right"""
+    """probability that a picture is mirrored, left to right"""
     shift: int = Field(0, ge=0)
-    """px a picture is moved by at most, in each direction; its edge pixels fill the gap"""
+    """largest shift in px, in each direction; the edge pixels fill the gap"""
 
 
 def augment(pixels: Tensor, batch: Batch, config: AugmentConfig) -> Tensor:
-    """pixels (b, 3, R, R) of the batch's own rows => the same shape. Whole pixels move, so nothing is interpolated."""
+    """pixels (b, 3, R, R) of the pass's rows => the same shape. Shifts are whole pixels: nothing is interpolated."""
     if config.mirror:
         turned = batch.uniform("mirror") < config.mirror
         pixels = torch.where(turned[:, None, None, None], pixels.flip(-1), pixels)

@@ -1,32 +1,38 @@
-"""Which samples and which randomness make up the global batch of step k: pure functions of (seed, step).
+"""The batch of step k: its samples, its randomness and its rows, as pure functions of (seed, step).
 
-Every process draws the whole batch's randomness and takes its own rows, so neither the number of processes, nor
-accumulation, nor a resume changes what a step sees (the per-step reseed of EDM2's training loop, Karras et al. 2024).
+Every process draws the global batch's randomness and keeps its own rows, so neither the number of processes, nor
+accumulation, nor a resume changes what a step computes (the per-step reseed of EDM2's training loop, Karras et al.
+2024). With workers the batches are gathered ahead, in the background.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are the most evenly spread (Weyl's sequence)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of step `step`'s global batch that one process works on at one time.
+    """The rows of step `step`'s global batch in one pass of one process.
 
-    `ids` are the global batch's sample numbers, `rows` the slice of them that is meant here. Draws are on the CPU,
-    where a generator gives the same numbers on every machine, unless another device is asked for, which has its own.
+    `ids`: sample numbers of the global batch, (B,); `rows`: the slice of them in this pass, b rows. Draws are on the
+    CPU, where a generator gives the same numbers on every machine, unless `device` says otherwise.
 
-    One name, one draw: two generators of one seed are not independent, whatever is drawn from them (torch.randn is
-    Box-Muller of the very bits that torch.rand returns). A name that is drawn twice raises ValueError.
+    One name, one draw: two generators of one seed are not independent, even for different distributions (torch.randn
+    is Box-Muller of the bits that torch.rand returns). Raises ValueError for a name that is drawn twice.
     """
 
     seed: int
@@ -40,11 +46,11 @@ class Batch:
         return self.ids[self.rows]
 
     def normal(self, name: str, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """N(0, 1) for each of the own rows, (b, *shape)."""
+        """N(0, 1) for each row of this pass, (b, *shape)."""
         return torch.randn(len(self.ids), *shape, generator=self._draws(name, device), device=device)[self.rows]
 
     def uniform(self, name: str, *shape: int) -> Tensor:
-        """U[0, 1) for each of the own rows, (b, *shape)."""
+        """U[0, 1) for each row of this pass, (b, *shape)."""
         return self.uniform_all(name, *shape)[self.rows]
 
     def uniform_all(self, name: str, *shape: int) -> Tensor:
@@ -52,7 +58,7 @@ class Batch:
         return torch.rand(len(self.ids), *shape, generator=self._draws(name))
 
     def stratified(self, name: str) -> Tensor:
-        """As `uniform`, (b,), but as evenly spread as can be, over the global batch and over the steps."""
+        """As `uniform`, (b,), but low-discrepancy: evenly spread over the global batch and over the steps."""
         start = torch.rand((), generator=generator(self.seed, 0, f"{name}/start"), dtype=torch.float64)
         return shifted_grid(len(self.ids), float(start) + self.step * _GOLDEN, self._draws(name))[self.rows]
 
@@ -64,7 +70,7 @@ class Batch:
 
 
 def generator(seed: int, step: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator, on the CPU unless told otherwise, that depends on nothing but its arguments."""
+    """A generator seeded by its arguments alone."""
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -73,10 +79,10 @@ def shifted_grid(count: int, offset: float, draws: torch.Generator | None = None
     """(i + offset) / count, i from 0 to count - 1, modulo 1 and in random order: (count,) in [0, 1).
 
     For a uniform `offset` each value alone is uniform: Kingma et al. 2021 ("Variational Diffusion Models"), app. I.1.
-    Offsets that grow by the golden ratio fill [0, 1) evenly, too, however many of them are taken.
+    Offsets that are multiples of the golden ratio fill [0, 1) evenly, however many there are.
     """
     places = torch.randperm(count, generator=draws, dtype=torch.float64)
-    # float32 rounds what is close below 1 up to it
+    # rounding to float32 must not give 1
     return ((places + offset % 1) / count).float().clamp(max=1 - 2**-24)
 
 
@@ -98,3 +104,115 @@ def row_slices(batch_size: int, processes: int, accumulation: int) -> list[list[
     edges = [batch_size * i // (processes * accumulation) for i in range(processes * accumulation + 1)]
     slices = [slice(a, b) for a, b in pairwise(edges)]
     return [slices[m * processes : (m + 1) * processes] for m in range(accumulation)]
+
+
+def seed_network_draws(seed: int, device: torch.device) -> None:
+    """Seed the generators of a network's own draws (dropout). `torch.manual_seed` would visit every device type."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+Pass = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step on one process: the global batch's ids (B,), and for each of its passes the rows and tensors."""
+
+    step: int
+    ids: np.ndarray
+    rows: list[slice]
+    passes: list[Pass]
+
+
+class Steps(Dataset):
+    """Item k is step k's `StepInputs`: a pure function of k, so any worker may gather it at any time."""
+
+    def __init__(self, inputs: Callable[[Batch], Pass], count: int, seed: int, batch_size: int, rows: list[slice]):
+        self.inputs, self.count, self.seed, self.batch_size, self.rows = inputs, count, seed, batch_size, rows
+
+    def __getitem__(self, step: int) -> StepInputs:
+        ids = batch_ids(self.seed, step, self.count, self.batch_size)
+        passes = [self.inputs(Batch(self.seed, step, ids, rows)) for rows in self.rows]
+        return StepInputs(step, ids, self.rows, passes)
+
+
+def iterate(steps: Steps, first: int, last: int, workers: int) -> Iterator[StepInputs]:
+    """Steps first..last - 1 in order; with `workers` processes they are gathered ahead."""
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, last),
+        collate_fn=_identity,
+        num_workers=workers,
+        worker_init_fn=_leave_stopping_to_the_loop,
+        prefetch_factor=2 if workers else None,
+        # a forked worker shares the data's memory; a spawned one would copy all of it
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        # else its draws would advance the global generator
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _identity(item: StepInputs) -> StepInputs:
+    return item
+
+
+def _leave_stopping_to_the_loop(worker: int) -> None:
+    # a scheduler signals all processes of a job at once; a worker ends when its parent does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Rounding(NamedTuple):
+    """What the float format on disk cost an array: the largest absolute error, and both root mean squares."""
+
+    largest: float
+    rms_error: float
+    rms: float
+
+    @property
+    def relative(self) -> float:
+        return self.rms_error / self.rms if self.rms else 0.0
+
+    def __str__(self) -> str:
+        return f"at most {self.largest:.2g}, rms {self.relative:.2g} of the values' rms"
+
+
+class Stored(NamedTuple):
+    """One array of one shard, memory-mapped, and what its float format cost."""
+
+    array: np.ndarray
+    rounding: Rounding | None
+
+
+class Rows:
+    """One cached array, memory-mapped from its shards. `rounding`: measured while encoding; None for whole numbers."""
+
+    def __init__(self, parts: list[Stored]):
+        self.shards, self.rounding = [part.array for part in parts], None
+        self.edges = np.cumsum([0, *map(len, self.shards)])
+        if parts[0].rounding is not None:
+            errors, weights = np.array([part.rounding for part in parts]), np.diff(self.edges) / len(self)
+            self.rounding = Rounding(float(errors[:, 0].max()), *np.sqrt(weights @ errors[:, 1:] ** 2).tolist())
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """(B,) row numbers => (B, ...), copied out. Raises IndexError where one is not in 0..len - 1."""
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise IndexError(f"expected a list of row numbers, got {ids.dtype} of shape {ids.shape}")
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+            raise IndexError(f"row numbers {ids.min()}..{ids.max()}, expected them in 0..{len(self) - 1}")
+        order = np.argsort(ids)  # shard by shard, in the order on disk
+        ordered = ids[order].astype(np.int64)
+        cuts = np.searchsorted(ordered, self.edges)
+        out = np.empty((len(ids), *self.shards[0].shape[1:]), self.shards[0].dtype)
+        for number in np.flatnonzero(np.diff(cuts)):
+            here = slice(cuts[number], cuts[number + 1])
+            out[order[here]] = self.shards[number][ordered[here] - self.edges[number]]
+        return out

@@ -1,42 +1,40 @@
-"""The evaluators in the loop: `python -m eval.serve`, a program of its own, asked every so many steps.
-
-Training and evaluation do not import each other. So the pipeline as it stands is saved, measured over there as any
-other, and the numbers come back.
-"""
+"""The evaluators in the loop: the scores of `python -m eval`, of the pipeline as it is at that step."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import weakref
-from collections.abc import Callable
-from contextlib import suppress
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from pydantic import Field
+from tqdm import tqdm
 
 from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
+from sd_mini.pipelines.text_to_image import Pipeline
 
-ROOT = Path(__file__).parent.parent.parent
+Scores = dict[str, float]
+DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
 
 
 class EvaluateConfig(Config):
-    """The evaluators in the loop, on the first captions of `valid`; of shapes, on what `python -m eval` asks first."""
+    """The evaluators in the loop, on the first captions of `valid`; of shapes, on the first that `python -m eval` has.
+
+    Only the main process evaluates; the others wait.
+    """
 
     every: int | None = Field(None, ge=1)
-    """steps between two evaluations of the pipeline as it stands; null: off"""
+    """steps between two evaluations of the pipeline; null: off"""
     prompts: int = Field(64, ge=2)
-    """pictures made for each"""
+    """pictures an evaluation"""
     batch: int = Field(64, ge=1)
-    """made at a time"""
+    """pictures generated at a time"""
     features: tuple[str, ...] = ("mini",)
     """networks whose features are compared, as `python -m eval --features`"""
     clip: str | None = None
@@ -44,67 +42,99 @@ class EvaluateConfig(Config):
 
 
 class Evaluator:
-    """Scores of a pipeline by the evaluators of `python -m eval`.
+    """Scores of a pipeline, bit for bit those of `python -m eval` of the same pipeline saved to a folder.
 
-    Where they are asked for, the main process starts theirs at once: it opens the data and the networks, so that what
-    is wrong with them is said before the training, in a ValueError of one line. `cache`: where the features of the
-    reference pictures are kept.
+    With `config.every`, the main process opens the data and the networks here, so that what is wrong with them is
+    reported before the first update: raises UserError of one line. `cache`: folder for the features of reference
+    pictures.
     """
 
     def __init__(self, config: EvaluateConfig, data: DataConfig, cache: Path):
-        options = ["--data", data.model_dump_json(), "--cache", str(cache), "--prompts", str(config.prompts)]
-        options += ["--batch", str(config.batch), "--features", *config.features]
-        options += ["--clip", config.clip] if config.clip is not None else []
-        self.command = [sys.executable, "-m", "eval.serve", *options]
-        self.process: subprocess.Popen | None = None
+        self._evaluate: Callable[[Pipeline], Scores] | None = None
         if config.every is not None and PartialState().is_main_process:
-            self.start()
+            with reported_as_evaluation(), untouched_training():
+                self._evaluate = open_evaluators(config, data, cache)
 
-    def start(self) -> None:
-        self.process = self._process()
-        self._answer()
-
-    def scores(self, save: Callable[[str], object]) -> dict[str, float]:
-        """`save` writes the pipeline into a folder. Raises ValueError where it cannot be measured."""
-        if self.process is None:
-            self.start()
-        with tempfile.TemporaryDirectory(prefix="sd-mini-evaluated-") as folder:
-            save(folder)
-            with suppress(BrokenPipeError):  # it has ended, which the missing answer says
-                print(folder, file=self.process.stdin, flush=True)
-            return self._answer()["scores"]
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError(
-                f"evaluate: {' '.join(self.command[1:3])} ended with exit code {self.process.wait()}; see above, mend "
-                "it and run the same command again, or leave evaluate.every out"
-            )
-        answer = json.loads(line)
-        if "error" in answer:
-            raise UserError(f"evaluate: {answer['error']}")
-        return answer
-
-    def _process(self) -> subprocess.Popen:
-        # alone, whatever group of processes this one belongs to, and found from whatever folder this was started in
-        grouped = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        own = {name: value for name, value in os.environ.items() if name not in grouped}
-        own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        own["OMP_NUM_THREADS"] = str(
-            torch.get_num_threads()
-        )  # `accelerate launch` leaves 1 there, whatever this one has
-        process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
-        weakref.finalize(self, _end, process)  # it ends by itself, too, when this process dies
-        return process
+    def scores(self, pipeline: Pipeline) -> Scores:
+        """One number a name. Raises UserError where the pipeline cannot be scored, such as for NaN in its pictures."""
+        assert self._evaluate is not None, "scores are for the main process, and only with evaluate.every"
+        with reported_as_evaluation(), untouched_training():
+            return self._evaluate(pipeline)
 
 
-def _end(process: subprocess.Popen) -> None:
-    with suppress(BrokenPipeError):
-        process.stdin.close()
+def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Callable[[Pipeline], Scores]:
+    """Open the prompts, the reference pictures and the networks => a function from a pipeline to its scores."""
+    # the door from training to eval: a run that does not evaluate imports none of it
+    from eval.features.features import open_all
+    from eval.makers.generate import generate
+    from eval.makers.sources import Ours, Sampling
+    from eval.measure import measure
+    from eval.metrics.clip_score import Clip
+    from eval.metrics.registry import Tools
+    from eval.report.report import check_finite
+
+    device = PartialState().device.type
+    networks = open_all(config.features, device)
+    clip = Clip(config.clip, device) if config.clip is not None else None
+    tools, question = Tools(networks, cache, config.batch, clip), open_prompts(config.prompts, data)
+    (asked,) = question.splits
+
+    def evaluate(pipeline: Pipeline) -> Scores:
+        source = Ours(pipeline)
+        with tqdm(total=len(asked.captions), desc="pictures", delay=2, leave=False) as bar:
+            pictures = generate(source, asked.captions, Sampling(source.steps, source.guidance, config.batch), bar)
+        scores = named_scores(measure(question, {asked.split: pictures}, source, tools).scores)
+        check_finite(scores, "scores")
+        return scores
+
+    return evaluate
+
+
+def open_prompts(count: int, data: DataConfig) -> Any:
+    """The first `count` prompts of `python -m eval` and its reference pictures: an `eval.makers.asked.Question`."""
+    from eval.makers.asked import SHAPES, Asked, Question, ask_captions, ask_shapes
+
+    is_shapes = data.source == SHAPES
+    offline = ask_shapes(count, 0, data.resolution) if is_shapes else ask_captions(data, count)
+    # the first split alone, and without its true pictures: what they score does not depend on the pipeline
+    first = offline.splits[0]
+    asked = Asked(first.split, first.captions, scenes=first.scenes)
+    return Question([asked], offline.reference, True, offline.name, offline.fingerprint)
+
+
+def named_scores(report: Mapping[str, Any]) -> Scores:
+    """The first split's scores of report.json => one number a name."""
+    scores: Scores = {}
+    for composition in list(report.get("composition", {}).values())[:1]:
+        scores |= {"exact": composition["all"]["exact"], "soft": composition["all"]["soft"]}
+    for name, distances in report["distances"].items():
+        scores[name] = distances["fd"]
+        scores |= {f"{name}/{kind}": distances[kind] for kind in DISTANCES if kind in distances}
+    if "clip" in report:
+        scores |= {"clip_score": report["clip"]["x100"]["mean"], "cmmd": report["clip"]["cmmd"]}
+    return scores
+
+
+@contextmanager
+def reported_as_evaluation() -> Iterator[None]:
+    """A user's mistake inside is one line that names the part of the config it comes from."""
     try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:  # a loader's process, forked later, holds the other end of its stdin open
-        process.terminate()
-        process.wait()
-    process.stdout.close()
+        yield
+    except UserError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"evaluate: {reason}; mend it, or leave evaluate.every out") from error
+
+
+@contextmanager
+def untouched_training() -> Iterator[None]:
+    """Leaves every random state, the number of threads and the grad mode of the training as they were."""
+    python_state, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    # of this process's GPU alone: asking the others for their state would open a context on each
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_num_threads(threads)

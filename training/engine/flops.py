@@ -16,43 +16,43 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-_BY_WORD = ("prompt_embeds", "prompt_mask")  # what stage 3 is given a token
+_TOKEN_INPUTS = ("prompt_embeds", "prompt_mask")  # of stage 3, with an axis of tokens
 
 
 def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
     """FLOPs of one forward and backward pass of `objective(**inputs)`: products and convolutions, 2 for each
-    multiply-add. `trained` names the parameters that get a gradient. Prompts count as long as they are on average by
-    their `prompt_mask`: padding need not be computed."""
+    multiply-add. `trained` names the parameters that get a gradient. Prompts count with their average length by
+    `prompt_mask`: padding need not be computed."""
     mask = inputs.get("prompt_mask")
     if mask is None:
         return _of_shapes(objective, trained, inputs)
-    seen = float(mask.sum(1).double().mean())
-    shorter, longer = max(1, math.floor(seen)), max(1, math.ceil(seen))
+    length = float(mask.sum(1).double().mean())
+    shorter, longer = max(1, math.floor(length)), max(1, math.ceil(length))
     below, above = (
-        _of_shapes(objective, trained, {**inputs, **{name: inputs[name][:, :length] for name in _BY_WORD}})
-        for length in (shorter, longer)
+        _of_shapes(objective, trained, {**inputs, **{name: inputs[name][:, :tokens] for name in _TOKEN_INPUTS}})
+        for tokens in (shorter, longer)
     )
-    return round(below + (above - below) * max(0.0, seen - shorter))
+    return round(below + (above - below) * max(0.0, length - shorter))
 
 
 def _of_shapes(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
-    """Fake tensors stand for all of them, so nothing is computed and no memory is taken."""
+    """By fake tensors of the same shapes: nothing is computed and no memory is allocated."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         parts: dict[int, Tensor] = {
             id(p): nn.Parameter(_fake(p), requires_grad=name in trained) for name, p in objective.named_parameters()
         }
         parts |= {id(buffer): _fake(buffer) for buffer in objective.buffers()}
         device = next(objective.parameters()).device  # the inputs may still wait on the CPU
-        own_inputs = {name: _fake(value, device) for name, value in inputs.items()}
-    module = copy.deepcopy(objective, parts)  # which finds each weight copied already
+        fake_inputs = {name: _fake(value, device) for name, value in inputs.items()}
+    module = copy.deepcopy(objective, parts)  # its memo maps each weight to its fake
     with fakes, FlopCounterMode(display=False) as counter:
-        losses, _ = module(**own_inputs)
+        losses, _ = module(**fake_inputs)
         losses.sum().backward()
     return counter.get_total_flops()
 
 
 def _fake(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Where fake tensors are made: one of that shape, memory order and dtype, on `device` or the tensor's own."""
+    """In a FakeTensorMode: a tensor of that shape, memory order and dtype, on `device` or the tensor's device."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 

@@ -22,15 +22,15 @@ from sd_mini.stages.contract import KINDS, read_contract
 from training.distributed.processes import follow_launcher, join_processes, only_writer, wait_for_everyone
 from training.engine.evaluation import EvaluateConfig
 from training.engine.loop import Loop
+from training.engine.metrics import check_trackers
 from training.engine.task import Origin, Task
-from training.engine.watch import check_trackers
 from training.storage import checkpoint
 
 C = TypeVar("C", bound=Config)
-DATA = "data.yaml"  # of a run: the data options that its first stage was launched with
+DATA = "data.yaml"  # in a run: the data options of its first stage
 
-# What may change from one start to the next without making it another training: when it is looked at and saved; how
-# the same sums are computed; where the data and the other stages lie, whose hashes a checkpoint holds.
+# What may change when a training is resumed: intervals of logging and saving; how the same sums are computed; paths of
+# the data and the other stages, whose hashes a checkpoint holds.
 _FREE = {
     *(f"train.{name}" for name in ("log_every", "valid_every", "preview_every", "checkpoint_every")),
     *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
@@ -40,13 +40,13 @@ _FREE = {
     *("data.aliases_column", "valid.aliases_column", "resident", "text_encoder", "autoencoder"),
 }
 
-# what a disk, or its permissions, answers
+# errors of the disk or its permissions
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
 
 @dataclass(frozen=True)
 class Launch(Generic[C]):
-    """A checked command line: the config, where the run and the stage live, where to go on from, who watches."""
+    """A checked command line: the config, the folders of run and stage, the checkpoint to begin from, the trackers."""
 
     config: C
     run: Path
@@ -54,21 +54,21 @@ class Launch(Generic[C]):
     resume: Path | None = None
     log_with: tuple[str, ...] = ()
     begun_from: Path | None = None
-    """what --resume was given, of which `resume` is the checkpoint"""
+    """the path given by --resume; `resume` is the checkpoint in it"""
     data_options: tuple[str, ...] = ()
-    """what the command line says of `data` and `valid`, which the run's other stages take over"""
+    """the command line's options of `data` and `valid`, which the run's other stages inherit"""
 
 
 @dataclass(frozen=True)
 class Program(Generic[C]):
-    """A stage as a program: its config, and how its task is made of a launch."""
+    """A stage as a program: its config, and the function from a launch to its task."""
 
     config: type[C]
     stage: str
     make_task: Callable[[Launch[C]], Task]
 
     def __call__(self, argv: Sequence[str]) -> None:
-        """The whole main: read, check, train, export. Nothing is written before config and data are known good."""
+        """Read, check, train, export. Nothing is written before config and data are checked."""
         started = time.perf_counter()
         launched = parse(self.config, self.stage, argv)
         if launched is None:
@@ -91,7 +91,7 @@ class Program(Generic[C]):
                 launched.folder.mkdir(parents=True, exist_ok=True)
             with only_writer(launched.folder) if processes.is_main_process else nullcontext():
                 if processes.is_main_process:
-                    _remember_data(launched)
+                    _save_data_options(launched)
                     atomic_text(launched.folder / "config.yaml", launched.config.to_yaml())
                 wait_for_everyone()
                 loop.run()
@@ -118,70 +118,69 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
     if steps is not None:
         argv += ["--train.steps", steps]
     data_options = _data_options(argv)
-    is_new = not (Path(run) / stage / "config.yaml").is_file()  # else it goes on with the data it has
-    config = read(cls, config_file, [*(_remembered_data(Path(run), data_options) if is_new else ()), *argv])
+    is_new = not (Path(run) / stage / "config.yaml").is_file()  # else its own config holds the data options
+    config = read(cls, config_file, [*(_inherited_data(Path(run), data_options) if is_new else ()), *argv])
     nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(
             f"--run {run}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}; give another folder"
         )
     folder, begun_from = Path(run) / stage, Path(resume) if resume is not None else None
-    found = _check_resume(config, folder, stage, begun_from) if begun_from is not None else None
+    checkpoint_folder = _check_resume(config, folder, stage, begun_from) if begun_from is not None else None
     trackers = tuple(check_trackers((log_with or "tensorboard").split(",")))
-    return Launch(config, Path(run), folder, found, trackers, begun_from, tuple(data_options))
+    return Launch(config, Path(run), folder, checkpoint_folder, trackers, begun_from, tuple(data_options))
 
 
 def _data_options(argv: Sequence[str]) -> list[str]:
     """Those of `--data.FIELD VALUE` and `--valid.FIELD VALUE` (or with =), as `--NAME=VALUE`."""
-    found = []
+    options = []
     for word, following in pairwise([*argv, ""]):
         if word.startswith(("--data.", "--valid.")):
-            found.append(word if "=" in word else f"{word}={following}")
-    return found
-
-
-def _remembered_data(run: Path, own: Sequence[str]) -> list[str]:
-    """The data options that the run's first stage was launched with, if any; said, as nobody gives them now.
-
-    Those of a part whose source is among `own` are left out: they are of other data.
-    """
-    path = run / DATA
-    others = {option.split(".")[0] for option in own if ".source=" in option}
-    remembered = [f"--{name}={value}" for name, value in read_yaml(path).items()] if path.is_file() else []
-    options = [option for option in remembered if option.split(".")[0] not in others]
-    if options and os.environ.get("RANK", "0") == "0":
-        said = f"{path}: {' '.join(options)}, as the run's first stage was told; options of your own come after these"
-        print(said, file=sys.stderr)
+            options.append(word if "=" in word else f"{word}={following}")
     return options
 
 
-def _remember_data(launched: Launch[C]) -> None:
+def _inherited_data(run: Path, given: Sequence[str]) -> list[str]:
+    """The data options of the run's first stage, if any; printed, as this command line does not have them.
+
+    Those of a part whose source is among the `given` options are left out: they are of other data.
+    """
+    path = run / DATA
+    others = {option.split(".")[0] for option in given if ".source=" in option}
+    inherited = [f"--{name}={value}" for name, value in read_yaml(path).items()] if path.is_file() else []
+    options = [option for option in inherited if option.split(".")[0] not in others]
+    if options and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {' '.join(options)}, from the run's first stage; your options override these", file=sys.stderr)
+    return options
+
+
+def _save_data_options(launched: Launch[C]) -> None:
     is_first = not any((launched.run / kind / "config.yaml").is_file() for kind in KINDS)
     if launched.data_options and is_first:
         pairs = (option.removeprefix("--").split("=", 1) for option in launched.data_options)
         atomic_text(launched.run / DATA, yaml.safe_dump(dict(pairs), sort_keys=False))
 
 
-def _check_resume(config: Config, folder: Path, stage: str, asked: Path) -> Path | None:
-    """The checkpoint asked for, if going on from it loses none and is the same training. Raises ValueError.
+def _check_resume(config: Config, folder: Path, stage: str, path: Path) -> Path | None:
+    """The checkpoint that --resume names. Raises UserError if this folder has another one, or the config differs.
 
-    None where the folder has gone on from there before: then it goes on from its own newest one, so that the same
-    command can be given again.
+    None if this folder began from it already: then its own newest checkpoint is resumed, so that the same command can
+    be rerun.
     """
-    own = checkpoint.newest(folder / "checkpoints")[0]
-    if own is not None and checkpoint.load_state(own).get("begun_from") == str(asked.absolute()):
+    newest = checkpoint.newest(folder / "checkpoints")[0]
+    if newest is not None and checkpoint.load_state(newest).get("begun_from") == str(path.absolute()):
         return None
     try:
-        found = checkpoint.find(asked, stage)
+        start = checkpoint.find(path, stage)
     except ValueError as error:
         raise UserError(f"--resume {error}") from error
-    if own is not None and own.resolve() != found.resolve():
+    if newest is not None and newest.resolve() != start.resolve():
         raise UserError(
-            f"--resume {asked}: {folder} already goes on from {own}; leave --resume out, or give another --run"
+            f"--resume {path}: {folder} already resumes from {newest}; leave --resume out, or give another --run"
         )
-    state = checkpoint.load_state(found)
-    _refuse_change(config, state["config"], state["step"], str(found), "give the config it was trained with")
-    return found
+    state = checkpoint.load_state(start)
+    _refuse_change(config, state["config"], state["step"], str(start), "give the config it was trained with")
+    return start
 
 
 def _check_folder(launched: Launch[C]) -> None:
@@ -207,7 +206,7 @@ def _exported_steps(folder: Path) -> int | None:
 
 
 def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: str, mend: str) -> None:
-    """A training may go on for more steps than was asked for at first, or end earlier, but not before `reached`."""
+    """Raises UserError for changed fields. `train.steps` may change, but not to below `reached`."""
     now = flat(config.model_dump(mode="json"))
     free = _FREE | ({"train.steps"} if now["train.steps"] >= reached else set())
     changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in free)
@@ -220,7 +219,7 @@ def help_text(cls: type[Config], stage: str) -> str:
     """Every field with its type and docstring."""
     lines = [
         f"accelerate launch -m training.{stage} --config FILE --run RUN [--steps N] [--any.field value]",
-        "  --resume PATH: go on from that checkpoint (or the newest in that folder); refused where there is none",
+        "  --resume PATH: begin from that checkpoint (or the newest in that folder); refused where there is none",
         "  --log_with NAME[,NAME]: tensorboard (the default), wandb, trackio, mlflow, ... as Accelerate has them; none",
         "",
         *_field_lines(cls, ""),
@@ -259,10 +258,10 @@ def _take(argv: list[str], name: str) -> str | None:
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
     """Nested values => "outer.inner" => value."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
-    return found
+            flattened[prefix + key] = value
+    return flattened

@@ -1,4 +1,4 @@
-"""Who is trained: a stage brings one player, or two that work against each other, and the loop trains each alike."""
+"""The trainable parties of a stage: one network, or a generator and a discriminator, each with its own optimizer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sd_mini.errors import UserError
-from training.distributed.sharding import own_part, part_like, whole
 from training.optim import optimizer
-from training.optim.ema import PowerEMA, nearest_width
+from training.optim.ema import nearest_width
 from training.optim.optimizer import OptimizerConfig
+from training.optim.update import PowerEMA, full_tensor, local_part, part_like
 from training.storage import checkpoint
 
 
 @dataclass(frozen=True)
 class Player:
-    """What a player minimises, and how it learns.
+    """What is trained by one optimizer, and how.
 
     `objective`: forward(**inputs) => (losses (b,), {name: scalar tensor}). Its parameters are the player's own; another
     player's network is called through `fixed`, so that no gradient reaches it.
@@ -36,7 +36,7 @@ class Player:
 
 
 class Others(list):
-    """Modules that an objective reads and does not train: no part of it, and its copies read the same ones."""
+    """Modules that an objective calls and does not train: no part of its state dict, and not copied with it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Others:
         return self
@@ -44,7 +44,7 @@ class Others(list):
 
 @dataclass(frozen=True)
 class Speed:
-    """How a player's passes are run; none of it changes what is learned but for rounding."""
+    """How a player's passes are run; changes nothing but rounding."""
 
     compile: str | None = None
     gradient_checkpointing: bool = False
@@ -53,19 +53,17 @@ class Speed:
 def fixed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`module(*args, **kwargs)` with a gradient to the arguments but none to the module's own parameters.
 
-    How one player reads another: the generator has to know which way the discriminator's verdict would turn, and must
-    not turn the discriminator itself.
+    The generator's loss needs the discriminator's gradient at its pictures, and must not train the discriminator.
     """
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     return torch.func.functional_call(module, parameters, args, kwargs)
 
 
 class Learner:
-    """A player at work: its module as Accelerate has wrapped it, its optimizer and schedule, its averages.
+    """A player in training: its module as wrapped by Accelerate, its optimizer, schedule and averages.
 
     `prefix` goes before the names of its files and metrics. `shown` is a plain copy that is never trained: it takes the
-    weights that are to be evaluated, shown or exported. Only with `ema_every` are there averages, brought up to date
-    every so many updates.
+    weights to be evaluated, previewed or exported. `ema_every`: updates between two of the averages; None: no averages.
     """
 
     def __init__(
@@ -81,12 +79,12 @@ class Learner:
         self.module = player.objective.to(accelerator.device)
         if accelerator.is_fsdp2:  # which takes no channels_last parameters
             self.module.to(memory_format=torch.contiguous_format)
-        # under FSDP2 it waits on the CPU: no device could be sure to have room for the whole beside its part
+        # under FSDP2 it stays on the CPU: a device may lack room for the full network beside its part
         self.shown = copy.deepcopy(self.module).requires_grad_(False).eval()
         if accelerator.is_fsdp2:
             self.shown.to("cpu")
         _speed_up(self.module, speed)
-        # on a GPU Muon's float32 products are rounded anyhow (TF32)
+        # on a GPU `rounded_products` sets the precision of Muon's products instead (TF32)
         half = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
         raw = optimizer.build(self.module, self.config, half)
         self.schedule = optimizer.build_schedule(raw, self.config, max(1, steps - self.start))
@@ -99,15 +97,15 @@ class Learner:
         self.ema = PowerEMA(list(self.trained.values())) if ema_every is not None else None
 
     def check_untouched(self) -> None:
-        """Between its updates nobody may have left a gradient on a player's parameters."""
+        """Asserts that the passes of other players left no gradient on these parameters."""
         leaked = [name for name, parameter in self.trained.items() if parameter.grad is not None]
         assert not leaked, f"another player's gradient reached {self.prefix}{leaked[0]}; read its network by `fixed`"
 
     def settle_buckets(self, make_pass: Callable[[], object]) -> None:
-        """Let DDP order its gradient buckets, by passes that are thrown away.
+        """Let DDP order its gradient buckets, by passes that are discarded.
 
-        It does so after its first pass, and from three processes on the order decides how sums are rounded: a resumed
-        run's first update would be rounded otherwise than the straight run's.
+        It orders them after its first pass, and with three or more processes the order decides how sums are rounded:
+        without this a resumed run's first update would not equal the uninterrupted run's.
         """
         if not isinstance(self.objective, DistributedDataParallel):
             return
@@ -119,21 +117,23 @@ class Learner:
             buffer.copy_(value)
 
     def exchanging(self, last_pass: bool) -> AbstractContextManager:
-        """Gradients are exchanged between the processes in the last pass of an update only."""
+        """Gradients are all-reduced in the last pass of an update only."""
         return nullcontext() if last_pass else self.accelerator.no_sync(self.objective)
 
     def update(self, step: int) -> Tensor:
-        """One optimizer update, number `step` from 1 on, by the gradients that are there. Their norm, unclipped."""
+        """Optimizer update number `step`, from 1, by the accumulated gradients; their L2 norm before clipping."""
         norm = self._clip()
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+
+        # Power-function averages of the weights (EDM2).
         if self.ema is not None and (step % self.ema_every == 0 or step == self.steps):
             self.average(step)
         return norm
 
     def average(self, step: int) -> None:
-        """Bring the averages up to date, after update number `step`."""
+        """Update the averages with the weights after update number `step`, unless that is done."""
         if self.ema is not None and step > self.averaged_at:
             self.ema.update(list(self.trained.values()), step, self.averaged_at)
             self.averaged_at = step
@@ -141,11 +141,11 @@ class Learner:
     def _clip(self) -> Tensor:
         """Scale the gradients down to `clip_norm` where they are longer; their L2 norm before."""
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
-        # on the CPU the norm is there to be read, and most steps need no scaling; elsewhere reading it would be a wait
+        norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+        # on a CPU reading the norm is free and saves most steps the scaling; a GPU would make the host wait
         if norm.device.type != "cpu" or norm.numpy() > self.config.clip_norm:
             factor = (self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([own_part(g) for g in gradients], factor)
+            torch._foreach_mul_([local_part(g) for g in gradients], factor)
         return norm
 
     @property
@@ -156,18 +156,18 @@ class Learner:
 
     @contextmanager
     def showing(self, width: float | None) -> Iterator[nn.Module]:
-        """The plain copy with the weights of now: the average nearest to `width`, or (none) the trained ones.
+        """`shown` with the current weights: the tracked average nearest to `width`, or (None) the trained ones.
 
-        All processes have to ask, as what FSDP2 has split is gathered.
+        A collective: FSDP2's parts are gathered.
         """
         with torch.no_grad():
             trained = self.module.state_dict()
             for name, kept in self.shown.state_dict().items():
-                kept.copy_(whole(trained[name]))
+                kept.copy_(full_tensor(trained[name]))
             if width is not None and self.ema is not None:
                 copies = dict(self.shown.named_parameters())
                 for name, average in zip(self.trained, self.ema.averages[nearest_width(width)], strict=True):
-                    copies[name].copy_(whole(average))
+                    copies[name].copy_(full_tensor(average))
         if not self.accelerator.is_fsdp2:
             yield self.shown
             return
@@ -177,7 +177,7 @@ class Learner:
             self.shown.to("cpu")
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that has to be kept, whole, by file; on the main process. The others get nothing, and have to ask too."""
+        """What a checkpoint holds, full tensors by file, on the main process; empty on the others. A collective."""
         return {self.prefix + file: gathered(values, self.accelerator) for file, values in self._files().items()}
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
@@ -185,22 +185,22 @@ class Learner:
         return {f"ema-{width}": dict(zip(self.trained, tensors, strict=True)) for width, tensors in averages.items()}
 
     def state(self) -> dict[str, Any]:
-        """How far the schedule is, whose functions the config makes anew, and how old the averages are."""
+        """The schedule's step, and the update of the averages; the schedule itself follows from the config."""
         return {"schedule": {"last_epoch": self.schedule.last_epoch}, "averaged_at": self.averaged_at}
 
     @torch.no_grad()
     def load(self, where: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Take back what `tensors` and `state` gave. Raises ValueError that names a missing file or tensor."""
+        """Restore what `tensors` and `state` returned. Raises UserError that names a missing file or tensor."""
         for file, expected in self._files().items():
-            found = tensors.get(self.prefix + file)
-            if found is None:
+            saved = tensors.get(self.prefix + file)
+            if saved is None:
                 raise UserError(f"{where}: {self.prefix}{file}.safetensors is missing; expected a whole checkpoint")
-            checkpoint.check_keys(f"{where}/{self.prefix}{file}.safetensors", found, expected)
+            checkpoint.check_keys(f"{where}/{self.prefix}{file}.safetensors", saved, expected)
             for name, kept in expected.items():
-                # in place: a moment keeps its parameter's strides, by which fused AdamW walks both
-                own_part(kept).copy_(part_like(found[name].to(kept.device), kept))
+                # in place: fused AdamW needs each moment in its parameter's memory order
+                local_part(kept).copy_(part_like(saved[name].to(kept.device), kept))
         self.averaged_at = state["averaged_at"]
-        # the rates of now, by the config's schedule: it may end at another step than it did
+        # learning rates by this config's schedule, which may end at another step than the checkpoint's
         done, schedule = state["schedule"]["last_epoch"], self.schedule
         rates = [lr * factor(done) for lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule.load_state_dict(schedule.state_dict() | {"last_epoch": done, "_last_lr": rates})
@@ -217,13 +217,13 @@ class Learner:
 
 
 def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """The tensors whole, on the main process, and none on the others. One at a time: only one takes a device's room."""
-    kept = {}
+    """Full tensors on the CPU of the main process, empty on the others. One at a time, to bound the device's memory."""
+    gathered_tensors = {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = full_tensor(tensor.detach())
         if accelerator.is_main_process:
-            kept[name] = full.cpu()
-    return kept
+            gathered_tensors[name] = full.cpu()
+    return gathered_tensors
 
 
 def _speed_up(module: nn.Module, speed: Speed) -> None:

@@ -1,4 +1,8 @@
-"""A pass in parts of its batch, one a core: a step of autograd made of several, whose gradients are added up."""
+"""Data parallelism over the cores of one process: parts of a batch in a thread each, as one step of autograd.
+
+Many short operations use two cores badly: each is over before the second thread has begun. Two halves of the batch, a
+thread each, meet once a pass.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +20,20 @@ Named = dict[str, Tensor]
 
 
 def parts_of(module: nn.Module, rows: int) -> int:
-    """In how many parts a batch of so many rows may go through `module` at the same time and come out as it would in
-    one: 1 unless it lies on the CPU, in float32 and not compiled, and nothing in it draws random numbers or computes
-    its forward pass a second time."""
-    plain = all(
+    """The number of parts that a batch of `rows` may be split into without changing the result of `module`.
+
+    1 unless the weights are plain float32 tensors on the CPU, and nothing in the module is compiled, hooked,
+    checkpointed, random (dropout) or dependent on the whole batch (batch norm).
+    """
+    is_plain = all(
         type(p) in (nn.Parameter, Tensor) and p.device.type == "cpu" and p.dtype == torch.float32
         for p in module.parameters()
     )
-    simple = plain and not torch.is_autocast_enabled("cpu") and not any(map(_is_bound, module.modules()))
-    return max(1, min(cores(), rows)) if simple else 1
+    can_split = is_plain and not torch.is_autocast_enabled("cpu") and not any(map(_needs_whole_batch, module.modules()))
+    return max(1, min(cores(), rows)) if can_split else 1
 
 
-def _is_bound(module: nn.Module) -> bool:
-    """By random numbers, statistics of the batch, hooks or a compiler to see the whole batch at once."""
+def _needs_whole_batch(module: nn.Module) -> bool:
     rates = [value for name, value in vars(module).items() if "drop" in name or name == "p"]
     drops = module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
     drops |= module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -39,47 +44,58 @@ def _is_bound(module: nn.Module) -> bool:
 def side_by_side(
     call: Callable[..., Named], parts: Sequence[Named], common: Named, weights: Sequence[Tensor]
 ) -> list[Named]:
-    """`call(**common, **part)` for each part, in a thread of its own. Gradients go to both, and to `weights`: all that
-    is trained of what `call` reads beside its arguments. One part is a plain call."""
+    """`call(**common, **part)` for each part, each in a thread of its own; a single part is a plain call.
+
+    Gradients reach `parts`, `common` and `weights`: all trained tensors that `call` reads beside its arguments.
+    """
     if len(parts) == 1:
         return [call(**common, **parts[0])]
-    names: list[str] = []
-    of_parts = [value for part in parts for value in part.values()]
-    given = len(parts), list(common), list(parts[0]), names
-    flat = _Parts.apply(call, *given, *common.values(), *of_parts, *weights)
-    count = len(names)
-    return [dict(zip(names, flat[i * count : (i + 1) * count], strict=True)) for i in range(len(parts))]
+    output_names: list[str] = []
+    part_tensors = [value for part in parts for value in part.values()]
+    layout = len(parts), list(common), list(parts[0]), output_names
+    outputs = _Parts.apply(call, *layout, *common.values(), *part_tensors, *weights)
+    n = len(output_names)
+    return [dict(zip(output_names, outputs[i * n : (i + 1) * n], strict=True)) for i in range(len(parts))]
 
 
-_PLAIN = 5  # arguments that are no tensors
+_PLAIN = 5  # leading arguments of `_Parts.forward` that are no tensors
 
 
 class _Parts(torch.autograd.Function):
+    """Tensors: `common`, then the inputs of each part, then the weights. Outputs: those of each part in turn."""
+
     @staticmethod
     def forward(
-        ctx: Any, call: Callable, count: int, common: list[str], own: list[str], names: list[str], *tensors: Tensor
+        ctx: Any,
+        call: Callable,
+        count: int,
+        common: list[str],
+        inputs: list[str],
+        output_names: list[str],
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        needed = ctx.needs_input_grad[_PLAIN:]
-        edges = [len(common) + number * len(own) for number in range(count + 1)]
+        needs_grad = ctx.needs_input_grad[_PLAIN:]
+        edges = [len(common) + number * len(inputs) for number in range(count + 1)]
 
         def run(number: int) -> tuple[list[Tensor], list[int], Named]:
+            """One part, with a graph of its own: its leaves, their indices among `tensors`, its outputs."""
             places = [*range(edges[0]), *range(edges[number], edges[number + 1])]
-            given = [tensors[i].detach().requires_grad_(needed[i]) for i in places]
-            with torch.set_grad_enabled(any(needed)):
-                made = call(**dict(zip([*common, *own], given, strict=True)))
+            arguments = [tensors[i].detach().requires_grad_(needs_grad[i]) for i in places]
+            with torch.set_grad_enabled(any(needs_grad)):
+                outputs = call(**dict(zip([*common, *inputs], arguments, strict=True)))
             weights = range(edges[-1], len(tensors))
-            read = [*zip(places, given, strict=True), *((i, tensors[i]) for i in weights)]
-            wanted = [(i, x) for i, x in read if needed[i]]
-            return [x for _, x in wanted], [i for i, _ in wanted], made
+            read = [*zip(places, arguments, strict=True), *((i, tensors[i]) for i in weights)]
+            leaves = [(i, x) for i, x in read if needs_grad[i]]
+            return [x for _, x in leaves], [i for i, _ in leaves], outputs
 
         runs = shared([partial(run, number) for number in range(count)])
-        names += runs[0][2]
-        ctx.runs = [(wanted, places, [made[name] for name in names]) for wanted, places, made in runs]
+        output_names += runs[0][2]
+        ctx.runs = [(leaves, places, [outputs[name] for name in output_names]) for leaves, places, outputs in runs]
         ctx.set_materialize_grads(False)
-        flat = [x for *_, made in ctx.runs for x in made]
-        outputs = tuple(x.detach() for x in flat)
-        ctx.mark_non_differentiable(*(y for x, y in zip(flat, outputs, strict=True) if not x.requires_grad))
-        return outputs
+        flat = [x for *_, outputs in ctx.runs for x in outputs]
+        detached = tuple(x.detach() for x in flat)
+        ctx.mark_non_differentiable(*(y for x, y in zip(flat, detached, strict=True) if not x.requires_grad))
+        return detached
 
     @staticmethod
     @once_differentiable
@@ -87,23 +103,28 @@ class _Parts(torch.autograd.Function):
         runs, ctx.runs = ctx.runs, None
         if runs is None:
             raise RuntimeError("nothing is kept for a second backward pass through the same forward")
-        count = len(gradients) // len(runs)
+        n = len(gradients) // len(runs)
         calls = [
-            partial(_back, wanted, made, gradients[i * count : (i + 1) * count])
-            for i, (wanted, _, made) in enumerate(runs)
+            partial(_part_gradients, leaves, outputs, gradients[i * n : (i + 1) * n])
+            for i, (leaves, _, outputs) in enumerate(runs)
         ]
         total: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for (_, places, _), found in zip(runs, shared(calls), strict=True):  # always in this order: the same sums
-            for place, gradient in zip(places, found, strict=True):
+        # Sum over the parts, always in this order: the same rounding.
+        for (_, places, _), part_gradients in zip(runs, shared(calls), strict=True):
+            for place, gradient in zip(places, part_gradients, strict=True):
                 before = total[_PLAIN + place]
                 if gradient is not None:
                     total[_PLAIN + place] = gradient if before is None else before + gradient
         return tuple(total)
 
 
-def _back(wanted: list[Tensor], made: list[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _part_gradients(
+    leaves: list[Tensor], outputs: list[Tensor], gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of one part's leaves; None where an output's gradient does not reach."""
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if not reached:
-        return (None,) * len(wanted)
-    outputs, given = [made[i] for i in reached], [gradients[i] for i in reached]
-    return torch.autograd.grad(outputs, wanted, given, allow_unused=True)
+        return (None,) * len(leaves)
+    return torch.autograd.grad(
+        [outputs[i] for i in reached], leaves, [gradients[i] for i in reached], allow_unused=True
+    )

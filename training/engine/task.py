@@ -1,4 +1,4 @@
-"""What a stage brings to the loop, and what the user decides about it."""
+"""The interface between a stage and the loop, and the user's options of the loop."""
 
 from __future__ import annotations
 
@@ -14,49 +14,48 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from sd_mini.errors import UserError
-from training.engine.batches import Batch
+from training.engine.batches import Batch, Pass
 from training.engine.learner import Player
-from training.engine.loader import Pass
 from training.optim.ema import WIDTHS
 from training.optim.optimizer import OptimizerConfig
 
 
 class TrainConfig(OptimizerConfig):
-    """How long, how fast, and how often to look."""
+    """Length, speed, and the intervals of logging, validation, previews and checkpoints."""
 
     steps: int = Field(1000, ge=1)
     """optimizer updates"""
     batch_size: int = Field(64, ge=1)
     """pictures an update, over all processes and accumulation"""
     accumulation: int = Field(1, ge=1)
-    """forward/backward passes that share one update"""
+    """forward/backward passes an update"""
     ema_width: float | None = Field(None, gt=0, le=0.28)
-    """relative width of the weights' power-function average (0.05 to 0.1); what is exported and previewed; null: off"""
+    """relative width of the weights' power-function average (0.05 to 0.1); exported and previewed; null: off"""
     ema_every: int = Field(1, ge=1)
-    """updates between two of the averages; a few more cost less time and change next to nothing"""
+    """updates between two updates of the averages; a few more cost less time and change next to nothing"""
     ema_snapshots: int = Field(8, ge=0)
-    """snapshots of the averages over the training, from which any other width can be made when it has ended"""
+    """snapshots of the averages over the training, from which any other width can be computed afterwards"""
     mixed_precision: Literal["no", "bf16", "auto"] | None = None
-    """precision of the passes, over float32 weights; auto: bf16 where the device multiplies in it; null: what
-    `accelerate launch` says"""
+    """precision of the passes, over float32 weights; auto: bf16 where the device multiplies in it; null: that of
+    `accelerate launch`"""
     compile: str | None = None
     """torch.compile backend for the networks' repeated blocks ("inductor"); null: off"""
     gradient_checkpointing: bool = False
-    """compute the blocks' states again in the backward pass instead of keeping them: less memory, more time"""
+    """recompute the blocks' activations in the backward pass: less memory, more time"""
     workers: int = Field(0, ge=0)
-    """processes that make batches ahead"""
+    """processes that gather batches ahead"""
     seed: int = 0
     log_every: int = Field(20, ge=1)
     valid_every: int = Field(500, ge=1)
-    """steps between two looks at the held-out set"""
+    """steps between two validations on the held-out set"""
     preview_every: int = Field(250, ge=1)
     checkpoint_every: int = Field(250, ge=1)
     keep_last: int = Field(2, ge=1)
-    """newest checkpoints that stay on disk"""
+    """newest checkpoints kept"""
     keep_every: int | None = Field(None, ge=1)
-    """checkpoints of steps that this divides stay for good"""
+    """checkpoints of its multiples are kept for good"""
     trace: bool = False
-    """write the ids and a hash of every input row of every step, to compare two runs by"""
+    """write the ids and a hash of every input row of every step, to compare two runs"""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -73,7 +72,7 @@ class TrainConfig(OptimizerConfig):
         return self
 
     def check(self, processes: int) -> None:
-        """Raises ValueError where the batch cannot be shared out over the passes and processes."""
+        """Raises UserError for a batch of fewer samples than passes times processes."""
         if self.accumulation * processes > self.batch_size:
             raise UserError(
                 f"train.batch_size {self.batch_size}: expected at least one for each of {self.accumulation} passes on "
@@ -82,31 +81,31 @@ class TrainConfig(OptimizerConfig):
 
 
 class Task(Protocol):
-    """What a stage brings to the loop."""
+    """A stage, as the loop uses it."""
 
     players: dict[str, Player]
-    """who is trained, in the order of their updates; the first is evaluated, shown and exported"""
+    """in the order of their updates; the first is validated, previewed, evaluated and exported"""
     count: int
     """training samples"""
     valid_count: int
     """held-out samples"""
     identity: dict[str, str]
-    """hashes of what it is trained on; a checkpoint of anything else is refused"""
-    measure_every: int | None
-    """steps between two calls of `measure`; none: never"""
+    """hashes of the data and the other stages; a checkpoint with others is refused"""
+    evaluate_every: int | None
+    """steps between two calls of `evaluate`; none: never"""
 
     def inputs(self, batch: Batch) -> Pass:
-        """The tensors of a batch's own rows, on the CPU; what every player's `objective` is called with."""
+        """The keyword arguments of every player's `objective` for a pass of b rows, on the CPU."""
         ...
 
     def validate(self, objective: nn.Module, rows: slice) -> dict[str, np.ndarray]:
-        """Scores of those held-out samples, (n,) each, by name: always of the same draws, whatever the step."""
+        """Scores of those held-out samples, (n,) each, by name, with the same draws at every step."""
         ...
 
     def preview(self, objective: nn.Module) -> Image.Image: ...
 
-    def measure(self, objective: nn.Module) -> dict[str, float]:
-        """What the evaluators say of the pipeline as it stands, by name."""
+    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+        """The evaluators' scores of the pipeline as it stands, by name; called on the main process alone."""
         ...
 
     def export(self, objective: nn.Module, folder: Path, record: dict[str, Any]) -> None: ...
@@ -114,8 +113,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a training begins: `started` by `time.perf_counter`, its whole config, and the checkpoint it goes on from
-    when it has none of its own; `begun_from` is how that one was asked for."""
+    """Where a training begins: its start by `time.perf_counter`, its flat config, and the checkpoint to begin from if
+    its folder has none; `begun_from` is the path given by --resume."""
 
     started: float
     config: dict[str, Any]
@@ -124,14 +123,14 @@ class Origin:
 
 
 def mean_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Scores a sample => their means, rounded once: the order of the samples, or of the processes, does not matter."""
+    """Scores a sample => their means, rounded once, so the order of samples and processes does not matter."""
     return {name: math.fsum(values) / len(values) for name, values in scores.items()}
 
 
 def export_record(
     objective: nn.Module, seconds: float, steps: int, scores: dict[str, float], ema_width: float | None
 ) -> dict[str, Any]:
-    """What an exported stage says of its training, whoever exports it."""
+    """The part of an exported stage's contract that describes its training."""
     return {
         "seconds": round(seconds, 1),
         "steps": steps,

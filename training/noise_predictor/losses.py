@@ -1,4 +1,4 @@
-"""Stage 3's loss: noise in, the network's answer against its target, and what may be added to that."""
+"""Stage 3's loss: the squared error of the prediction, its weights, and the terms that may be added."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from sd_mini import diffusion, noise_predictor
 from sd_mini.cpu.fused import states_of
-from sd_mini.diffusion.process import Process, TimeConfig
+from sd_mini.diffusion.objective import Process, TimeConfig
 from sd_mini.errors import UserError
 from training.noise_predictor.representation import Alignment, RepaConfig, layers_of
 
 
 class ObjectiveConfig(TimeConfig):
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    """share of samples trained on the null condition"""
+    """fraction of samples trained on the null condition"""
     direction: float = Field(0.0, ge=0)
     """weight of 1 - the cosine between the velocity and its target, beside their squared distance"""
     noise_draws: int = Field(1, ge=1)
-    """draws of noise a sample, of which the nearest to its latents is taken (immiscible diffusion)"""
+    """draws of noise a sample, of which the nearest to its latents is used (immiscible diffusion)"""
     repa: RepaConfig = RepaConfig()
 
     @model_validator(mode="after")
@@ -38,8 +38,8 @@ class ObjectiveConfig(TimeConfig):
         return Process(kind=self.kind, schedule=self.schedule, zero_snr=self.zero_snr)
 
 
-class Objective(nn.Module):
-    """The network and how wrong it is. `alignment`: the REPA term's projection, trained with the network."""
+class PredictorObjective(nn.Module):
+    """The network with its loss. `alignment`: the REPA term's projection, trained with the network."""
 
     def __init__(self, network: nn.Module, config: ObjectiveConfig, alignment: Alignment | None = None):
         super().__init__()
@@ -55,21 +55,27 @@ class Objective(nn.Module):
         features: Tensor | None = None,
         feature_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """=> losses (b,), and the parts of a sum where it is one: the squared error alone, and each term."""
+        """=> losses (b,), and means to log: beside weights or further terms the squared error, and each term."""
         config, hidden = self.config, None
-        given = (latents, noise, timesteps, prompt_embeds, prompt_mask)
+
+        # Add noise, call the network; with REPA also read the hidden states of one block.
+        inputs = (latents, noise, timesteps, prompt_embeds, prompt_mask)
         if self.alignment is not None:
-            with states_of(self.network, layers_of(self.network)[self.alignment.number]) as found:
-                answer, target = answer_and_target(self.network, config, *given)
-            hidden = found[-1]
+            with states_of(self.network, layers_of(self.network)[self.alignment.number]) as states:
+                answer, target = answer_and_target(self.network, config, *inputs)
+            hidden = states[-1]
         else:
-            answer, target = answer_and_target(self.network, config, *given)
+            answer, target = answer_and_target(self.network, config, *inputs)
+
+        # Squared error, weighted by timestep.
         errors = (answer - target).square().mean((1, 2, 3))
         losses, weights, metrics = errors, config.weights(timesteps), {}
         if weights is not None:
             losses = weights * errors
         if config.weighting == "log":
             losses = log_losses(errors)
+
+        # Further terms: the velocity's direction (FasterDiT), alignment of hidden states (REPA).
         if config.direction:
             direction = diffusion.direction_losses(answer, target)
             losses, metrics["direction"] = losses + config.direction * direction, direction.mean()
@@ -82,9 +88,8 @@ class Objective(nn.Module):
 
 
 def log_losses(errors: Tensor) -> Tensor:
-    """Mean squared errors (B,) => their logarithms: what is left of the likelihood of a Gaussian whose variance is not
-    known (Kendall et al. 2018, eq. 5) once each sample is given its best. Karras et al. 2024 (EDM2) learn one for each
-    noise level."""
+    """Mean squared errors (B,) => their logarithms: the negative log-likelihood of a Gaussian (Kendall et al. 2018, eq.
+    5) with the best variance for each sample. Karras et al. 2024 (EDM2) learn one for each noise level."""
     return errors.clamp(min=torch.finfo(errors.dtype).tiny).log()
 
 
@@ -97,7 +102,7 @@ def answer_and_target(
     prompt_embeds: Tensor,
     prompt_mask: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(B, C, h, w) each, in the units of what `process` predicts; of flow_x the velocity."""
+    """(answer, target), (B, C, h, w) each: what `process` predicts; of flow_x the velocity."""
     noised = process.noised(latents, noise, timesteps)
     predicted = noise_predictor.predict(network, noised, process.scaled(timesteps), prompt_embeds, prompt_mask)
     answer = process.answer(predicted, noised, timesteps)

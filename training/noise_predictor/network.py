@@ -1,4 +1,4 @@
-"""Which network stage 3 trains: from a preset or its fields, from an existing one, whole or by LoRA."""
+"""Stage 3's network: built from a preset or its fields, or pretrained and trained in full or by LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from sd_mini import noise_predictor
 from sd_mini.config import Config
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
 from sd_mini.noise_predictor import lora
 from sd_mini.noise_predictor.loading import check_process, load_network
@@ -21,7 +21,7 @@ from sd_mini.noise_predictor.lora import LoraConfig
 from sd_mini.noise_predictor.presets import preset
 from training.engine.flops import count_flops
 from training.engine.task import TrainConfig
-from training.noise_predictor.losses import Objective
+from training.noise_predictor.losses import PredictorObjective
 from training.optim.optimizer import block_matrices
 
 
@@ -34,7 +34,7 @@ class NetworkConfig(Config):
     network: dict[str, Any] = Field(default_factory=dict)
     """fields of that class, over those of the preset; those that the other stages decide are left out"""
     pretrained: str | None = None
-    """a network to go on from, instead of all these: its diffusers folder, a pipeline's, or a hub name"""
+    """a network to start from, instead of all these: its diffusers folder, a pipeline's, or a hub name"""
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
@@ -63,8 +63,8 @@ def _default(field: str) -> Any:
 def make_network(
     config: NetworkConfig, latent_shape: tuple[int, int, int], dim: int, process: Process | None = None
 ) -> ModelMixin:
-    """Raises ValueError, one line, for a network that cannot be had, does not fit the two other stages, or was trained
-    for another `process`."""
+    """Raises UserError for a network that cannot be loaded, does not fit the two other stages, or was trained for
+    another `process`."""
     if config.pretrained is not None:
         if process is not None:
             check_process(config.pretrained, process)
@@ -102,12 +102,15 @@ def token_grid(network: ModelMixin, latent_shape: tuple[int, int, int]) -> tuple
 
 
 def description(
-    objective: Objective, latent_shape: tuple[int, int, int], conditioning: tuple[int, int], config: TrainConfig
+    objective: PredictorObjective,
+    latent_shape: tuple[int, int, int],
+    conditioning: tuple[int, int],
+    config: TrainConfig,
 ) -> str:
-    """One line of what a training will take, before it begins: parameters, tokens, FLOPs a picture, memory.
+    """One line on the cost of a training before it begins: parameters, tokens, FLOPs a picture, memory.
 
-    The FLOPs are those of one picture's forward and backward pass. The memory is that of what lasts, in float32:
-    weights, gradients, moments (AdamW two, Muon one), averages; activations come on top.
+    FLOPs are of one picture's forward and backward pass. Memory is of weights, gradients, moments (AdamW two, Muon one)
+    and averages in float32, without activations.
     """
     network, (length, dim) = objective.network, conditioning
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -128,16 +131,16 @@ def description(
     averages = 2 if config.ema_width is not None else 0
     floats = sum(counts) + learnt * (3 + averages) - by_muon
     rows, columns = _tokens(network, latent_shape)
-    share = "" if learnt == sum(counts) else f" ({_short(learnt)} trained)"
+    trainable = "" if learnt == sum(counts) else f" ({_short(learnt)} trained)"
     return (
-        f"{type(network).__name__}: {_short(sum(counts))} parameters{share}, {rows * columns} picture tokens and "
+        f"{type(network).__name__}: {_short(sum(counts))} parameters{trainable}, {rows * columns} picture tokens and "
         f"{length} of the prompt, {_short(flops)}FLOPs a picture and update, {_short(4 * floats)}B of memory before "
         "activations"
     )
 
 
 def _tokens(network: nn.Module, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Of a UNet every cell of its first level, which is where most of its work is."""
+    """(rows, columns) of picture tokens; of a UNet the cells of its first level, where most of its work is."""
     patch = getattr(network.config, "patch_size", 1)
     return latent_shape[1] // patch, latent_shape[2] // patch
 

@@ -28,21 +28,21 @@ OWN = "text_encoder"
 
 class RepaConfig(Config):
     weight: float = Field(0.0, ge=0)
-    """of 1 - the cosine between projected hidden states and the teacher's features, a patch each; 0: off"""
+    """weight of 1 - the cosine between projected hidden states and the teacher's features, by patch; 0: off"""
     teacher: str = OWN
     """transformers:FOLDER or a hub name, timm:MODEL[=FILE], open_clip:ARCHITECTURE=FILE; or text_encoder, the picture
     tower of stage 1"""
     depth: float = Field(1 / 3, gt=0, le=1)
-    """how deep in the network its states are read: the share of blocks before"""
+    """depth at which hidden states are read, as a fraction of the blocks"""
     until: float = Field(1.0, gt=0, le=1)
-    """share of the training after which the term's weight is 0"""
+    """fraction of the training after which the term's weight is 0"""
     spatial: bool = True
     """iREPA: a 3 x 3 convolution as projection, teacher features normalised over each picture; else REPA's three-layer
     MLP"""
 
 
 def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
-    """Raises ValueError, one line, for a teacher that cannot be had."""
+    """Raises UserError for a teacher that cannot be loaded."""
     if config.teacher != OWN:
         return load_tower(config.teacher)
     if "matcher" not in text.parts:
@@ -58,9 +58,11 @@ def features(
     tower.module.to(device)
 
     def encode(rows: slice) -> dict[str, np.ndarray]:
-        found = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
-        shrinks = found.shape[-2] >= grid[0]
-        resized = adaptive_avg_pool2d(found, grid) if shrinks else interpolate(found, grid, mode="bilinear")
+        grid_features = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
+        shrinks = grid_features.shape[-2] >= grid[0]
+        resized = (
+            adaptive_avg_pool2d(grid_features, grid) if shrinks else interpolate(grid_features, grid, mode="bilinear")
+        )
         return {"features": resized.float().contiguous().cpu().numpy()}
 
     key = {"tower": model_hash(tower.module), "data": pictures.pictures_fingerprint, "grid": list(grid)}
@@ -98,8 +100,8 @@ class Alignment(nn.Module):
 def layers_of(network: nn.Module) -> list[nn.Module]:
     """The blocks whose outputs are hidden states: a transformer's, or a UNet's middle. ValueError for neither."""
     for name in ("blocks", "transformer_blocks"):
-        if isinstance(found := getattr(network, name, None), nn.ModuleList):
-            return list(found)
+        if isinstance(blocks := getattr(network, name, None), nn.ModuleList):
+            return list(blocks)
     middle = getattr(network, "mid_block", None)
     if middle is None:
         raise UserError(f"repa: {type(network).__name__} has no blocks to read hidden states from; leave repa out")

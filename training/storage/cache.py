@@ -1,10 +1,10 @@
-"""What stages 1 and 2 make of the data, encoded once: arrays in shards on disk, memory-mapped when read.
+"""Caches of encoded data: arrays in shards on disk, written once, memory-mapped when read.
 
-HOME, a cache's folder, is named by a hash of all that decides its content (the stage, the data, the number format), so
-an edited picture or another autoencoder gets another cache; HOME/key.json says what was hashed. HOME/00003/ is a shard:
-NAME.npy for each array, and manifest.json with their SHA-256. A shard appears whole or not at all, and is checked each
-time the cache is opened: what is missing or damaged is encoded again, the rest is kept. Of several trainings that begin
-at once one writes, and the others wait for it.
+HOME, a cache's folder, is named by a hash of all that its content depends on (the stage, the data, the number format),
+so an edited picture or another autoencoder gets another cache; HOME/key.json holds what was hashed. HOME/00003/ is a
+shard: NAME.npy for each array, and manifest.json with their SHA-256. Shards are written atomically and checked each
+time the cache is opened: missing and damaged ones are encoded again. Of several trainings that begin at once one
+writes, and the others wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import chain, groupby
 from math import ceil, sqrt
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from accelerate import PartialState
@@ -31,67 +31,16 @@ from sd_mini.config import check_choice
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, combined_hash, file_hash
 from training.distributed.processes import only_writer, wait_for_everyone
+from training.engine.batches import Rounding, Rows, Stored
 
 MIN_SHARD_ROWS = 4096
-MAX_SHARDS = 32  # a random batch visits them all, and each costs it some microseconds
-LARGEST_RELATIVE_ERROR = 1e-3  # rounding alone gives 2e-4; above it are values too small for float16
-VERSION = 2  # part of every key: raise it when what is encoded, or how it lies in the shards, changes
+MAX_SHARDS = 32  # a random batch reads from all of them, at some microseconds each
+LARGEST_RELATIVE_ERROR = 1e-3  # float16 rounding gives 2e-4; more means values too small for it
+VERSION = 2  # part of every key: raise it when the encoding or the shards' format changes
 MANIFEST = "manifest.json"
 
 Arrays = dict[str, np.ndarray]
 Shards = dict[Path, range]  # folder => the rows that it holds, in order
-
-
-class Rounding(NamedTuple):
-    """What the float format on disk cost an array: the largest absolute error, and both root mean squares."""
-
-    largest: float
-    rms_error: float
-    rms: float
-
-    @property
-    def relative(self) -> float:
-        return self.rms_error / self.rms if self.rms else 0.0
-
-    def __str__(self) -> str:
-        return f"at most {self.largest:.2g}, rms {self.relative:.2g} of the values' rms"
-
-
-class Stored(NamedTuple):
-    """One array of one shard, memory-mapped, and what its float format cost."""
-
-    array: np.ndarray
-    rounding: Rounding | None
-
-
-class Rows:
-    """One array, memory-mapped from its shards. `rounding` was measured while encoding; None if it holds no floats."""
-
-    def __init__(self, parts: list[Stored]):
-        self.shards, self.rounding = [part.array for part in parts], None
-        self.edges = np.cumsum([0, *map(len, self.shards)])
-        if parts[0].rounding is not None:
-            errors, weights = np.array([part.rounding for part in parts]), np.diff(self.edges) / len(self)
-            self.rounding = Rounding(float(errors[:, 0].max()), *np.sqrt(weights @ errors[:, 1:] ** 2).tolist())
-
-    def __len__(self) -> int:
-        return int(self.edges[-1])
-
-    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        """(B,) row numbers => (B, ...), copied out. Raises IndexError where one is not in 0..len - 1."""
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise IndexError(f"expected a list of row numbers, got {ids.dtype} of shape {ids.shape}")
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"row numbers {ids.min()}..{ids.max()}, expected them in 0..{len(self) - 1}")
-        order = np.argsort(ids)  # each shard's rows together, and in the order in which they lie on the disk
-        ordered = ids[order].astype(np.int64)
-        cuts = np.searchsorted(ordered, self.edges)
-        out = np.empty((len(ids), *self.shards[0].shape[1:]), self.shards[0].dtype)
-        for number in np.flatnonzero(np.diff(cuts)):
-            here = slice(cuts[number], cuts[number + 1])
-            out[order[here]] = self.shards[number][ordered[here] - self.edges[number]]
-        return out
 
 
 def encode(
@@ -103,64 +52,68 @@ def encode(
     dtype: str = "float16",
     chunk: int = 256,
 ) -> dict[str, Rows]:
-    """Rows 0..count of each array that `encode_rows(slice)` makes, from `folder/HASH_OF_KEY`, encoded where missing.
+    """Rows 0..count of each array of `encode_rows(slice)`, from `folder/HASH_OF_KEY`; missing ones are encoded.
 
-    `encode_rows` gives float32 arrays, which are kept as `dtype` ("float16" or "float32"), or bools or whole numbers,
-    kept as they are. `chunk` rows are asked for and written at a time: two such pieces are the most there is in memory.
-    `key` is all that decides the rows; `dtype` and VERSION are added to it.
-    Several processes share the missing shards out, and each then opens all; every one has to make the same calls.
-    Raises ValueError, one line, where a value is not finite or does not fit `dtype`, and where the disk is too small.
+    `encode_rows` returns float32 arrays, stored as `dtype` ("float16" or "float32"), or bools or whole numbers, stored
+    as they are. `chunk` rows are encoded and written at a time; at most two chunks are in memory. `key`: all that the
+    rows depend on; `dtype` and VERSION are added.
+    A collective: each process encodes a part of the missing shards and opens all. Raises UserError for a value that is
+    not finite or does not fit `dtype`, and for a disk without enough space.
     """
     check_choice("cache_dtype", dtype, ("float16", "float32"))
     assert count > 0
     key = {**key, "dtype": dtype, "version": VERSION}
     home, processes = folder / combined_hash(key)[:24], PartialState()
-    loud = processes.is_main_process
+    is_main = processes.is_main_process
     step = max(MIN_SHARD_ROWS, ceil(count / MAX_SHARDS))
     shards = {home / f"{i:05d}": range(a, min(a + step, count)) for i, a in enumerate(range(0, count, step))}
     missing = _missing(shards, title)
-    own = dict(list(missing.items())[processes.process_index :: processes.num_processes])
-    done: set[Path] = set()  # by another training meanwhile
-    undone = ((path, rows) for path, rows in own.items() if path not in done)
+    local = dict(list(missing.items())[processes.process_index :: processes.num_processes])
+    done: set[Path] = set()  # written by another training meanwhile
+    undone = ((path, rows) for path, rows in local.items() if path not in done)
     work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in undone for a in r[::chunk])
-    first = next(work, None)  # encoded before anything is written: it tells how much room a row takes
+
+    # Encode the first chunk before anything is written: it tells the size of a row.
+    first = next(work, None)
     if first is not None:
-        say(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
-    wait_for_everyone()  # nobody writes before everyone knows what is missing, and that it fits
-    with _alone(home, key) if missing and loud else nullcontext():
+        message(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
+
+    # Write, once every process knows what is missing and that it fits.
+    wait_for_everyone()
+    with _alone(home, key) if missing and is_main else nullcontext():
         wait_for_everyone()
         if first is not None:
-            done |= {path for path, rows in own.items() if path.exists() and not _complaint(path, rows)}
-            total = sum(len(rows) for path, rows in own.items() if path not in done)
-            with tqdm(total=total, desc=title, unit="row", disable=not loud, mininterval=1) as bar:
+            done |= {path for path, rows in local.items() if path.exists() and not _complaint(path, rows)}
+            total = sum(len(rows) for path, rows in local.items() if path not in done)
+            with tqdm(total=total, desc=title, unit="row", disable=not is_main, mininterval=1) as bar:
                 for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
                     if path not in done:
                         _write_shard(path, shards[path], pieces, title, dtype, bar)
         wait_for_everyone()
     opened = _open(shards)
     if missing:
-        said = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
-        say(f"{title}: {dtype} error of {said}" if said else f"{title}: kept exactly")
+        errors = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
+        message(f"{title}: {dtype} error of {errors}" if errors else f"{title}: stored exactly")
     return opened
 
 
 @contextmanager
 def _alone(home: Path, key: dict[str, object]) -> Iterator[None]:
-    """Hold the folder against other trainings, which wait, and write down whose rows it has."""
+    """Lock the folder, for which other trainings wait, and write its key."""
     home.mkdir(parents=True, exist_ok=True)
     with only_writer(home, wait=True):
-        # cut short, it is written again, as then shards are missing too
+        # if interrupted it is written again, as shards are missing then too
         (home / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield
 
 
-def say(line: str) -> None:
+def message(line: str) -> None:
     if PartialState().is_main_process:
         tqdm.write(line, file=sys.stderr)
 
 
 def _missing(shards: Shards, title: str) -> Shards:
-    """The shards that are not there, or not as they were written; the latter are named on stderr."""
+    """The shards that are missing or damaged; damaged ones are named on stderr."""
     there = [path for path in shards if path.exists()]
     bar = {"desc": f"checking {title}", "unit": "shard", "delay": 2, "disable": not PartialState().is_main_process}
     with ThreadPoolExecutor() as pool:  # hashing frees the GIL
@@ -168,12 +121,12 @@ def _missing(shards: Shards, title: str) -> Shards:
         complaints = dict(zip(there, checks, strict=True))
     for path, complaint in complaints.items():
         if complaint:
-            say(f"{title}: {path} is encoded again: {complaint}")
+            message(f"{title}: {path} is encoded again: {complaint}")
     return {path: rows for path, rows in shards.items() if complaints.get(path, "not there")}
 
 
 def _complaint(shard: Path, rows: range) -> str:
-    """What is wrong with a shard on disk; empty where each file is, byte for byte, the one that was written."""
+    """What is wrong with a shard on disk; empty if every file has the SHA-256 of its manifest."""
     try:
         _read_shard(shard, rows, hashed=True)
         return ""
@@ -189,9 +142,9 @@ def _read_shard(shard: Path, rows: range, hashed: bool) -> dict[str, Stored]:
     read = {}
     try:
         files = json.loads((shard / MANIFEST).read_text(encoding="utf-8"))["files"]
-        found = {path.name for path in shard.glob("*.npy")}  # what a file manager leaves beside them does no harm
-        if not files or found != files.keys():
-            raise UserError(f"the files are {sorted(found)}, expected {sorted(files)}")
+        names = {path.name for path in shard.glob("*.npy")}  # other files, as of a file manager, do no harm
+        if not files or names != files.keys():
+            raise UserError(f"the files are {sorted(names)}, expected {sorted(files)}")
         for name, entry in files.items():
             if (size := (shard / name).stat().st_size) != entry["bytes"]:
                 raise UserError(f"{name} has {size} bytes, expected {entry['bytes']}")
@@ -209,7 +162,7 @@ def _read_shard(shard: Path, rows: range, hashed: bool) -> dict[str, Stored]:
 
 
 def _room(home: Path, rows: int, count: int, first: Arrays, title: str, dtype: str) -> str:
-    """The line that announces what will be written. Raises ValueError where the disk has no room for it."""
+    """The line that announces what will be written. Raises UserError for a disk without the space."""
     row_bytes = sum(_stored_dtype(x, dtype).itemsize * x[0].size for x in first.values())
     nearest = next(path for path in (home, *home.absolute().parents) if path.exists())
     needed, free = rows * row_bytes, shutil.disk_usage(nearest).free
@@ -242,7 +195,7 @@ def _write_shard(
 
 
 class _Column:
-    """One array of a shard on its way to its .npy file: the header, then piece after piece, hashed as they pass."""
+    """Writes one array of a shard to its .npy file: the header, then piece by piece, hashed meanwhile."""
 
     def __init__(self, file: BinaryIO, like: np.ndarray, rows: range, dtype: str, title: str):
         self.file, self.rows, self.title, self.floating = file, rows, title, like.dtype.kind == "f"
@@ -259,7 +212,7 @@ class _Column:
             self._check(values, start)
         stored = np.ascontiguousarray(values, self.dtype)
         if self.floating:
-            error = values - stored  # exact: float32 has room for the digits that float16 dropped
+            error = values - stored  # exact: float32 holds the bits that float16 dropped
             self.largest = max(self.largest, float(np.abs(error).max()))
             self.squares += _sum_of_squares(values)
             self.error_squares += _sum_of_squares(error)
@@ -282,7 +235,7 @@ class _Column:
         raise UserError(f"{self.title} is {what}: rows {numbers[0]}..{numbers[-1]}; expected {mend}")
 
     def entry(self) -> dict[str, Any]:
-        """The file's entry in the manifest, once all rows are written. Raises ValueError if too much was lost."""
+        """The file's entry in the manifest, after all rows. Raises UserError for too large a rounding error."""
         size = int(np.prod(self.shape))
         rounding = Rounding(self.largest, sqrt(self.error_squares / size), sqrt(self.squares / size))
         if rounding.relative > LARGEST_RELATIVE_ERROR:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: safetensors and JSON in a folder, a manifest of SHA-256 written last.
+"""Atomic checkpoints: safetensors and JSON in a folder, with a manifest of SHA-256 written last.
 
 Nothing here can execute code when it is loaded.
 """
@@ -36,14 +36,14 @@ def save(
 ) -> Path:
     """Write `root/step-NNNNNNNN`: a safetensors file for each entry of `tensors`, and `state` as JSON.
 
-    Only when it is complete on disk are older ones pruned, but for the newest `keep_last` (none: all stay) and those
-    whose step `keep_every` divides. Raises ValueError, one line, with nothing changed, where a tensor is not finite or
-    the disk does not take it.
+    Only when it is complete on disk are older ones pruned, but for the newest `keep_last` (None: all are kept) and
+    multiples of `keep_every`. Raises UserError, with nothing changed, for a tensor that is not finite and for an error
+    of the disk.
     """
     folder = root / f"step-{step:08d}"
     _check_finite(tensors, step)
     try:
-        for partial in root.glob(".step-*.partial"):  # what killed saves have left
+        for partial in root.glob(".step-*.partial"):  # of interrupted saves
             shutil.rmtree(partial)
         with atomic_folder(folder) as partial:
             files = _write(partial, tensors, state)
@@ -77,14 +77,14 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 def find(path: Path, stage: str) -> Path:
     """A checkpoint's folder, or one that holds `checkpoints/` of a stage or of a run => the newest valid one there.
 
-    Raises ValueError where there is none, or what is there is no training's checkpoint.
+    Raises UserError if there is none, or only a snapshot.
     """
     roots = (path, path / "checkpoints", path / stage / "checkpoints")
     if _NAME.fullmatch(path.name):
         complaint = damage(path) if path.is_dir() else "no such folder"
         folder, complaints = (path, []) if complaint is None else (None, [complaint])
     else:
-        folder, complaints = next((found for found in map(newest, roots) if any(found)), (None, []))
+        folder, complaints = next((result for result in map(newest, roots) if any(result)), (None, []))
     if folder is None and complaints:
         raise UserError(f"{path}: expected a whole checkpoint, but {complaints[0]}; give another one")
     if folder is None:
@@ -101,13 +101,13 @@ def named(folder: Path, step: int) -> Path:
 
 def every(root: Path) -> tuple[list[Path], list[str]]:
     """(all valid ones, oldest first; what is wrong with each of the others)."""
-    found = {folder: damage(folder) for folder in _folders(root)}
-    valid = [folder for folder, complaint in found.items() if complaint is None]
-    return valid, [f"{folder}: {complaint}" for folder, complaint in found.items() if complaint is not None]
+    complaints = {folder: damage(folder) for folder in _folders(root)}
+    valid = [folder for folder, complaint in complaints.items() if complaint is None]
+    return valid, [f"{folder}: {complaint}" for folder, complaint in complaints.items() if complaint is not None]
 
 
 def set_aside(root: Path) -> None:
-    """Give the damaged ones in `root` another name, so that they stay and are never again counted as checkpoints."""
+    """Rename the damaged ones in `root`: they are kept, and no longer count as checkpoints."""
     for folder in _folders(root):
         if damage(folder) is not None:
             aside = folder.with_name(f"{folder.name}.damaged")
@@ -117,7 +117,7 @@ def set_aside(root: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file, and the manifest, has to have the SHA-256 it was given."""
+    """What is wrong with a checkpoint, or None: every file, and the manifest, is compared with its SHA-256."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files, step, expected = manifest["files"], manifest["step"], manifest.pop("hash")
@@ -127,11 +127,11 @@ def damage(folder: Path) -> str | None:
     if not sealed:
         return f"{MANIFEST} is damaged, or of another checkpoint"
     try:
-        found = file_hashes(folder, MANIFEST)
-    except OSError as error:  # a dying disk: an older one may be whole
+        hashes = file_hashes(folder, MANIFEST)
+    except OSError as error:  # of the disk: an older checkpoint may be readable
         return f"{Path(error.filename or folder).name} is not readable ({error.strerror})"
-    wrong = [name for name in files if found.get(name) != files[name]]
-    return f"{wrong[0]} is {'damaged' if wrong[0] in found else 'missing'}" if wrong else None
+    wrong = [name for name in files if hashes.get(name) != files[name]]
+    return f"{wrong[0]} is {'damaged' if wrong[0] in hashes else 'missing'}" if wrong else None
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -155,22 +155,22 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/state.json: expected JSON, not readable as such ({_reason(error)})") from error
 
 
-def check_keys(where: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raises ValueError that names the first tensor that is missing, not asked for, or of another shape."""
+def check_keys(where: str, saved: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises UserError that names the first tensor that is missing, unknown, or of another shape."""
     for name, tensor in expected.items():
-        if name not in found:
-            extra = sorted(found.keys() - expected.keys())
+        if name not in saved:
+            extra = sorted(saved.keys() - expected.keys())
             hint = f"; it holds {extra[0]!r}, which has no place here" if extra else ""
             raise UserError(f"{where}: {name!r} is missing{hint}; expected a checkpoint of this very network")
-        if found[name].shape != tensor.shape:
-            shapes = f"{tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        if saved[name].shape != tensor.shape:
+            shapes = f"{tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
             raise UserError(f"{where}: {name!r} has shape {shapes}: give the checkpoint of this very network")
-    if extra := sorted(found.keys() - expected.keys()):
+    if extra := sorted(saved.keys() - expected.keys()):
         raise UserError(f"{where}: {extra[0]!r} has no place here; expected a checkpoint of this very network")
 
 
 def check_identity(folder: Path, state: dict[str, Any], now: dict[str, str]) -> None:
-    """Raises ValueError where what a checkpoint was trained on (the data, the other stages) is not what is here now."""
+    """Raises UserError if the data or the other stages are not those the checkpoint was trained on."""
     for name, digest in now.items():
         then = str(state["identity"].get(name))
         if then != digest:
@@ -183,7 +183,7 @@ def check_identity(folder: Path, state: dict[str, Any], now: dict[str, str]) -> 
 def _check_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
     for file, values in tensors.items():
         for name, tensor in values.items():
-            # what is not finite makes the sum so, which reads the memory once; so can an overflow of the sum
+            # the sum reads the memory once; it is not finite if a value is not, or if it overflows
             if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise UserError(
                     f"step {step}: {name!r} of {file} is not finite, so no checkpoint is written; older ones are "
@@ -192,9 +192,9 @@ def _check_finite(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> dict[str, str]:
-    """Every file of a checkpoint but its manifest, brought to the disk. SHA-256 by file name.
+    """Write and sync every file of a checkpoint but its manifest; returns SHA-256 by file name.
 
-    While one file is written the one before is hashed and synced: neither holds the interpreter.
+    While one file is written the one before is hashed and synced: both release the GIL.
     """
     hashes, synced = {}, []
     with ThreadPoolExecutor(4) as pool:
@@ -206,12 +206,12 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
         hashes[path.name] = pool.submit(file_hash, path)
         synced.append(pool.submit(sync, path))
     for done in synced:
-        done.result()  # an error of the disk comes out here
+        done.result()  # raises an error of the disk
     return {name: digest.result() for name, digest in hashes.items()}
 
 
 def _ready(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What safetensors asks for: on the CPU, contiguous, no two sharing memory (tied weights do)."""
+    """As safetensors requires: on the CPU, contiguous, without shared memory (tied weights have it)."""
     ready: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""A stage from any checkpoint of a training, or with an average of any width, without training again.
+"""Export a stage from any checkpoint of a training, or with an average of any width, without further training.
 
 python -m training.storage.export runs/mine/noise_predictor --out runs/mine/narrow [--step N] [--ema_width 0.03]
 
@@ -38,7 +38,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     if out.exists() and not (out / CONTRACT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: holds something else than an exported stage; give a new folder")
     check_writable(out)
-    program = import_module(f"training.{folder.name}").main
+    program = import_module(f"training.{folder.name}.task").main
     config = read(program.config, folder / "config.yaml")
     width = config.train.ema_width if ema_width is None else ema_width
     if width is not None and config.train.ema_width is None:
@@ -46,14 +46,14 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     task = program.make_task(Launch(config, folder.parent, folder))
     objective = next(iter(task.players.values())).objective
     snapshot = snapshots.of_step(folder, step) if step is not None and width is not None else None
-    has_gone = snapshot is not None and not checkpoint.named(folder, step).is_dir()
-    # of a step whose checkpoint has gone the averages are left; what is not trained is the same in every checkpoint
-    saved = _checkpoint(folder, None if has_gone else step)
+    is_pruned = snapshot is not None and not checkpoint.named(folder, step).is_dir()
+    # if the checkpoint was pruned its averages are in the snapshot; frozen weights are those of any other checkpoint
+    saved = _checkpoint(folder, None if is_pruned else step)
     tensors, state = checkpoint.load(saved)
     checkpoint.check_identity(saved, state, task.identity)
     checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
     objective.load_state_dict(tensors["model"])
-    if has_gone:
+    if is_pruned:
         tensors, last = checkpoint.load(snapshot)[0], state
         state = {"step": step, "seconds": last["seconds"] * step / last["step"]}
     if width is not None:
@@ -79,9 +79,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write the stage to")
     parser.add_argument("--step", type=int, help="of a checkpoint or snapshot; the newest if not given")
     parser.add_argument("--ema_width", type=float, help="relative width of the average, 0.01 to 0.28")
-    given = parser.parse_args(argv)
-    digest = export(given.stage, given.out, given.step, given.ema_width)
-    print(f"{given.out}: {given.stage.name} {digest[:12]}")
+    options = parser.parse_args(argv)
+    digest = export(options.stage, options.out, options.step, options.ema_width)
+    print(f"{options.out}: {options.stage.name} {digest[:12]}")
 
 
 if __name__ == "__main__":

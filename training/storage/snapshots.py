@@ -1,4 +1,4 @@
-"""Snapshots of the tracked averages over a training, and the average of any other width made of them afterwards."""
+"""Snapshots of the tracked averages over a training, and the average of any other width computed from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def due(step: int, steps: int, count: int) -> bool:
 
 
 def take(folder: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]], accelerator: Accelerator) -> None:
-    """Write `folder/snapshots/step-NNNNNNNN`: a file for each tracked width, "ema-WIDTH". All processes have to ask."""
+    """Write `folder/snapshots/step-NNNNNNNN`: a file for each tracked width, "ema-WIDTH". A collective."""
     tensors = {file: gathered(values, accelerator) for file, values in averages.items()}
     if accelerator.is_main_process:
         checkpoint.save(folder / FOLDER, step, tensors, {"step": step})
@@ -37,15 +37,17 @@ def take(folder: Path, step: int, averages: Mapping[str, Mapping[str, Tensor]], 
 def at_width(folder: Path, step: int, width: float) -> dict[str, Tensor]:
     """The trained tensors' average of any `width` at `step`, in float32, by name.
 
-    Raises ValueError where no snapshot was taken at `step`. One that is damaged is left out, and named on stderr.
+    Raises UserError without a snapshot of `step`. Damaged ones are left out, and named on stderr.
     """
     valid, complaints = checkpoint.every(folder / FOLDER)
     for complaint in complaints:
         tqdm.write(f"left out a damaged snapshot: {complaint}", file=sys.stderr)
-    taken = [path for path in valid if _step(path) <= step]
-    weights = iter(posthoc_coefficients([(_step(path), tracked) for path in taken for tracked in WIDTHS], step, width))
+    earlier = [path for path in valid if _step(path) <= step]
+    weights = iter(
+        posthoc_coefficients([(_step(path), tracked) for path in earlier for tracked in WIDTHS], step, width)
+    )
     total: dict[str, Tensor] = {}
-    for path in taken:  # one at a time: there may be many, and large
+    for path in earlier:  # one at a time, to bound the memory
         files = checkpoint.load(path)[0]
         for tracked in WIDTHS:
             weight = float(next(weights))
@@ -55,31 +57,31 @@ def at_width(folder: Path, step: int, width: float) -> dict[str, Tensor]:
 
 
 def of_step(folder: Path, step: int) -> Path | None:
-    """The valid snapshot of that step in a stage's folder, if there is one."""
+    """The valid snapshot of that step in a stage's folder; None without one."""
     return next((path for path in checkpoint.every(folder / FOLDER)[0] if _step(path) == step), None)
 
 
 @torch.no_grad()
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give `module` those of its parameters that were averaged."""
+    """Copy the averaged parameters into `module`."""
     parameters = dict(module.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
 
 
 def inherit(folder: Path, origin: Path, steps: int, count: int) -> None:
-    """Copy what was taken up to the checkpoint `origin`, from which a training goes on, in its own stage's folder.
+    """Copy the snapshots up to the checkpoint `origin`, where a training begins, from that checkpoint's stage folder.
 
-    Snapshots that should be there and are not are counted on stderr: a width made without them will be less exact.
+    The number of missing ones is printed to stderr: a width computed without them is less exact.
     """
     step = _step(origin)
-    taken = [path for path in checkpoint.every(origin.parent.parent / FOLDER)[0] if _step(path) <= step]
-    for path in taken:
+    inherited = [path for path in checkpoint.every(origin.parent.parent / FOLDER)[0] if _step(path) <= step]
+    for path in inherited:
         with atomic_folder(folder / FOLDER / path.name) as partial:
             shutil.copytree(path, partial, dirs_exist_ok=True)
     wanted = sum(due(s, steps, count) for s in range(1, step + 1))
-    if len(taken) < wanted:
-        tqdm.write(f"{wanted - len(taken)} of {wanted} snapshots up to step {step} are missing", file=sys.stderr)
+    if len(inherited) < wanted:
+        tqdm.write(f"{wanted - len(inherited)} of {wanted} snapshots up to step {step} are missing", file=sys.stderr)
 
 
 def _step(path: Path) -> int:

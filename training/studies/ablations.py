@@ -29,7 +29,7 @@ from sd_mini.files import atomic_text, check_writable, read_json
 from sd_mini.stages.contract import read_contract
 from training.autoencoder.task import AutoencoderConfig
 from training.engine.launch import parse
-from training.noise_predictor.task import PredictorConfig
+from training.noise_predictor.config import PredictorConfig
 from training.studies import judged
 
 RESULTS = "ablations.json"

@@ -11,7 +11,7 @@ from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from training.engine.augment import AugmentConfig
 from training.engine.task import TrainConfig
-from training.text_encoder.losses import LossConfig
+from training.text_encoder.losses import TextLossConfig
 
 
 class EncoderConfig(Config):
@@ -25,7 +25,7 @@ class EncoderConfig(Config):
     max_length: int = Field(24, ge=3)
     """tokens a prompt, with the start and end marks"""
     train_layers: int = Field(0, ge=0)
-    """train so many of a pretrained encoder's last layers; without its dropout, as everything here is trained"""
+    """train so many of a pretrained encoder's last layers; without its dropout"""
     lora_rank: int = Field(0, ge=0)
     """train low-rank additions to a pretrained encoder's linear layers; they are merged into it on export"""
     vocab_size: int = Field(4096, ge=600)
@@ -53,19 +53,19 @@ class AdapterConfig(Config):
     mlp_ratio: float = Field(4.0, gt=0)
     """width of a refiner block's hidden layer, in widths of the tokens"""
     identity_scale: float = Field(1.0, ge=0)
-    """how much of each word's own vector and place is in its token; 0 leaves the refined states alone"""
+    """weight of each word's own vector and place in its token; 0: the refined states alone"""
     residual_scale: float = Field(0.3, ge=0)
-    """how much of the refined states is added"""
+    """weight of the refined states"""
 
 
 class TowerConfig(Config):
-    """The picture side: a small convolutional tower from scratch, or what a frozen one says of the pictures."""
+    """The picture side: a small convolutional tower from scratch, or the features of a frozen one."""
 
     width: int = Field(64, ge=8)
     patch: int = Field(2, ge=1)
     """pixels a side that the first layer folds into channels"""
     late_dim: int = Field(64, ge=1)
-    """channels in which words are compared with parts of a picture"""
+    """channels in which words are compared with cells of a picture"""
     name: str | None = None
     """a frozen open_clip model's picture half: an architecture (with `weights`) or "local-dir:FOLDER\""""
     weights: str | None = None
@@ -94,13 +94,13 @@ class TextConfig(Config):
     encoder_3: EncoderConfig | None = None
     adapter: AdapterConfig = AdapterConfig()
     tower: TowerConfig = TowerConfig()
-    loss: LossConfig = LossConfig()
+    loss: TextLossConfig = TextLossConfig()
     twins: int = Field(1, ge=1)
-    """hard negatives made of each caption, of which a step draws one"""
+    """hard negatives of each caption, of which a step draws one"""
     strict: bool = False
     """refuse captions that are longer than an encoder reads, instead of cutting them"""
     cache_dtype: Literal["float16", "float32"] = "float16"
-    """how a frozen encoder's states lie on disk"""
+    """format of a frozen encoder's states on disk"""
     train: TrainConfig = TrainConfig()
 
     @property

@@ -1,4 +1,4 @@
-"""What stage 1 reads: its texts as tokens or as a frozen encoder's states, its pictures as pixels or as features."""
+"""Stage 1's inputs: texts as tokens or as a frozen encoder's states, pictures as pixels or as features."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sd_mini.text_encoder.loading import load_open_clip
 from sd_mini.texts import shown
 from training.storage import cache
 
-CHUNK = 1024  # texts that are encoded at a time, like lengths together
+CHUNK = 1024  # texts encoded at a time, similar lengths together
 
 
 def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], name: str, strict: bool) -> None:
-    """Say which share of the captions is longer than an encoder reads, before anything is trained on what is left.
+    """Report how many captions are longer than an encoder reads, before training on the cut ones.
 
     `captions` are those of each row of the data set `name`. Raises ValueError, the row named, for a caption that cannot
     be encoded and, if `strict`, for the first that would be cut.
@@ -44,22 +44,22 @@ def report_cuts(encoders: Sequence[Encoder], captions: Sequence[Sequence[str]], 
         if not cuts:
             continue
         number, cut = next(iter(cuts.items()))
-        share = 100 * len(cuts) / len(rows)
-        said = (
-            f"{name}: {len(cuts)} of {len(rows)} captions ({share:.2g} %) have more than {encoder.max_length} tokens, "
+        rate = 100 * len(cuts) / len(rows)
+        finding = (
+            f"{name}: {len(cuts)} of {len(rows)} captions ({rate:.2g} %) have more than {encoder.max_length} tokens, "
             f"all that {type(encoder.model).__name__} is given; the first is in row {first[texts[number]]}, "
             f"{shown(texts[number])}, and loses {shown(cut)}"
         )
         if strict:
-            raise UserError(f"{said}: shorten them, raise encoder.max_length, or leave strict out to cut them")
+            raise UserError(f"{finding}: shorten them, raise encoder.max_length, or leave strict out to cut them")
         if PartialState().is_main_process:
-            tqdm.write(said, file=sys.stderr)
+            tqdm.write(finding, file=sys.stderr)
 
 
 class Texts:
     """Texts by number: `add` gives numbers, `close` encodes what can be encoded once, `take` gives an encoder's input.
 
-    That of an encoder that is trained is its tokens, that of a frozen one its states, cached on disk.
+    The input of an encoder that is trained is its tokens; of a frozen one its states, cached on disk.
     """
 
     def __init__(self, stage: TextStage, trained: Sequence[int]):
@@ -70,10 +70,10 @@ class Texts:
         return [self.numbers.setdefault(text, len(self.numbers)) for text in texts]
 
     def close(self, folder: Path, dtype: str) -> None:
-        """Call once, when all texts are in; `folder` takes the cache of what frozen encoders say."""
+        """Call once, when all texts are added; `folder` takes the cache of frozen encoders' states."""
         texts = list(self.numbers)
         self.rows = [encoder.token_rows(texts)[0] for encoder in self.stage.encoders]
-        # the words of frozen encoders, kept here: the encoder itself may move to a device that no worker has
+        # word vectors of frozen encoders: the encoder itself may move to a device that no worker has
         self.words = [Words(encoder, rows) for encoder, rows in zip(self.stage.encoders, self.rows, strict=True)]
         self.caches: dict[int, dict[str, cache.Rows]] = {}
         for i, encoder in enumerate(self.stage.encoders):
@@ -85,11 +85,11 @@ class Texts:
         encoder.model.to(device)
 
         def encode_rows(part: slice) -> dict[str, np.ndarray]:
-            own = rows[part]
-            states = torch.zeros(len(own), encoder.max_length, width)
-            pooled = torch.zeros(len(own), pooled_width)
-            for group in buckets(torch.tensor([len(row) for row in own])):
-                tokens = encoder.padded([own[i] for i in group.tolist()])
+            chunk = rows[part]
+            states = torch.zeros(len(chunk), encoder.max_length, width)
+            pooled = torch.zeros(len(chunk), pooled_width)
+            for group in buckets(torch.tensor([len(row) for row in chunk])):
+                tokens = encoder.padded([chunk[i] for i in group.tolist()])
                 with torch.no_grad():
                     hidden = encoder(tokens.ids.to(device), tokens.mask.to(device))
                 states[group, : tokens.ids.shape[1]] = (hidden.states * hidden.mask[..., None]).float().cpu()
@@ -99,28 +99,28 @@ class Texts:
         name, (width, _, pooled_width) = type(encoder.model).__name__, encoder.widths
         key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": combined_hash(rows)}
         title = f"texts by {name}"
-        found = cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, chunk=CHUNK)
+        encoded = cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, chunk=CHUNK)
         encoder.model.to("cpu")
-        return found
+        return encoded
 
     def take(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """(T,) numbers => ids_0, mask_0 of encoder 0 if it is trained, else states_0, words_0, mask_0, pooled_0; ..."""
-        found: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         for i, encoder in enumerate(self.stage.encoders):
             tokens = encoder.padded([self.rows[i][number] for number in numbers])
             if i in self.trained:
-                own: Any = tokens
+                fields: Any = tokens
             else:
                 ids, stored = np.asarray(numbers), self.caches[i]
                 states = torch.from_numpy(stored["states"][ids][:, : tokens.ids.shape[1]]).float()
                 pooled = torch.from_numpy(stored["pooled"][ids]).float()
-                own = Hidden(states, self.words[i].take(tokens), tokens.mask, pooled)
-            found |= {f"{name}_{i}": value for name, value in own._asdict().items()}
-        return found
+                fields = Hidden(states, self.words[i].take(tokens), tokens.mask, pooled)
+            inputs |= {f"{name}_{i}": value for name, value in fields._asdict().items()}
+        return inputs
 
 
 class Words:
-    """The vectors (N, W) of the words that occur in many texts, each once, on the CPU."""
+    """The vectors (N, W) of the words that occur in the texts, each once, on the CPU."""
 
     def __init__(self, encoder: Encoder, rows: Iterable[Iterable[int]]):
         self.ids = torch.tensor(sorted({number for row in rows for number in row}))
@@ -129,8 +129,8 @@ class Words:
 
     def take(self, tokens: Tokens) -> Tensor:
         """Tokens (B, L) => (B, L, W), zeros where there is padding."""
-        found = self.vectors[torch.searchsorted(self.ids, tokens.ids).clamp(max=len(self.ids) - 1)]
-        return found * tokens.mask[..., None]
+        vectors = self.vectors[torch.searchsorted(self.ids, tokens.ids).clamp(max=len(self.ids) - 1)]
+        return vectors * tokens.mask[..., None]
 
 
 def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, folder: Path) -> Tensor:
@@ -163,7 +163,7 @@ def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
             f"tower.features: {path} is {features.dtype} of shape {features.shape}; expected floats, "
             f"({len(pictures)}, F): a row for each picture of {pictures.name}"
         )
-    with np.errstate(over="ignore"):  # what float32 has no room for is found on the next line
+    with np.errstate(over="ignore"):  # an overflow is reported below
         features = features.astype(np.float32)
     if not np.isfinite(features).all():
         raise UserError(

@@ -23,21 +23,21 @@ from sd_mini.text_encoder.adapter import TextAdapter, TextStage
 from sd_mini.text_encoder.encoder import Encoder
 from sd_mini.text_encoder.loading import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
 from sd_mini.text_encoder.matcher import Matcher, look, projected_dim, say, similarity, text_scores, twins
-from training.distributed.processes import share
+from training.distributed.processes import rows_of_process
 from training.engine import launch
 from training.engine.augment import augment
 from training.engine.batches import Batch, row_slices
 from training.engine.learner import Player
 from training.text_encoder import data as text_data
 from training.text_encoder.config import TextConfig
-from training.text_encoder.losses import Objective
+from training.text_encoder.losses import TextObjective
 from training.text_encoder.partial import merged, thaw
 
-STATISTICS_COUNT = 4096  # captions that the tokens' mean and std are measured on
+STATISTICS_COUNT = 4096  # captions for the tokens' mean and std
 
 
 class TextTask:
-    measure_every = None  # its held-out scores are what its evaluators say
+    evaluate_every = None  # its held-out scores are what an evaluation would measure
 
     def __init__(self, config: TextConfig, cache: Path):
         self.config = config
@@ -54,16 +54,16 @@ class TextTask:
         self.stage = TextStage(encoders, adapter)
         self.features = self._features(cache)
         self._identify(encoders)
-        tower = self._tower()  # the last that can be refused: from here on there are caches
+        tower = self._tower()  # the last check of the config: caches are written from here on
         self.texts = text_data.Texts(self.stage, trained)
-        self.own = [self.texts.add(captions) for captions in self.train.captions]
+        self.captions = [self.texts.add(captions) for captions in self.train.captions]
         self.twins = [self._add_twins(i) for i in range(self.count)]
         self.texts.close(cache, config.cache_dtype)
         for read, words in zip(adapter.inputs, self.texts.words, strict=True):
             read.set_words(words.vectors)
         tower["late_dim"] = config.tower.late_dim if config.loss.late else 0
         matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
-        objective = Objective(self.stage, trained, matcher, config.loss)
+        objective = TextObjective(self.stage, trained, matcher, config.loss)
         self.players = {"text_encoder": Player(objective, config.train)}
 
     def _add_twins(self, number: int) -> list[list[int]]:
@@ -73,7 +73,7 @@ class TextTask:
         return [self.texts.add(several) for several in zip(*drawn, strict=True)]
 
     def _identify(self, encoders: list[Encoder]) -> None:
-        """What is trained on beside the data: another encoder or other features make it another training."""
+        """Hashes of pretrained encoders and of features: a checkpoint with others is refused."""
         for i, (encoder, config) in enumerate(zip(encoders, self.config.encoders, strict=True)):
             if config.name is not None:
                 self.identity[f"encoder_{i}"] = stages.model_hash(encoder.model)
@@ -82,16 +82,16 @@ class TextTask:
             self.identity["features"] = "/".join(digests)
 
     def _features(self, cache: Path) -> list[Tensor] | None:
-        """Of the training and the held-out pictures, where the picture side is a frozen tower's."""
+        """Features of the training and the held-out pictures, if the picture side is frozen."""
         tower, parts = self.config.tower, {"train": self.train, "valid": self.valid}
         if tower.features is not None:
-            found = [text_data.read_features(Path(tower.features) / f"{name}.npy", p) for name, p in parts.items()]
-            widths = [part.shape[1] for part in found]
+            features = [text_data.read_features(Path(tower.features) / f"{name}.npy", p) for name, p in parts.items()]
+            widths = [part.shape[1] for part in features]
             if len(set(widths)) > 1:
                 raise UserError(
                     f"tower.features {tower.features}: train.npy and valid.npy are {widths} wide; not alike"
                 )
-            return found
+            return features
         if tower.name is not None:
             return [text_data.tower_features(tower.name, tower.weights, p, cache) for p in parts.values()]
         return None
@@ -105,43 +105,45 @@ class TextTask:
         return {"width": tower.width, "patch": tower.patch}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Each picture with one of its captions, drawn anew; the texts that this process encodes: its share of the
-        global batch's captions and twins, and the captions of its own pictures."""
-        caption, wrong = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
-        which = [int(u * len(self.own[i])) for i, u in zip(batch.ids, caption, strict=True)]
-        chosen = [self.own[i][c] for i, c in zip(batch.ids, which, strict=True)]
-        false = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
-        twisted = [several[int(u * len(several))] for several, u in zip(false, wrong, strict=True)]
-        # a text that stands twice is one column; a caption and its twin stand side by side
-        columns = list(dict.fromkeys(text for pair in zip(chosen, twisted, strict=True) for text in pair))
-        places, shared = _shares([share(len(columns), PartialState().num_processes, r) for r in _ranks()])
-        here = columns[share(len(columns), PartialState().num_processes, PartialState().process_index)]
-        here = list(dict.fromkeys([*here, *chosen[batch.rows]]))
-        number = {text: i for i, text in enumerate(here)}
+        """Each picture with one of its captions, drawn anew. This process encodes its part of the global batch's
+        captions and twins, and the captions of its own pictures."""
+        caption_draws, twin_draws = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
+        which = [int(u * len(self.captions[i])) for i, u in zip(batch.ids, caption_draws, strict=True)]
+        chosen = [self.captions[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        candidates = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
+        twins_chosen = [several[int(u * len(several))] for several, u in zip(candidates, twin_draws, strict=True)]
+        # a text that occurs twice is one column; a caption and its twin are neighbours
+        columns = list(dict.fromkeys(text for pair in zip(chosen, twins_chosen, strict=True) for text in pair))
+        count = PartialState().num_processes
+        slices = [rows_of_process(len(columns), count, rank) for rank in range(count)]
+        places, sent = gather_plan(slices)
+        local_texts = columns[slices[PartialState().process_index]]
+        local_texts = list(dict.fromkeys([*local_texts, *chosen[batch.rows]]))
+        number = {text: i for i, text in enumerate(local_texts)}
         column = {text: i for i, text in enumerate(columns)}
         pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
-        own_captions = [set(self.own[i]) for i in batch.own_ids]
+        true_captions = [set(self.captions[i]) for i in batch.own_ids]
         return {
             "pictures": pixels if self.features is None else self.features[0][batch.own_ids],
             "thumbnails": adaptive_avg_pool2d(pixels, 8),
-            "own": torch.tensor([column[text] for text in chosen[batch.rows]]),
-            "twin": torch.tensor([column[text] for text in twisted[batch.rows]]),
-            "here": torch.tensor([number.get(text, -1) for text in columns]),
-            "positive": torch.tensor([[text in own for text in columns] for own in own_captions]),
+            "caption": torch.tensor([column[text] for text in chosen[batch.rows]]),
+            "twin": torch.tensor([column[text] for text in twins_chosen[batch.rows]]),
+            "local_texts": torch.tensor([number.get(text, -1) for text in columns]),
+            "positive": torch.tensor([[text in captions for text in columns] for captions in true_captions]),
             "text_places": places,
-            "shared": shared,
+            "sent_texts": sent,
             **(self._against_all_pictures(batch, chosen) if self.config.loss.infonce else {}),
-            **self.texts.take(here),
+            **self.texts.take(local_texts),
         }
 
     def _against_all_pictures(self, batch: Batch, chosen: list[int]) -> dict[str, Tensor]:
         rows = row_slices(len(batch.ids), PartialState().num_processes, 1)[0]
-        places, shared = _shares(rows)
-        true_of = [[text in self.own[i] for i in batch.ids] for text in chosen[batch.rows]]
-        return {"picture_places": places, "shared_pictures": shared, "true_of": torch.tensor(true_of)}
+        places, sent = gather_plan(rows)
+        true_of = [[text in self.captions[i] for i in batch.ids] for text in chosen[batch.rows]]
+        return {"picture_places": places, "sent_pictures": sent, "true_of": torch.tensor(true_of)}
 
-    def stage_of(self, objective: Objective) -> TextStage:
-        """The stage with the parts as they are in `objective`, or in a copy of it."""
+    def stage_of(self, objective: TextObjective) -> TextStage:
+        """The stage with the weights of `objective`, which may be a copy."""
         encoders = [objective.encoder(i) or frozen for i, frozen in enumerate(self.stage.encoders)]
         for encoder in encoders:
             encoder.model.to(objective.adapter.device)
@@ -150,21 +152,22 @@ class TextTask:
     def _valid_pictures(self, count: int) -> Tensor:
         return self.valid.pixels(range(count)) if self.features is None else self.features[1][:count]
 
-    def validate(self, objective: Objective, rows: slice) -> dict[str, np.ndarray]:
+    def validate(self, objective: TextObjective, rows: slice) -> dict[str, np.ndarray]:
         """Retrieval and binding of held-out samples; see `text_scores`."""
         pictures = self._valid_pictures(len(self.valid))
         return text_scores(self.stage_of(objective), objective.matcher, self.valid, pictures, rows)
 
-    def preview(self, objective: Objective) -> Image.Image:
-        """For eight held-out captions, the held-out picture that each finds."""
+    def preview(self, objective: TextObjective) -> Image.Image:
+        """For eight held-out captions, the held-out picture most similar to each."""
         count = min(256, len(self.valid))
         captions = [c[0] for c in self.valid.captions[: min(8, count)]]
-        said, _ = say(self.stage_of(objective), objective.matcher, captions)
-        found = similarity(look(objective.matcher, self._valid_pictures(count)), said).argmax(0).tolist()
-        return images.grid([self.valid.pictures[i] for i in found], columns=4, labels=captions, scale=2)
+        text_embeds, _ = say(self.stage_of(objective), objective.matcher, captions)
+        picture_embeds = look(objective.matcher, self._valid_pictures(count))
+        nearest = similarity(picture_embeds, text_embeds).argmax(0).tolist()
+        return images.grid([self.valid.pictures[i] for i in nearest], columns=4, labels=captions, scale=2)
 
-    def export(self, objective: Objective, folder: Path, record: dict[str, Any]) -> None:
-        """Measure the tokens of the training captions, store it in the adapter, and write the stage."""
+    def export(self, objective: TextObjective, folder: Path, record: dict[str, Any]) -> None:
+        """Standardise the tokens over training captions, then write the stage."""
         encoders = [Encoder(e.tokenizer, merged(e.model), e.max_length) for e in self.stage_of(objective).encoders]
         stage = TextStage(encoders, objective.adapter)
         stage.standardise(_spread(unique_captions(self.train.captions), STATISTICS_COUNT))
@@ -180,7 +183,7 @@ class TextTask:
 
 def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], list[int]]:
     """The encoders of a config, and the numbers of those that are trained."""
-    found, trained = [], []
+    encoders, trained = [], []
     for i, one in enumerate(config.encoders):
         if one.name is None:
             tokenizer = clip_tokenizer(captions, one.vocab_size, one.max_length)
@@ -189,27 +192,23 @@ def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], l
             load = open_clip_encoder if is_open_clip(one.name, one.weights) else load_encoder
             tokenizer, model = load(one.name, one.weights) if load is open_clip_encoder else load(one.name)
             thaw(model, one.train_layers, one.lora_rank)
-        found.append(Encoder(tokenizer, model, one.max_length))
+        encoders.append(Encoder(tokenizer, model, one.max_length))
         if one.name is None or one.train_layers or one.lora_rank:
             trained.append(i)
-    return found, trained
+    return encoders, trained
 
 
-def _ranks() -> range:
-    return range(PartialState().num_processes)
-
-
-def _shares(slices: list[slice]) -> tuple[Tensor, Tensor]:
-    """The rows of each process => where every row stands once all processes' are joined, each filled up to the most
-    that one has; and which of its own rows this process gives, filled up with the first."""
+def gather_plan(slices: list[slice]) -> tuple[Tensor, Tensor]:
+    """The rows of each process => (places, sent) for `gather_rows`: the place of every row in the concatenation over
+    processes, padded to the largest count; and the rows that this process sends, padded with its first."""
     counts = [part.stop - part.start for part in slices]
-    most, own = max(counts), counts[PartialState().process_index]
+    most, local = max(counts), counts[PartialState().process_index]
     places = torch.cat([torch.arange(count) + rank * most for rank, count in enumerate(counts)])
-    return places, torch.tensor([i if i < own else 0 for i in range(most)])
+    return places, torch.tensor([i if i < local else 0 for i in range(most)])
 
 
 def _spread(texts: list[str], at_most: int) -> list[str]:
-    """At most so many, evenly taken from the whole."""
+    """At most `at_most` texts, evenly spaced."""
     return [texts[i * len(texts) // at_most] for i in range(at_most)] if len(texts) > at_most else texts
 
 

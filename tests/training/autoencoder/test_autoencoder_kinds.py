@@ -67,7 +67,7 @@ def test_a_run_with_a_discriminator_goes_on_bit_for_bit(tmp_path):
     for kill in (KillAt(2), KillAt(5)):
         assert launch_apart("autoencoder", run, *options, fault=kill)[0] == [-9]
     codes, said = launch_apart("autoencoder", run, *options)
-    assert codes == [0] and "goes on from step 5" in said
+    assert codes == [0] and "resumed at step 5" in said
     assert_equal_runs(run / "autoencoder", tmp_path / "straight" / "autoencoder")
 
 

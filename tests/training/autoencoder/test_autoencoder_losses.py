@@ -20,9 +20,9 @@ from training.autoencoder.adversarial import (
 )
 from training.autoencoder.losses import (
     OF_ERROR,
+    AutoencoderLossConfig,
+    AutoencoderObjective,
     Change,
-    LossConfig,
-    Objective,
     drawn_change,
     focal_frequency,
     kl_term,
@@ -36,7 +36,7 @@ def test_the_use_of_codes_is_exact_in_any_precision(precision):
     torch.manual_seed(0)
     autoencoder = Autoencoder("vq", VQ)
     pixels = torch.rand(32, 3, 32, 32) * 2 - 1
-    objective = Objective(autoencoder)
+    objective = AutoencoderObjective(autoencoder)
     noise = torch.zeros(32, *autoencoder.latent_shape(32, 32))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
         autoencoder.start_codebook(autoencoder.raw_latents(pixels)[0].float(), torch.Generator().manual_seed(0))
@@ -123,7 +123,9 @@ def game(kind, fields, teacher=False):
     torch.manual_seed(0)
     autoencoder, discriminator = Autoencoder(kind, fields), Discriminator(8, 1)
     other = Autoencoder(kind, fields).requires_grad_(False) if teacher else None
-    objective = Objective(autoencoder, Features().requires_grad_(False), other, discriminator, adaptive=False)
+    objective = AutoencoderObjective(
+        autoencoder, Features().requires_grad_(False), other, discriminator, adaptive=False
+    )
     return objective, discriminator
 
 
@@ -191,7 +193,7 @@ def test_the_discriminator_judges_what_the_decoder_learns_on():
         inputs = given(objective.autoencoder, "l2", "latent_noise", "adversarial")
         shape = inputs["noise"].shape
         inputs |= {"noise": torch.randn(shape), "posterior_noise": torch.randn(shape)}
-        error = objective.made(**inputs) - inputs["pixels"]
+        error = objective.reconstructions(**inputs) - inputs["pixels"]
         alone = {n: v for n, v in inputs.items() if n != "weight_adversarial"}
         torch.testing.assert_close(objective(**alone)[0], error.square().mean((1, 2, 3)))
 
@@ -214,7 +216,7 @@ def test_a_frozen_encoder_learns_nothing():
     objective, discriminator = game("vq", VQ)
     for part in objective.autoencoder.encoder_parts:
         part.requires_grad_(False)
-    objective = Objective(objective.autoencoder, *objective.others, adaptive=False)
+    objective = AutoencoderObjective(objective.autoencoder, *objective.others, adaptive=False)
     names = [name for name in WHOM if name not in ("kl", "commitment")]
     assert taught(objective, discriminator, *names)[1] == {"decoder"}
 
@@ -266,9 +268,9 @@ def test_noise_is_on_the_latents():
 
 
 def test_terms_begin_at_their_update():
-    config = LossConfig(l1=0.5, ssim={"weight": 2, "start": 10}, kl=0)
+    config = AutoencoderLossConfig(l1=0.5, ssim={"weight": 2, "start": 10}, kl=0)
     assert config.l1.weight == 0.5 and config.l1.start == 0
     assert {"l1"} == config.begun(9).keys() - {"commitment", "distillation"}
     assert {"l1", "ssim"} == config.begun(10).keys() - {"commitment", "distillation"}
-    assert LossConfig(**config.model_dump()) == config
-    assert LossConfig(kl="1e-4").kl.weight == 1e-4  # as YAML reads it
+    assert AutoencoderLossConfig(**config.model_dump()) == config
+    assert AutoencoderLossConfig(kl="1e-4").kl.weight == 1e-4  # as YAML reads it

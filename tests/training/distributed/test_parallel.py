@@ -29,7 +29,8 @@ from tests.support.launching import (
     weights,
 )
 from tests.training.engine.test_players import Game, gradients, made_loop
-from training.distributed.processes import Stop, join_processes, wait_for_everyone
+from training.distributed.processes import join_processes, wait_for_everyone
+from training.engine.loop import Stop
 from training.storage import checkpoint
 
 STAGES = ("autoencoder", "text_encoder", "noise_predictor")
@@ -62,7 +63,10 @@ def test_every_step_sees_the_same(smoke_run, tmp_path, stage):
         codes, said = launch_apart(stage, run, *more, ranks=ranks)
         assert not any(codes), said
         traces[name] = trace(run / stage)
-    names = {"autoencoder": {"pixels", "noise", "posterior_noise"}, "text_encoder": {"pictures", "thumbnails", "own"}}
+    names = {
+        "autoencoder": {"pixels", "noise", "posterior_noise"},
+        "text_encoder": {"pictures", "thumbnails", "caption"},
+    }
     names["noise_predictor"] = {"latents", "noise", "timesteps", "prompt_embeds", "prompt_mask"}
     assert len(traces["whole"]) == 6 * 8 and set(traces["whole"][0, 0]) >= {"id", *names[stage]}
     assert all(found == traces["whole"] for found in traces.values())
@@ -129,8 +133,10 @@ def validate_seven(folder):
     task.valid_count = 7
     loop = made_loop(folder, task)
     loop.watch.start({}, 0)
-    loop.validate()
-    assert loop.scores == {"rows": 3.0}, loop.scores  # (0 + ... + 6) / 7: nothing twice, nothing left out
+    loop.inspection.validate(loop.step)
+    assert loop.inspection.scores == {"rows": 3.0}, (
+        loop.inspection.scores
+    )  # (0 + ... + 6) / 7: nothing twice, nothing left out
 
 
 def test_seven_held_out_samples_on_two_ranks(tmp_path):
@@ -176,7 +182,7 @@ def test_fsdp2_trains_saves_resumes_and_exports_the_same_stage(smoke_run, tmp_pa
     assert all(launch_apart(stage, two, *more, fault=Fsdp2(policy, KillAt(5)), ranks=2)[0])
     shutil.copytree(two, tmp_path / "single")
     codes, said = launch_apart(stage, two, *more, fault=Fsdp2(policy), ranks=2)
-    assert codes == [0, 0] and "goes on from step 4" in said
+    assert codes == [0, 0] and "resumed at step 4" in said
     assert launch(stage, tmp_path / "single", *more) == 0
     for run in (two, tmp_path / "single"):
         for a, b in zip(lines(one / stage), lines(run / stage), strict=True):
@@ -199,7 +205,7 @@ def test_killed_on_several_ranks_equals_straight_through(tmp_path, stage, ranks)
     assert not any(codes), said
     assert all(launch_apart(stage, tmp_path / "killed", *more, fault=KillAt(7), ranks=ranks)[0])
     codes, said = launch_apart(stage, tmp_path / "killed", *more, ranks=ranks)
-    assert not any(codes) and "goes on from step 6" in said
+    assert not any(codes) and "resumed at step 6" in said
     assert_equal_runs(tmp_path / "killed" / stage, tmp_path / "straight" / stage)
 
 
@@ -227,7 +233,7 @@ def wait_longer_than_the_group_does():
     with Stop(2) as stop:
         if rank == 0:
             time.sleep(4)
-        assert not stop.asked()
+        assert not stop.is_asked()
     # what is not waited for so, the group's own collectives, gives up
     if rank == 0:
         time.sleep(4)

@@ -36,10 +36,10 @@ def test_a_training_that_is_stopped_ends_the_chain(programs, tmp_path, capsys):
     """It saves, exits with 143, and nothing comes after it; elsewhere SIGTERM ends the chain at once."""
     (tmp_path / "trains.py").write_text(
         "import os, signal, sys\n"
-        "from training.distributed.processes import Stop\n"
+        "from training.engine.loop import Stop\n"
         "with Stop(1) as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    assert stop.asked()\n"
+        "    assert stop.is_asked()\n"
         "print('saved')\n"
         "sys.exit(stop.exit_code)\n"
     )

@@ -2,21 +2,22 @@
 
 import io
 import json
-import re
+import random
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from eval.__main__ import main as offline
-from eval.serve import _parser, _question, serve
 from sd_mini.data.captioned import DataConfig
+from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
-from tests.support.launching import error_line, launch, launch_apart, prepared
-from training.engine.evaluation import EvaluateConfig, Evaluator
+from tests.support.launching import error_line, launch, launch_apart, lines, prepared
+from training.engine.evaluation import EvaluateConfig, Evaluator, open_prompts, untouched_training
 
 PROMPTS = 9
 
@@ -81,29 +82,6 @@ def test_what_was_lost_by_a_kill_is_measured_when_it_goes_on(smoke_run, tmp_path
     assert measured(folder)[6] == first
 
 
-def answering(code, folder):
-    """An evaluator whose process is `code` instead."""
-    evaluator = Evaluator(EvaluateConfig(), DataConfig(source="shapes"), folder)
-    evaluator.command[1:] = ["-c", code]
-    return evaluator
-
-
-def test_what_cannot_be_measured_and_a_process_that_ended_are_said(tmp_path):
-    failed = answering('print("{}", flush=True); input(); print(\'{"error": "NaN it is"}\')', tmp_path)
-    with pytest.raises(ValueError, match="evaluate: NaN it is"):
-        failed.scores(lambda folder: None)
-    ended = answering("print('{}', flush=True); input(); exit(3)", tmp_path)
-    with pytest.raises(ValueError, match="ended with exit code 3; see above"):
-        ended.scores(lambda folder: None)
-
-
-def served(folder, folders, data, *options):
-    options = _parser().parse_args(["--data", json.dumps(data), "--cache", str(folder / "cache"), *options])
-    answers = io.StringIO()
-    serve(options, io.StringIO(folders), answers)
-    return [json.loads(line) for line in answers.getvalue().splitlines()]
-
-
 @pytest.fixture
 def columns(tmp_path, monkeypatch):
     """test.parquet whose columns have names of their own: the data that training would read as `valid`."""
@@ -120,15 +98,8 @@ def png(shade):
     return encoded.getvalue()
 
 
-def test_the_data_are_read_by_their_whole_config(columns):
-    options = _parser().parse_args(["--data", "{}", "--cache", "none", "--prompts", "2"])
-    question = _question(options, DataConfig(**columns, count=5))
-    # of five rows one of the first two and one of the other three; the rest is the reference
-    assert question.splits[0].captions == ["grey 0", "grey 3"] and question.reference[:, 0, 0, 0].tolist() == [1, 2, 4]
-
-
 @pytest.mark.parametrize(
-    ("changes", "config", "says"),
+    ("changes", "config", "message"),
     [
         ({}, {"prompts": 7}, "--prompts 7: .* has 6 in split test; ask for fewer"),
         ({"count": 3}, {"prompts": 4}, "--prompts 4: .* has 3 in split test"),
@@ -136,31 +107,45 @@ def test_the_data_are_read_by_their_whole_config(columns):
         ({"image_column": "picture"}, {}, "data.image_column: no column 'picture'"),
     ],
 )
-def test_what_cannot_be_measured_with_is_said_at_once(columns, tmp_path, changes, config, says):
+def test_a_mistake_is_one_line_before_the_training(columns, tmp_path, changes, config, message):
     data = DataConfig(**{**columns, **changes})
-    given = Evaluator(EvaluateConfig(**{"prompts": 2, **config}), data, tmp_path / "cache").command[3:]
-    answers = io.StringIO()
-    serve(_parser().parse_args(given), io.StringIO(), answers)
-    (answer,) = map(json.loads, answers.getvalue().splitlines())
-    assert re.search(says, answer["error"]) and "\n" not in answer["error"]
-
-
-def test_it_is_said_before_the_training(tmp_path):
-    with pytest.raises(ValueError, match="evaluate: features 'inceptoin': expected mini") as refused:
-        Evaluator(EvaluateConfig(every=100, features=("inceptoin",)), DataConfig(), tmp_path / "cache")
+    with pytest.raises(UserError, match=f"evaluate: .*{message}") as refused:
+        Evaluator(EvaluateConfig(**{"every": 100, "prompts": 2, **config}), data, tmp_path / "cache")
     assert "\n" not in str(refused.value)
 
 
-def test_a_pipeline_of_another_size_than_the_data_is_answered(tiny_run, tmp_path):
-    _, answer = served(tmp_path, f"{tiny_run / 'pipeline'}\n", {"resolution": 64}, "--prompts", "3")
-    assert "makes 32 px, --data has 64" in answer["error"]
-    (answer,) = served(tmp_path, "", {"resolutoin": 64})
-    assert "--data: " in answer["error"] and "resolutoin" in answer["error"]
+def test_the_data_are_read_by_their_whole_config(columns):
+    question = open_prompts(2, DataConfig(**columns, count=5))
+    # of five rows one of the first two and one of the other three; the rest is the reference
+    assert question.splits[0].captions == ["grey 0", "grey 3"] and question.reference[:, 0, 0, 0].tolist() == [1, 2, 4]
 
 
-def test_a_pipeline_that_is_none_is_answered_and_the_next_is_measured(tiny_run, tmp_path):
-    folders = f"{tmp_path}\n{tiny_run / 'pipeline'}\n"
-    ready, first, second = served(tmp_path, folders, {"resolution": 32}, "--prompts", "3")
-    assert ready == {"ready": True} and "neither a pipeline folder" in first["error"]
-    assert np.isfinite(list(second["scores"].values())).all()
-    assert {"exact", "soft", "FD-mini", "FD-mini/kid"} <= set(second["scores"])
+def test_a_pipeline_that_cannot_be_scored_is_one_line(tiny_run, tmp_path):
+    evaluator = Evaluator(EvaluateConfig(every=1, prompts=3), DataConfig(resolution=32), tmp_path / "cache")
+    pipeline = Pipeline.from_pretrained(tiny_run / "pipeline")
+    with torch.no_grad():
+        next(pipeline.noise_predictor.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match=r"evaluate: .*leave evaluate\.every out") as refused:
+        evaluator.scores(pipeline)
+    assert "\n" not in str(refused.value)
+
+
+def test_losses_do_not_depend_on_evaluation(smoke_run, tmp_path):
+    records = []
+    for name, options in (("without", []), ("with", ["--evaluate.every", "2", "--evaluate.prompts", "4"])):
+        run = prepared("noise_predictor", smoke_run, tmp_path / name)
+        assert launch("noise_predictor", run, "--train.log_every", "1", "--log_with", "none", *options) == 0
+        records.append([line for line in lines(run / "noise_predictor") if "loss" in line])
+    assert len(records[0]) == 6 and records[0] == records[1]
+
+
+def test_random_states_threads_and_grad_mode_are_left_alone():
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before, threads = states(), torch.get_num_threads()
+    with untouched_training():
+        assert not torch.is_grad_enabled()
+        random.random(), np.random.rand(), torch.rand(1)
+        torch.set_num_threads(threads + 1)
+    assert states() == before and torch.get_num_threads() == threads and torch.is_grad_enabled()

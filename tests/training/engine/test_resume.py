@@ -40,7 +40,7 @@ def test_killed_and_started_again_equals_straight_through(straight, smoke_run, t
         expected = (143, "stopped at step 9 of 23") if type(kill) is StopAt else (-9, "")
         assert codes == [expected[0]] and expected[1] in said, said
     codes, said = launch_apart(stage, run, *options)
-    assert codes == [0] and f"goes on from step {9 if type(kills[-1]) is StopAt else 15}" in said
+    assert codes == [0] and f"resumed at step {9 if type(kills[-1]) is StopAt else 15}" in said
     assert_equal_runs(run / stage, folder)
     assert trace(run / stage) == trace(folder)
     assert len(trace(folder)) == 23 * 8
@@ -53,7 +53,7 @@ def test_a_finished_training_goes_on_to_more_steps_by_the_new_schedule(tmp_path,
     longer, straight = tmp_path / "longer", tmp_path / "straight"
     assert launch("autoencoder", longer, "--steps", "6", *more) == 0
     assert launch("autoencoder", longer, "--steps", "12", *more) == 0
-    assert "goes on from step 6 of 12 (of 6 before: the learning rate follows" in capsys.readouterr().err
+    assert "resumed at step 6 of 12 (of 6 before: the learning rate follows" in capsys.readouterr().err
     assert launch("autoencoder", straight, "--steps", "12", *more) == 0
     rates = [
         {line["step"]: line["lr"] for line in lines(run / "autoencoder") if "lr" in line} for run in (longer, straight)
@@ -83,7 +83,7 @@ def test_what_changes_no_sum_does_not_stop_a_resume(smoke_run, tmp_path, change)
     run = prepared("noise_predictor", smoke_run, tmp_path / "run")
     assert launch_apart("noise_predictor", run, fault=KillAt(4))[0] == [-9]
     codes, said = launch_apart("noise_predictor", run, *change)
-    assert codes == [0] and "goes on from step 3" in said, said
+    assert codes == [0] and "resumed at step 3" in said, said
 
 
 def test_the_same_pictures_elsewhere_are_the_same_data(tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_the_same_pictures_elsewhere_are_the_same_data(tmp_path, capsys):
     assert launch_apart("autoencoder", run, *data(tmp_path / "here"), fault=KillAt(4))[0] == [-9]
     (tmp_path / "here").rename(tmp_path / "there")
     codes, said = launch_apart("autoencoder", run, *data(tmp_path / "there"))
-    assert codes == [0] and "goes on from step 3" in said, said
+    assert codes == [0] and "resumed at step 3" in said, said
     # other pictures are not
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "there", other)
@@ -126,7 +126,7 @@ def test_an_edited_caption_does_not_stop_the_autoencoder(tmp_path):
     assert launch_apart("autoencoder", run, *data, fault=KillAt(4))[0] == [-9]
     (folder / "3.txt").write_text("another caption")
     codes, said = launch_apart("autoencoder", run, *data)
-    assert codes == [0] and "goes on from step 3" in said, said
+    assert codes == [0] and "resumed at step 3" in said, said
 
 
 def test_a_training_that_ends_where_no_snapshot_was_planned_has_one(tmp_path):

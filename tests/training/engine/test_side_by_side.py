@@ -4,7 +4,7 @@ from torch import nn
 
 from training.engine import side_by_side as module
 from training.engine.side_by_side import parts_of, side_by_side
-from training.text_encoder.losses import even_shares
+from training.text_encoder.losses import split_by_length
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_without_training_nothing_is_dropped(two_cores):
     assert parts_of(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval(), 8) == 2
 
 
-def test_shares_hold_each_text_once_and_about_as_many_tokens():
+def test_groups_hold_each_text_once_and_about_as_many_tokens():
     lengths = torch.randint(3, 20, (101,), generator=torch.Generator().manual_seed(0))
-    shares = even_shares(lengths, 3)
+    shares = split_by_length(lengths, 3)
     assert torch.cat(shares).sort().values.tolist() == list(range(101))
     sums = [int(lengths[share].sum()) for share in shares]
     assert max(sums) - min(sums) <= 2 * 19
@@ -100,4 +100,4 @@ def test_shares_hold_each_text_once_and_about_as_many_tokens():
 
 @pytest.mark.parametrize(("lengths", "count"), [([1, 100], 2), ([5, 5], 2), ([1, 1, 90], 3), ([90, 1, 1], 2)])
 def test_every_share_has_a_text(lengths, count):
-    assert all(map(len, even_shares(torch.tensor(lengths), count)))
+    assert all(map(len, split_by_length(torch.tensor(lengths), count)))

@@ -69,7 +69,7 @@ def test_sigterm_to_accelerate_launch_reaches_the_training(tmp_path):
     while not (folder / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from here" in process.communicate(timeout=60)[1]  # which waits for the training
+    assert "rerun the command to resume" in process.communicate(timeout=60)[1]  # which waits for the training
     saved = checkpoint.newest(folder / "checkpoints")[0]
     assert saved is not None and lines(folder)[-1]["step"] <= int(saved.name[-8:])
 
@@ -170,7 +170,7 @@ def test_a_run_remembers_its_data(tmp_path, capsys):
     data = ["--data.count", "40", "--data.seed=3", "--valid.count", "12"]
     assert launch("autoencoder", run, *data) == 0
     assert launch("text_encoder", run) == 0
-    assert "--data.count=40 --data.seed=3 --valid.count=12, as the run's first stage" in capsys.readouterr().err
+    assert "--data.count=40 --data.seed=3 --valid.count=12, from the run's first stage" in capsys.readouterr().err
     recorded = read_yaml(run / "text_encoder" / "config.yaml")
     assert (recorded["data"]["count"], recorded["data"]["seed"], recorded["valid"]["count"]) == (40, 3, 12)
     assert launch("noise_predictor", run, "--data.count", "48") == 0

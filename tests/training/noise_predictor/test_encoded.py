@@ -16,8 +16,8 @@ from sd_mini.text_encoder.adapter import TextAdapter
 from sd_mini.text_encoder.loading import clip_tokenizer, small_clip
 from tests.support.launching import SMOKE, prepared
 from training.engine.batches import Batch
-from training.noise_predictor.data import Encoded
-from training.noise_predictor.task import PredictorConfig, PredictorTask
+from training.noise_predictor.config import PredictorConfig
+from training.noise_predictor.task import Encoded, PredictorTask
 
 
 def small_stages(pictures: CaptionedPictures) -> tuple[Stage, Stage]:

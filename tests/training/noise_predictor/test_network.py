@@ -20,7 +20,7 @@ from sd_mini.stages.contract import load_stage
 from tests.support.launching import launch, prepared
 from tests.support.networks import UNET
 from training.engine.task import TrainConfig
-from training.noise_predictor.losses import Objective, ObjectiveConfig
+from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective
 from training.noise_predictor.network import NetworkConfig, description
 
 SHAPE, DIM = (4, 8, 8), 24
@@ -292,7 +292,7 @@ def test_the_description_counts():
     depth, width = 4, 64
     network = tiny(depth=depth, hidden_size=width, num_heads=2)
     config = TrainConfig(ema_width=0.1)
-    said = description(Objective(network, ObjectiveConfig()), SHAPE, (6, DIM), config)
+    said = description(PredictorObjective(network, ObjectiveConfig()), SHAPE, (6, DIM), config)
     count = sum(p.numel() for p in network.parameters())
     assert f"{count / 1e3:.3g} k parameters, 16 picture tokens and 6 of the prompt" in said
     assert f"{4 * 6 * count / 1e6:.3g} MB of memory" in said  # weights, gradients, two moments, two averages

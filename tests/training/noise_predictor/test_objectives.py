@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from sd_mini import noise_predictor
-from sd_mini.diffusion.process import Process
+from sd_mini.diffusion.objective import Process
 from sd_mini.sampling import samplers
 from sd_mini.sampling.loop import Guidance, SamplingRun
 from tests.support.launching import launch, prepared
-from training.noise_predictor.losses import Objective, ObjectiveConfig, answer_and_target
+from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective, answer_and_target
 
 KINDS = ("flow", "flow_x", "epsilon", "v_prediction", "sample")
 SCHEDULES = (None, "linear", "scaled_linear", "cosine")
@@ -48,7 +48,7 @@ def test_the_matrix(kind, schedule):
                 ObjectiveConfig(**given)
             continue
         config = ObjectiveConfig(**given)
-        objective = Objective(network, config)
+        objective = PredictorObjective(network, config)
         timesteps = config.draw(uniform)
         losses, _ = objective(latents, noise, timesteps, tokens, mask)
         losses.mean().backward()
@@ -132,7 +132,7 @@ def test_training_approaches_the_optimum_and_samples_the_gaussian(kind, monkeypa
     for _ in range(2000):
         latents = (torch.randn(512, 2) @ root.T + mean).view(512, 1, 1, 2)
         timesteps = config.draw(torch.rand(512))
-        losses, _ = Objective(network, config)(latents, torch.randn(512, 1, 1, 2), timesteps, *none)
+        losses, _ = PredictorObjective(network, config)(latents, torch.randn(512, 1, 1, 2), timesteps, *none)
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()

@@ -14,9 +14,10 @@ from sd_mini.stages.contract import read_contract
 from sd_mini.vision.towers import load_tower, matcher_tower
 from tests.support.launching import SMOKE, launch, lines, prepared
 from tests.support.networks import NETWORKS
-from training.noise_predictor.losses import Objective, ObjectiveConfig
+from training.noise_predictor.config import PredictorConfig
+from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective
 from training.noise_predictor.representation import Alignment, RepaConfig, layers_of, weights_at
-from training.noise_predictor.task import PredictorConfig, PredictorTask
+from training.noise_predictor.task import PredictorTask
 
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
 
@@ -106,7 +107,7 @@ def test_alignment_is_the_cosine_of_each_patch_and_reaches_the_network(kind, spa
     network = noise_predictor.build(kind, NETWORKS[kind], (4, 8, 8), 24)
     config = ObjectiveConfig(repa=RepaConfig(weight=0.5, spatial=spatial))
     alignment = Alignment(network, 12, config.repa, (4, 4))
-    objective, plain = Objective(network, config, alignment), Objective(network, config)
+    objective, plain = PredictorObjective(network, config, alignment), PredictorObjective(network, config)
     draws = torch.Generator().manual_seed(1)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=draws)
     features, tokens = torch.randn(2, 12, 4, 4, generator=draws), torch.randn(2, 6, 24, generator=draws)

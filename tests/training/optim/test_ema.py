@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim.ema import WIDTHS, PowerEMA, gamma_of_width, nearest_width, posthoc_coefficients
+from training.optim.ema import WIDTHS, gamma_of_width, nearest_width, posthoc_coefficients
+from training.optim.update import PowerEMA
 from training.storage.snapshots import due
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import optimizer
+from training.optim import optimizer, update
 from training.optim.optimizer import OptimizerConfig
 
 
@@ -15,7 +15,7 @@ def gradients(parameters, step):
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
 def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    result = optimizer.orthogonalise(matrices)
+    result = update.orthogonalise(matrices)
     for before, after in zip(matrices, result, strict=True):
         u, _, vh = torch.linalg.svd(before, full_matrices=False)
         in_its_basis = u.mT @ after @ vh.mT
@@ -27,16 +27,16 @@ def test_orthogonalise_keeps_the_singular_vectors_and_levels_the_values(shape):
 
 def test_orthogonalise_is_the_iteration_on_the_whole_matrix():
     matrix = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
-    x, (a, b, c) = matrix.double() / matrix.double().norm(), optimizer._QUINTIC
-    for _ in range(optimizer._ITERATIONS):
+    x, (a, b, c) = matrix.double() / matrix.double().norm(), update._QUINTIC
+    for _ in range(update._ITERATIONS):
         x = a * x + b * x @ x.mT @ x + c * x @ x.mT @ x @ x.mT @ x
-    torch.testing.assert_close(optimizer.orthogonalise(matrix[None])[0].double(), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(update.orthogonalise(matrix[None])[0].double(), x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
 def test_orthogonalise_in_bfloat16_levels_as_the_exact_one_does(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact, half = optimizer.orthogonalise(matrices), optimizer.orthogonalise(matrices, half=True)
+    exact, half = update.orthogonalise(matrices), update.orthogonalise(matrices, half=True)
     assert half.dtype == torch.float32 and 0 < (half - exact).norm() < 0.02 * exact.norm()
 
 
@@ -44,7 +44,7 @@ def test_orthogonalise_in_bfloat16_levels_as_the_exact_one_does(shape):
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-8, 1e8])
 def test_orthogonalise_of_the_smallest_and_largest_is_finite(scale, half):
     matrices = scale * torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(0))
-    result = optimizer.orthogonalise(matrices, half)
+    result = update.orthogonalise(matrices, half)
     assert result.isfinite().all() and result.abs().max() < 1
 
 
@@ -53,7 +53,7 @@ def test_orthogonalise_of_the_smallest_and_largest_is_finite(scale, half):
 def test_muon_takes_the_steps_of_torchs_own(shape, half):
     start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = optimizer.MuonAdamW([{"params": [ours], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1, half)
+    a = update.MuonAdamW([{"params": [ours], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1, half)
     a.create_state()
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5)
     for step in range(5):
@@ -69,7 +69,7 @@ def test_a_kernel_is_one_matrix_whatever_its_memory_order(memory):
     start = torch.randn(16, 5, 3, 2, generator=torch.Generator().manual_seed(1))
     kernel, matrix = nn.Parameter(start.clone().to(memory_format=memory)), nn.Parameter(start.clone().flatten(1))
     for parameter in (kernel, matrix):
-        one = optimizer.MuonAdamW([{"params": [parameter], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1)
+        one = update.MuonAdamW([{"params": [parameter], "lr": 0.02, "muon": True}], (0.9, 0.95), 0.1)
         one.create_state()
         for step in range(3):
             gradients([matrix], step)
@@ -81,7 +81,7 @@ def test_a_kernel_is_one_matrix_whatever_its_memory_order(memory):
 def test_the_rest_goes_by_adamw_bit_for_bit():
     start = torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    a = optimizer.MuonAdamW([{"params": [ours], "lr": 0.01}], (0.9, 0.95), 0.1)
+    a = update.MuonAdamW([{"params": [ours], "lr": 0.01}], (0.9, 0.95), 0.1)
     a.create_state()
     b = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     for step in range(5):
@@ -123,9 +123,9 @@ def test_the_parts_of_an_update_hold_each_parameter_once_and_about_as_much_work(
     shapes = [(32, 16), (16, 16), (48, 16), (16, 48), (64, 16), (16, 64), (20, 16), (16, 20)]
     groups = [({"muon": True}, [nn.Parameter(torch.zeros(shape))]) for shape in shapes]
     groups.append(({"muon": False}, [nn.Parameter(torch.zeros(16)) for _ in range(5)]))
-    shares = optimizer._shares(groups, parts)
+    shares = update.split_by_work(groups, parts)
     found = [id(p) for share in shares for _, trained in share for p in trained]
     assert sorted(found) == sorted(id(p) for _, trained in groups for p in trained)
-    work = [sum(optimizer._cost(group, p) for group, trained in share for p in trained) for share in shares]
-    dearest = max(optimizer._cost(group, p) for group, trained in groups for p in trained)
+    work = [sum(update._cost(group, p) for group, trained in share for p in trained) for share in shares]
+    dearest = max(update._cost(group, p) for group, trained in groups for p in trained)
     assert max(work) - min(work) <= dearest

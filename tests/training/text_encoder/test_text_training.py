@@ -57,16 +57,18 @@ def make_batch(task, rows=slice(0, 8)):
 def test_each_picture_comes_with_a_caption_of_its_own(task):
     inputs = task.inputs(make_batch(task))
     rows = torch.arange(8)
-    assert inputs["positive"][rows, inputs["own"]].all() and not inputs["positive"][rows, inputs["twin"]].any()
+    assert inputs["positive"][rows, inputs["caption"]].all() and not inputs["positive"][rows, inputs["twin"]].any()
     tokenizer = task.stage.encoders[0].tokenizer
-    for number, ids in zip(make_batch(task).own_ids, inputs["ids_0"][inputs["here"]][inputs["own"]], strict=True):
+    for number, ids in zip(
+        make_batch(task).own_ids, inputs["ids_0"][inputs["local_texts"]][inputs["caption"]], strict=True
+    ):
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() in task.train.captions[number]
 
 
 def test_a_part_of_the_batch_sees_all_texts_and_its_own_pictures(task):
     whole, part = task.inputs(make_batch(task)), task.inputs(make_batch(task, slice(4, 8)))
     assert torch.equal(whole["ids_0"], part["ids_0"])
-    for name in ("pictures", "thumbnails", "own", "twin", "positive"):
+    for name in ("pictures", "thumbnails", "caption", "twin", "positive"):
         assert torch.equal(whole[name][4:], part[name])
 
 
@@ -83,7 +85,7 @@ def test_the_plain_projection_learns_and_teaches_nobody(task):
     objective = task.players["text_encoder"].objective.eval()
     inputs = task.inputs(make_batch(task))
     encoded = objective._encoded({k: v for k, v in inputs.items() if k.endswith("_0")}, inputs["pictures"])
-    objective._probe(encoded["seen"], encoded["projected"], inputs["positive"]).sum().backward()
+    objective._probe(encoded["picture"], encoded["projected"], inputs["positive"]).sum().backward()
     reached = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached and all(name.startswith("matcher.projection.") for name in reached)
     objective.zero_grad()
@@ -121,9 +123,9 @@ def test_a_frozen_encoders_states_are_read_from_the_cache_as_they_were(tmp_path,
     assert not objective.encoders and not any("bert" in name.lower() for name, _ in objective.named_parameters())
     inputs = task.inputs(make_batch(task))
     texts = list(task.texts.numbers)
-    chosen = [task.own[i] for i in make_batch(task).own_ids]
+    chosen = [task.captions[i] for i in make_batch(task).own_ids]
     encoder = task.stage.encoders[0]
-    for row, own in enumerate(inputs["here"][inputs["own"]].tolist()):
+    for row, own in enumerate(inputs["local_texts"][inputs["caption"]].tolist()):
         kept = inputs["mask_0"][own]
         with torch.no_grad():
             ways = [encoder(*encoder.tokenize([texts[number]])) for number in chosen[row]]

@@ -1,4 +1,4 @@
-"""What a person sees of a training, and what seeing costs."""
+"""What a training records and shows, and what that costs."""
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from training.distributed import processes
 from training.engine import flops, loop
 from training.engine.launch import Launch
 from training.engine.learner import Speed, _speed_up
+from training.engine.metrics import FiniteCheck
 from training.engine.task import Origin, TrainConfig
 
 
@@ -227,3 +228,14 @@ def test_no_mixed_precision_as_yaml_reads_it():
 def test_float16_is_refused(tmp_path, capsys):
     assert launch("autoencoder", tmp_path / "run", "--train.mixed_precision", "fp16") == 2
     assert "train.mixed_precision: got 'fp16'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_norm_on_the_device_is_checked_a_step_later():
+    finite = FiniteCheck()
+    finite.record(0, np.arange(2), torch.tensor(1.0, device="cuda"), [])
+    finite.check()
+    losses = [(np.arange(2), torch.tensor([1.0, float("nan")], device="cuda"))]
+    finite.record(1, np.arange(2), torch.tensor(float("nan"), device="cuda"), losses)
+    with pytest.raises(ValueError, match=r"step 1: the gradient is not finite, and the loss of \[1\] is not"):
+        finite.check()
