@@ -11,7 +11,6 @@ import torch
 from diffusers import ModelMixin, PixArtTransformer2DModel, PRXTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
-from sd_mini.cpu.fused import speed_up
 from sd_mini.diffusion.forward import STEPS
 from sd_mini.errors import UserError
 
@@ -79,7 +78,7 @@ def build(kind: str, network: dict[str, Any], latent_shape: tuple[int, int, int]
             check_call(made, latent_shape, dim)
     except _UNFIT as error:
         raise UserError(_unfit(cls, network, error)) from error
-    return speed_up(made)
+    return made
 
 
 def _unfit(cls: type, network: dict[str, Any], error: Exception) -> str:

@@ -16,7 +16,7 @@ from sd_mini import images
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.autoencoder.tiling import check_tile
 from sd_mini.config import check_choice
-from sd_mini.cpu.fused import speed_up
+from sd_mini.cpu import accelerate
 from sd_mini.diffusion.process import Process
 from sd_mini.errors import UserError
 from sd_mini.files import (
@@ -34,6 +34,7 @@ from sd_mini.noise_predictor import lora
 from sd_mini.noise_predictor.network import unwrapped
 from sd_mini.pipelines.call_state import OfTheCall, one_call
 from sd_mini.pipelines.prompted import PromptedPipeline
+from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
 from sd_mini.sampling.denoising import Denoising
 from sd_mini.sampling.guidance import Guidance, interval
@@ -92,14 +93,14 @@ class Pipeline(PromptedPipeline):
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             text_adapter=text_adapter,
-            noise_predictor=noise_predictor if noise_predictor is None else speed_up(noise_predictor),
+            noise_predictor=noise_predictor,
             autoencoder=autoencoder,
             scheduler=scheduler,
             tokenizer_2=tokenizer_2,
             text_encoder_2=text_encoder_2,
             tokenizer_3=tokenizer_3,
             text_encoder_3=text_encoder_3,
-            guide=guide if guide is None else speed_up(guide),
+            guide=guide,
         )
         self.register_to_config(
             resolution=resolution,
@@ -173,7 +174,7 @@ class Pipeline(PromptedPipeline):
                 f"guide {stage.folder}: predicts {Process.of(stage.contract).kind}, but the noise predictor "
                 f"{self.process.kind}; give a snapshot of the same training"
             )
-        self.register_modules(guide=speed_up(stage.parts["noise_predictor"]))
+        self.register_modules(guide=stage.parts["noise_predictor"])
 
     @property
     def process(self) -> Process:
@@ -187,8 +188,16 @@ class Pipeline(PromptedPipeline):
         """
         self.register_modules(scheduler=samplers.build(name, self.process))
 
+    def accelerate(self) -> None:
+        """Make the noise predictor and the guide faster on a CPU, by C kernels for PRX, compiled here (seconds).
+        Where one stays as it is, a remark says why."""
+        for name in ("noise_predictor", "guide"):
+            if (network := getattr(self, name)) is not None and (reason := accelerate(network)) is not None:
+                remark(f"{name}: not accelerated, {reason}")
+
     def load_lora(self, folder: str | Path) -> None:
-        """Merge the LoRA saved in `folder` into the noise predictor. Raises ValueError if it is another network's."""
+        """Merge the LoRA in `folder` (peft's or diffusers' files) into the noise predictor. Raises ValueError if it
+        does not fit."""
         network = unwrapped(self.noise_predictor)
         lora.load(network, folder, self.process.model_dump())
         lora.merge(network)

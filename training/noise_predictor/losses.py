@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import diffusion, noise_predictor
-from sd_mini.cpu.fused import states_of
 from sd_mini.diffusion.process import Process, TimeConfig
 from sd_mini.errors import UserError
-from training.noise_predictor.representation import Alignment, RepaConfig, layers_of
+from training.noise_predictor.representation import Alignment, RepaConfig, layers_of, outputs_of
 
 
 class ObjectiveConfig(TimeConfig):
@@ -59,9 +58,9 @@ class Objective(nn.Module):
         config, hidden = self.config, None
         given = (latents, noise, timesteps, prompt_embeds, prompt_mask)
         if self.alignment is not None:
-            with states_of(self.network, layers_of(self.network)[self.alignment.number]) as found:
+            with outputs_of(layers_of(self.network)[self.alignment.number]) as outputs:
                 answer, target = answer_and_target(self.network, config, *given)
-            hidden = found[-1]
+            hidden = outputs[-1]
         else:
             answer, target = answer_and_target(self.network, config, *given)
         errors = (answer - target).square().mean((1, 2, 3))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
 from diffusers import ModelMixin
 from pydantic import Field, model_validator
 from torch import nn
 
 from sd_mini import noise_predictor
 from sd_mini.config import Config
+from sd_mini.cpu import accelerate
 from sd_mini.diffusion.process import Process
 from sd_mini.errors import UserError
 from sd_mini.noise_predictor import lora
@@ -71,9 +73,12 @@ def make_network(
         network = load_network(config.pretrained, latent_shape, dim)
         if config.lora.rank:
             lora.add(network, config.lora)
-        return network
-    fields = preset(config.kind, config.preset) if config.preset is not None else {}
-    return noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
+    else:
+        fields = preset(config.kind, config.preset) if config.preset is not None else {}
+        network = noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
+    if PartialState().device.type == "cpu":
+        accelerate(network)  # or not: a network without CPU kernels is trained as it is
+    return network
 
 
 def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> Any:

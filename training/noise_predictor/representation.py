@@ -6,6 +6,8 @@ projection, and features that are normalised over the picture.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,22 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     if middle is None:
         raise UserError(f"repa: {type(network).__name__} has no blocks to read hidden states from; leave repa out")
     return [middle]
+
+
+@contextmanager
+def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the list receives the layer's output each time it is called. An accelerated network is not accelerated
+    meanwhile: its kernels call no layers."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def layer_number(network: nn.Module, depth: float) -> int:
