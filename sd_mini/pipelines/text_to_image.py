@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sd_mini import images
+from sd_mini import images, lora
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.autoencoder.tiling import check_tile
 from sd_mini.config import check_choice
@@ -30,7 +30,6 @@ from sd_mini.files import (
     written,
     written_to,
 )
-from sd_mini.noise_predictor import lora
 from sd_mini.noise_predictor.network import unwrapped
 from sd_mini.pipelines.call_state import OfTheCall, one_call
 from sd_mini.pipelines.prompted import PromptedPipeline
@@ -202,7 +201,7 @@ class Pipeline(PromptedPipeline):
         lora.load(network, folder, self.process.model_dump())
         lora.merge(network)
         stages = dict(self.config.stages)
-        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}
+        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(lora.weights_file(folder))}
         self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
 
     @classmethod

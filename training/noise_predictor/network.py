@@ -12,14 +12,13 @@ from diffusers import ModelMixin
 from pydantic import Field, model_validator
 from torch import nn
 
-from sd_mini import noise_predictor
+from sd_mini import lora, noise_predictor
 from sd_mini.config import Config
 from sd_mini.cpu import accelerate
 from sd_mini.diffusion.process import Process
 from sd_mini.errors import UserError
-from sd_mini.noise_predictor import lora
+from sd_mini.lora import LoraConfig
 from sd_mini.noise_predictor.loading import check_process, load_network
-from sd_mini.noise_predictor.lora import LoraConfig
 from sd_mini.noise_predictor.presets import preset
 from training.engine.flops import count_flops
 from training.engine.task import TrainConfig

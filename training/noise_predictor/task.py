@@ -15,11 +15,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from sd_mini import diffusion, images, stages
+from sd_mini import diffusion, images, lora, stages
 from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig, load_captioned
 from sd_mini.errors import UserError
-from sd_mini.noise_predictor import lora
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.sampling import samplers
 from sd_mini.sampling.guidance import Guidance
