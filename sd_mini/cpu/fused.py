@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sd_mini.cpu import prx
 from sd_mini.cpu.kernels import Kernels, compiled, compiler
-from sd_mini.cpu.threads import cores, shared
+from sd_mini.cpu.threads import cores, in_threads
 
 _MIN_SAMPLES = 8  # a thread: with fewer, Python's overhead is larger than the gain of a second core
 _MAX_TOKENS = 192  # of picture and prompt: beyond, diffusers' attention is faster and keeps no attention weights
@@ -170,7 +170,7 @@ class _Fused(torch.autograd.Function):
         if backs is None:
             raise RuntimeError("accelerated PRX: a second backward pass through one forward pass is not supported")
         parts = zip(backs, gradient.split(ctx.sizes), strict=True)
-        grads = shared([partial(back, part) for back, part in parts])
+        grads = in_threads([partial(back, part) for back, part in parts])
         total, *others = ([by_name[name] for name in ctx.names] for by_name in grads)
 
         def add(start: int) -> None:
@@ -178,7 +178,7 @@ class _Fused(torch.autograd.Function):
                 torch._foreach_add_(total[start :: len(grads)], other[start :: len(grads)])
 
         # the sum over parts, each thread for every len(grads)-th weight
-        shared([partial(add, start) for start in range(len(grads))])
+        in_threads([partial(add, start) for start in range(len(grads))])
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *(g if want else None for g, want in zip(total, wanted, strict=True))
 
@@ -190,4 +190,4 @@ def _run_parts(
     w = dict(zip(names, (p.detach().contiguous() for p in weights), strict=True))
     count = cores() if len(inputs[0]) >= _MIN_SAMPLES * cores() else 1
     pieces = [[None] * count if x is None else x.contiguous().tensor_split(count) for x in inputs]
-    return shared([partial(run_part, w, *part) for part in zip(*pieces, strict=True)])
+    return in_threads([partial(run_part, w, *part) for part in zip(*pieces, strict=True)])

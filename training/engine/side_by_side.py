@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_mini.cpu.threads import cores, shared
+from sd_mini.cpu.threads import cores, in_threads
 
 Named = dict[str, Tensor]
 
@@ -72,7 +72,7 @@ class _Parts(torch.autograd.Function):
             wanted = [(i, x) for i, x in read if needed[i]]
             return [x for _, x in wanted], [i for i, _ in wanted], made
 
-        runs = shared([partial(run, number) for number in range(count)])
+        runs = in_threads([partial(run, number) for number in range(count)])
         names += runs[0][2]
         ctx.runs = [(wanted, places, [made[name] for name in names]) for wanted, places, made in runs]
         ctx.set_materialize_grads(False)
@@ -93,7 +93,7 @@ class _Parts(torch.autograd.Function):
             for i, (wanted, _, made) in enumerate(runs)
         ]
         total: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for (_, places, _), found in zip(runs, shared(calls), strict=True):  # always in this order: the same sums
+        for (_, places, _), found in zip(runs, in_threads(calls), strict=True):  # always in this order: the same sums
             for place, gradient in zip(places, found, strict=True):
                 before = total[_PLAIN + place]
                 if gradient is not None:

@@ -40,14 +40,14 @@ class NetworkConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        # the defaults, written out as a run's config.yaml does, say nothing
+        # defaults, as a run's config.yaml writes them out, do not count as given
         given = [name for name in ("kind", "preset", "network") if getattr(self, name) != _default(name)]
         if self.pretrained is not None and given:
             raise UserError(
                 f"network.pretrained {self.pretrained}: brings its own class and fields; leave out network.{given[-1]}"
             )
         if not self.lora.rank and self.lora != LoraConfig():
-            raise UserError("network.lora: alpha and targets say how adapters are made, and rank 0 makes none; set it")
+            raise UserError("network.lora: alpha and targets are of adapters, and rank 0 adds none; set it")
         if self.lora.rank and self.pretrained is None:
             raise UserError(
                 f"network.lora.rank {self.lora.rank}: adapts a network that is there already; give network.pretrained"
@@ -64,8 +64,8 @@ def _default(field: str) -> Any:
 def make_network(
     config: NetworkConfig, latent_shape: tuple[int, int, int], dim: int, process: Process | None = None
 ) -> ModelMixin:
-    """Raises ValueError, one line, for a network that cannot be had, does not fit the two other stages, or was trained
-    for another `process`."""
+    """Raises UserError for a network that cannot be loaded, does not fit the two other stages, or was trained for
+    another `process`."""
     if config.pretrained is not None:
         if process is not None:
             check_process(config.pretrained, process)
@@ -86,6 +86,8 @@ def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> An
 
 
 class _Adapted:
+    """Saves as one network: merged for every reader, and the adapters alone in `lora/`."""
+
     def __init__(self, network: ModelMixin, config: NetworkConfig, process: Process):
         self.network, self.config, self.process = network, config, process
 

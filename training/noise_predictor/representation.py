@@ -25,7 +25,7 @@ from sd_mini.stages.contract import Stage, model_hash
 from sd_mini.vision.towers import VisionTower, load_tower, matcher_tower
 from training.storage import cache
 
-OWN = "text_encoder"
+OWN = "text_encoder"  # the picture tower trained with stage 1
 
 
 class RepaConfig(Config):
@@ -44,7 +44,7 @@ class RepaConfig(Config):
 
 
 def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
-    """Raises ValueError, one line, for a teacher that cannot be had."""
+    """Raises ValueError, one line, for a teacher that cannot be loaded."""
     if config.teacher != OWN:
         return load_tower(config.teacher)
     if "matcher" not in text.parts:
@@ -60,9 +60,12 @@ def features(
     tower.module.to(device)
 
     def encode(rows: slice) -> dict[str, np.ndarray]:
-        found = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
-        shrinks = found.shape[-2] >= grid[0]
-        resized = adaptive_avg_pool2d(found, grid) if shrinks else interpolate(found, grid, mode="bilinear")
+        grid_features = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
+        is_finer = grid_features.shape[-2] >= grid[0]
+        if is_finer:
+            resized = adaptive_avg_pool2d(grid_features, grid)
+        else:
+            resized = interpolate(grid_features, grid, mode="bilinear")
         return {"features": resized.float().contiguous().cpu().numpy()}
 
     key = {"tower": model_hash(tower.module), "data": pictures.pictures_fingerprint, "grid": list(grid)}
@@ -88,20 +91,21 @@ class Alignment(nn.Module):
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """hidden (B, N, D) or (B, D, rows, columns), features (B, K, rows, columns) => (B,) from 0 (aligned) to 2."""
         states = hidden if hidden.ndim == 4 else hidden.mT.unflatten(2, self.grid)
-        projected = self.projection(states)
+        projected = self.projection(states)  # (B, K, rows, columns)
         if projected.shape[2:] != features.shape[2:]:
             projected = interpolate(projected, features.shape[2:], mode="bilinear")
-        if self.config.spatial:
+        if self.config.spatial:  # iREPA: features normalised over the picture
             mean, std = features.mean((2, 3), keepdim=True), features.std((2, 3), keepdim=True)
             features = (features - mean) / (std + 1e-6)
+        # REPA, eq. 8: mean over patches of the cosine
         return 1 - cosine_similarity(projected, features, dim=1).mean((1, 2))
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
     """The blocks whose outputs are hidden states: a transformer's, or a UNet's middle. ValueError for neither."""
     for name in ("blocks", "transformer_blocks"):
-        if isinstance(found := getattr(network, name, None), nn.ModuleList):
-            return list(found)
+        if isinstance(blocks := getattr(network, name, None), nn.ModuleList):
+            return list(blocks)
     middle = getattr(network, "mid_block", None)
     if middle is None:
         raise UserError(f"repa: {type(network).__name__} has no blocks to read hidden states from; leave repa out")

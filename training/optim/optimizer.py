@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from sd_mini.config import Config
-from sd_mini.cpu.threads import cores, shared
+from sd_mini.cpu.threads import cores, in_threads
 from sd_mini.errors import UserError
 from training.distributed.sharding import joined, own_part, part_like
 
@@ -112,7 +112,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         parts = _parts([p for _, trained in groups for p in trained])
-        shared([partial(self._step, share) for share in _shares(groups, parts)])
+        in_threads([partial(self._step, share) for share in _shares(groups, parts)])
         return loss
 
     def _step(self, groups: Groups) -> None:
