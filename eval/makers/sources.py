@@ -18,6 +18,7 @@ from eval.makers.picture_folder import Lying, is_picture_folder, lying
 from sd_mini import images
 from sd_mini.autoencoder.model import KINDS, Autoencoder
 from sd_mini.cli.main import PIPELINE_MARK, open_pipeline
+from sd_mini.cpu import accelerate
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, file_hash, file_hashes, written
 from sd_mini.pipelines.text_to_image import Pipeline
@@ -73,6 +74,9 @@ class Ours:
 
     def __init__(self, pipeline: Pipeline, folder: Path | None = None):
         pipeline.set_progress_bar_config(disable=True)
+        for network in (pipeline.noise_predictor, pipeline.guide):
+            if network is not None:
+                accelerate(network)
         config = pipeline.config
         self.pipeline, self.folder, self.resolution = pipeline, folder, config.resolution
         self.steps, self.guidance = (

@@ -1,4 +1,4 @@
-"""Work shared out over threads that use one core each: for many operations too short to be shared out one by one."""
+"""Calls in parallel threads of one core each: for many operations too short to be parallelised one by one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_TINY = 5e-324  # denormal
+_DENORMAL = 5e-324  # the smallest float64
 
 
 def cores() -> int:
-    """How many calls side by side use the process's cores."""
+    """How many parallel calls use the process's cores: OMP_NUM_THREADS, or all."""
     return torch.get_num_threads()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, everything is computed in the calling thread."""
+    """Within, torch computes everything in the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -31,15 +31,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def shared(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of all calls, made without gradients; of several, each in a thread of its own that uses one core.
+def in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of all calls, in order, made without gradients; of several, each in a thread that uses one core.
 
-    Two halves of a batch side by side take three quarters of the time of the whole with every operation shared out
-    over both cores.
+    Two halves of a batch in two threads take three quarters of the time of the whole batch with each operation
+    parallelised over both cores. An exception in a call is raised here.
     """
     if len(calls) == 1:
         return [_without_grad(calls[0])]
-    pool = _pool(len(calls), _TINY * 1.0 == 0)  # whether this thread flushes denormals
+    pool = _pool(len(calls), _DENORMAL * 1.0 == 0)  # whether this thread flushes denormals
     return [future.result() for future in [pool.submit(_without_grad, call) for call in calls]]
 
 
@@ -51,7 +51,7 @@ def _without_grad(call: Callable[[], T]) -> T:
 @lru_cache(maxsize=1)
 def _pool(threads: int, flush_denormal: bool) -> ThreadPoolExecutor:
     def start() -> None:
-        torch.set_num_threads(1)  # of this thread
+        torch.set_num_threads(1)  # of this thread alone
         torch.set_flush_denormal(flush_denormal)
 
     return ThreadPoolExecutor(threads, "sd_mini", start)

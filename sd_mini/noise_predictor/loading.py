@@ -10,7 +10,6 @@ from diffusers import ModelMixin, UNet2DConditionModel
 
 from sd_mini import diffusion
 from sd_mini.config import check
-from sd_mini.cpu.fused import speed_up
 from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK
@@ -47,7 +46,7 @@ def load_network(name: str, latent_shape: tuple[int, int, int], dim: int) -> Mod
             f"network.pretrained {name}: {cls.__name__} cannot be called with latents {latent_shape} and prompt "
             f"embeddings of width {dim} alone ({reason(error)}); give a network without further conditions"
         ) from error
-    return speed_up(network)
+    return network
 
 
 def check_process(name: str, process: Process) -> None:

@@ -10,13 +10,13 @@ import diffusers
 import torch
 from diffusers import ModelMixin, PixArtTransformer2DModel, PRXTransformer2DModel, UNet2DConditionModel
 
-from sd_mini.cpu.fused import speed_up
 from sd_mini.diffusion.objective import predict
 from sd_mini.errors import UserError
 
 KINDS = {"prx": PRXTransformer2DModel, "pixart": PixArtTransformer2DModel, "unet": UNet2DConditionModel}
-_ASKED = {"hidden_states", "sample", "timestep", "encoder_hidden_states"}  # what a network may require in its call
-_UNFIT = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
+_ARGUMENTS = {"hidden_states", "sample", "timestep", "encoder_hidden_states"}  # all that its call may require
+# raised by diffusers' constructors for fields that do not fit together
+_BUILD_ERRORS = (AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 
 
 def class_of(kind: str) -> type[ModelMixin]:
@@ -39,8 +39,8 @@ def class_of(kind: str) -> type[ModelMixin]:
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     required = {n for n, p in call.items() if p.default is p.empty and p.kind in plain} - {"self"}
     lacking = {"timestep", "encoder_hidden_states", "encoder_attention_mask"} - set(call)
-    if lacking or required - _ASKED:
-        what = f"has no {sorted(lacking)[0]}" if lacking else f"requires {sorted(required - _ASKED)[0]} too"
+    if lacking or required - _ARGUMENTS:
+        what = f"has no {sorted(lacking)[0]}" if lacking else f"requires {sorted(required - _ARGUMENTS)[0]} too"
         raise UserError(
             f"noise predictor: {kind} {what}; expected a denoiser that is called with latents, timestep, "
             "encoder_hidden_states and encoder_attention_mask"
@@ -51,58 +51,58 @@ def class_of(kind: str) -> type[ModelMixin]:
 def build(kind: str, network: dict[str, Any], latent_shape: tuple[int, int, int], dim: int) -> ModelMixin:
     """Config => the untrained network for latents (C, h, w) and prompt embeddings of width `dim`.
 
-    The fields that the two other stages decide (latent channels, grid, conditioning width) are filled in here; one that
-    is given all the same has to agree. Raises ValueError with both numbers when it does not.
+    Fields that the two other stages determine (latent channels, grid, conditioning width) are filled in; a given one
+    has to agree. Raises UserError with both numbers where it does not.
     """
     cls = class_of(kind)
     known = inspect.signature(cls.__init__).parameters
     if unknown := sorted(set(network) - set(known)):
         raise UserError(f"noise predictor: network field {unknown[0]!r} is unknown to {cls.__name__}")
-    given = dict(network)
+    fields = dict(network)
     try:
-        decided = _decided(cls, given, latent_shape, dim)
+        decided = _shared_fields(cls, fields, latent_shape, dim)
     except (TypeError, ZeroDivisionError) as error:
-        raise UserError(_unfit(cls, network, error)) from error
+        raise UserError(_build_error(cls, network, error)) from error
     for field, value in decided.items():
-        if given.setdefault(field, value) != value:
+        if fields.setdefault(field, value) != value:
             raise UserError(
-                f"noise predictor: {field} is {given[field]}, but the other stages decide {value}; leave the field out"
+                f"noise predictor: {field} is {fields[field]}, but the other stages decide {value}; leave the field out"
             )
-    _check_patch(given, known, latent_shape)
-    for field in ("depth", "num_layers"):  # which the classes themselves take below 1, for no blocks at all
-        if isinstance(given.get(field), int) and given[field] < 1:
-            raise UserError(f"noise predictor: {field} is {given[field]}; expected at least 1 block")
+    _check_patch(fields, known, latent_shape)
+    for field in ("depth", "num_layers"):  # the classes accept less, and build no blocks
+        if isinstance(fields.get(field), int) and fields[field] < 1:
+            raise UserError(f"noise predictor: {field} is {fields[field]}; expected at least 1 block")
     try:
-        made = cls(**given)
+        model = cls(**fields)
         if cls not in KINDS.values():
-            check_call(made, latent_shape, dim)
-    except _UNFIT as error:
-        raise UserError(_unfit(cls, network, error)) from error
-    return speed_up(made)
+            check_call(model, latent_shape, dim)
+    except _BUILD_ERRORS as error:
+        raise UserError(_build_error(cls, network, error)) from error
+    return model
 
 
-def _unfit(cls: type, network: dict[str, Any], error: Exception) -> str:
+def _build_error(cls: type, network: dict[str, Any], error: Exception) -> str:
     shown = ", ".join(f"{k}={v}" for k, v in network.items())
     reason = " ".join(str(error).split()) or "the fields do not fit together"
     return f"noise predictor: {cls.__name__}({shown}) cannot be built: {reason}"
 
 
-def _check_patch(given: Mapping[str, Any], known: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> None:
-    patch = given.get("patch_size", known["patch_size"].default) if "patch_size" in known else 1
+def _check_patch(fields: Mapping[str, Any], known: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> None:
+    patch = fields.get("patch_size", known["patch_size"].default) if "patch_size" in known else 1
     if isinstance(patch, int) and patch > 0 and any(side % patch for side in latent_shape[1:]):
         raise UserError(f"noise predictor: patch_size {patch} does not divide the latent grid {latent_shape[1:]}")
 
 
 def check_call(network: ModelMixin, latent_shape: tuple[int, int, int], dim: int) -> None:
-    """Call it once on zeros: latents (1, C, h, w) have to come out. Raises ValueError, or what the network raises."""
+    """Call it once on zeros: its output has to be (1, C, h, w). Raises UserError, or what the network raises."""
     latents = torch.zeros(1, *latent_shape)
     with torch.no_grad():
-        made = predict(network, latents, torch.ones(1), torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
-    if made.shape != latents.shape:
-        raise UserError(f"it makes {tuple(made.shape[1:])} of latents of {latent_shape}; expected the same shape")
+        output = predict(network, latents, torch.ones(1), torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
+    if output.shape != latents.shape:
+        raise UserError(f"it makes {tuple(output.shape[1:])} of latents of {latent_shape}; expected the same shape")
 
 
-def _decided(
+def _shared_fields(
     cls: type[ModelMixin], network: dict[str, Any], latent_shape: tuple[int, int, int], dim: int
 ) -> dict[str, Any]:
     channels, height, _ = latent_shape

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Self
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sd_mini import lora
 from sd_mini.autoencoder.model import Autoencoder
-from sd_mini.cpu.fused import speed_up
+from sd_mini.cpu import accelerate
 from sd_mini.diffusion.objective import Process, unwrapped
 from sd_mini.errors import UserError
 from sd_mini.files import (
@@ -24,7 +25,7 @@ from sd_mini.files import (
     written,
     written_to,
 )
-from sd_mini.noise_predictor import lora
+from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
 from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter
@@ -78,14 +79,14 @@ class JoinedPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             text_adapter=text_adapter,
-            noise_predictor=noise_predictor if noise_predictor is None else speed_up(noise_predictor),
+            noise_predictor=noise_predictor,
             autoencoder=autoencoder,
             scheduler=scheduler,
             tokenizer_2=tokenizer_2,
             text_encoder_2=text_encoder_2,
             tokenizer_3=tokenizer_3,
             text_encoder_3=text_encoder_3,
-            guide=guide if guide is None else speed_up(guide),
+            guide=guide,
         )
         self.register_to_config(
             resolution=resolution,
@@ -140,7 +141,7 @@ class JoinedPipeline(DiffusionPipeline):
                 f"guide {stage.folder}: predicts {Process.of(stage.contract).kind}, but the noise predictor "
                 f"{self.process.kind}; give a snapshot of the same training"
             )
-        self.register_modules(guide=speed_up(stage.parts["noise_predictor"]))
+        self.register_modules(guide=stage.parts["noise_predictor"])
 
     def use_sampler(self, name: str) -> None:
         """Step by another sampler: euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm too.
@@ -149,13 +150,21 @@ class JoinedPipeline(DiffusionPipeline):
         """
         self.register_modules(scheduler=samplers.build(name, self.process))
 
+    def accelerate(self) -> None:
+        """Make the noise predictor and the guide faster on a CPU, by C kernels for PRX, compiled here (seconds).
+        Where one stays as it is, a remark says why."""
+        for name in ("noise_predictor", "guide"):
+            if (network := getattr(self, name)) is not None and (reason := accelerate(network)) is not None:
+                remark(f"{name}: not accelerated, {reason}")
+
     def load_lora(self, folder: str | Path) -> None:
-        """Merge the LoRA saved in `folder` into the noise predictor. Raises UserError if it is another network's."""
+        """Merge the LoRA in `folder` (peft's or diffusers' files) into the noise predictor. Raises UserError if it does
+        not fit."""
         network = unwrapped(self.noise_predictor)
         lora.load(network, folder, self.process.model_dump())
         lora.merge(network)
         stages = dict(self.config.stages)
-        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(Path(folder) / lora.WEIGHTS)}
+        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(lora.weights_file(folder))}
         self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
 
     @classmethod

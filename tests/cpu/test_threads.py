@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from sd_mini.cpu.threads import shared
+from sd_mini.cpu.threads import in_threads
 from training.optim import optimizer
 
 
@@ -15,7 +15,7 @@ def test_calls_run_side_by_side_on_one_core_each_and_keep_their_order():
         return number, torch.get_num_threads(), torch.is_grad_enabled()
 
     before = torch.get_num_threads()
-    assert shared([lambda: call(0), lambda: call(1)]) == [(0, 1, False), (1, 1, False)]
+    assert in_threads([lambda: call(0), lambda: call(1)]) == [(0, 1, False), (1, 1, False)]
     assert torch.get_num_threads() == before and torch.is_grad_enabled()
 
 
@@ -24,7 +24,7 @@ def test_what_a_call_raises_is_raised():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        shared([lambda: 1, fail])
+        in_threads([lambda: 1, fail])
 
 
 def test_an_update_in_two_threads_is_the_update_in_one():

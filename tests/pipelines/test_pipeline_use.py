@@ -13,9 +13,11 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.utils.source_code_parsing_utils import ReturnNameVisitor
 
 from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.cpu.kernels import compiler
 from sd_mini.noise_predictor.network import predict
 from sd_mini.offload import device_of
 from sd_mini.pipelines.text_to_image import Pipeline
+from tests.support.system import missing
 
 PROMPTS = ["a small red circle", "two large blue squares"]
 
@@ -312,3 +314,19 @@ def test_a_call_can_be_stopped_from_another_thread(pipeline):
     told.set()
     thread.join()
     assert steps == [0]
+
+
+def test_accelerate_is_asked_for_and_keeps_the_pictures(saved, capfd, monkeypatch):
+    pipeline = loaded(saved)
+    assert "forward" not in vars(pipeline.noise_predictor)  # nothing is compiled by loading
+    before = make(pipeline)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    pipeline.accelerate()
+    assert "note: noise_predictor: not accelerated, there is no C compiler" in capfd.readouterr().err
+    assert np.array_equal(make(pipeline), before)
+    monkeypatch.delenv("CC")
+    if compiler() is None:
+        missing("no C compiler (cc); apt-get install gcc")
+    pipeline.accelerate()
+    assert "forward" in vars(pipeline.noise_predictor) and not capfd.readouterr().err
+    np.testing.assert_allclose(make(pipeline), before, atol=1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sd_mini.cli.main import open_pipeline
-from sd_mini.cpu.fused import stock
+from sd_mini.cpu import stock_copy
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.sampling.loop import Condition
@@ -32,6 +32,7 @@ def pipeline_speed(argv: Sequence[str]) -> dict[str, Any]:
     Raises ValueError for a pipeline that is no PRX on the linear path.
     """
     pipeline = open_pipeline(parsed(argv).run)
+    pipeline.accelerate()
     join_processes()
     tune_cpu(1)
     pipeline.set_progress_bar_config(disable=True)
@@ -75,7 +76,7 @@ def stock_pipeline(pipeline: Pipeline, scheduler: SchedulerMixin) -> PRXPipeline
             f"benchmark pipeline: {type(ours).__name__} predicting {pipeline.process.kind}; expected a PRX network "
             "trained on flow, whose stock pipeline there is"
         )
-    made = PRXPipeline(stock(ours).eval(), scheduler, text_encoder=None, tokenizer=None, vae=None)
+    made = PRXPipeline(stock_copy(ours).eval(), scheduler, text_encoder=None, tokenizer=None, vae=None)
     made.set_progress_bar_config(disable=True)
     return made
 

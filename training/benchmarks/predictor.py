@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 from sd_mini import images
-from sd_mini.cpu.fused import stock
+from sd_mini.cpu import stock_copy
 from sd_mini.cpu.threads import one_thread
 from sd_mini.data.captioned import load_captioned
 from sd_mini.errors import UserError
@@ -174,7 +174,7 @@ def _plain_loop(argv: Sequence[str], cached: bool) -> Iterator[float]:
     config, train = launched.config, launched.config.train
     accelerator = Accelerator(mixed_precision=chosen_precision(train.mixed_precision, join_processes().device) or "no")
     task = noise_predictor.PredictorTask(config, launched.run)
-    network = stock(task.players["noise_predictor"].objective.network)
+    network = stock_copy(task.players["noise_predictor"].objective.network)
     rows: Dataset = _Cached(task) if cached else _Pictures(config)
     optimizer = torch.optim.AdamW(network.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     schedule = get_scheduler(train.schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=10**6)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_mini.cpu.threads import cores, shared
+from sd_mini.cpu.threads import cores, in_threads
 
 Named = dict[str, Tensor]
 
@@ -88,7 +88,7 @@ class _Parts(torch.autograd.Function):
             leaves = [(i, x) for i, x in read if needs_grad[i]]
             return [x for _, x in leaves], [i for i, _ in leaves], outputs
 
-        runs = shared([partial(run, number) for number in range(count)])
+        runs = in_threads([partial(run, number) for number in range(count)])
         output_names += runs[0][2]
         ctx.runs = [(leaves, places, [outputs[name] for name in output_names]) for leaves, places, outputs in runs]
         ctx.set_materialize_grads(False)
@@ -110,7 +110,7 @@ class _Parts(torch.autograd.Function):
         ]
         total: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         # Sum over the parts, always in this order: the same rounding.
-        for (_, places, _), part_gradients in zip(runs, shared(calls), strict=True):
+        for (_, places, _), part_gradients in zip(runs, in_threads(calls), strict=True):
             for place, gradient in zip(places, part_gradients, strict=True):
                 before = total[_PLAIN + place]
                 if gradient is not None:

@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import diffusion, noise_predictor
-from sd_mini.cpu.fused import states_of
 from sd_mini.diffusion.objective import Process, TimeConfig
 from sd_mini.errors import UserError
-from training.noise_predictor.representation import Alignment, RepaConfig, layers_of
+from training.noise_predictor.representation import Alignment, RepaConfig, layers_of, outputs_of
 
 
 class ObjectiveConfig(TimeConfig):
@@ -61,9 +60,9 @@ class PredictorObjective(nn.Module):
         # Add noise, call the network; with REPA also read the hidden states of one block.
         inputs = (latents, noise, timesteps, prompt_embeds, prompt_mask)
         if self.alignment is not None:
-            with states_of(self.network, layers_of(self.network)[self.alignment.number]) as states:
+            with outputs_of(layers_of(self.network)[self.alignment.number]) as outputs:
                 answer, target = answer_and_target(self.network, config, *inputs)
-            hidden = states[-1]
+            hidden = outputs[-1]
         else:
             answer, target = answer_and_target(self.network, config, *inputs)
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from accelerate import PartialState
 from diffusers import ModelMixin
 from pydantic import Field, model_validator
 from torch import nn
 
-from sd_mini import noise_predictor
+from sd_mini import lora, noise_predictor
 from sd_mini.config import Config
+from sd_mini.cpu import accelerate
 from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
-from sd_mini.noise_predictor import lora
+from sd_mini.lora import LoraConfig
 from sd_mini.noise_predictor.loading import check_process, load_network
-from sd_mini.noise_predictor.lora import LoraConfig
 from sd_mini.noise_predictor.presets import preset
 from training.engine.flops import count_flops
 from training.engine.task import TrainConfig
@@ -39,14 +40,14 @@ class NetworkConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        # the defaults, written out as a run's config.yaml does, say nothing
+        # defaults, as a run's config.yaml writes them out, do not count as given
         given = [name for name in ("kind", "preset", "network") if getattr(self, name) != _default(name)]
         if self.pretrained is not None and given:
             raise UserError(
                 f"network.pretrained {self.pretrained}: brings its own class and fields; leave out network.{given[-1]}"
             )
         if not self.lora.rank and self.lora != LoraConfig():
-            raise UserError("network.lora: alpha and targets say how adapters are made, and rank 0 makes none; set it")
+            raise UserError("network.lora: alpha and targets are of adapters, and rank 0 adds none; set it")
         if self.lora.rank and self.pretrained is None:
             raise UserError(
                 f"network.lora.rank {self.lora.rank}: adapts a network that is there already; give network.pretrained"
@@ -71,9 +72,12 @@ def make_network(
         network = load_network(config.pretrained, latent_shape, dim)
         if config.lora.rank:
             lora.add(network, config.lora)
-        return network
-    fields = preset(config.kind, config.preset) if config.preset is not None else {}
-    return noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
+    else:
+        fields = preset(config.kind, config.preset) if config.preset is not None else {}
+        network = noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
+    if PartialState().device.type == "cpu":
+        accelerate(network)  # or not: a network without CPU kernels is trained as it is
+    return network
 
 
 def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> Any:
@@ -82,6 +86,8 @@ def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> An
 
 
 class _Adapted:
+    """Saves as one network: merged for every reader, and the adapters alone in `lora/`."""
+
     def __init__(self, network: ModelMixin, config: NetworkConfig, process: Process):
         self.network, self.config, self.process = network, config, process
 

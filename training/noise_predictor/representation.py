@@ -6,6 +6,8 @@ projection, and features that are normalised over the picture.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from sd_mini.stages.contract import Stage, model_hash
 from sd_mini.vision.towers import VisionTower, load_tower, matcher_tower
 from training.storage import cache
 
-OWN = "text_encoder"
+OWN = "text_encoder"  # the picture tower trained with stage 1
 
 
 class RepaConfig(Config):
@@ -59,10 +61,11 @@ def features(
 
     def encode(rows: slice) -> dict[str, np.ndarray]:
         grid_features = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
-        shrinks = grid_features.shape[-2] >= grid[0]
-        resized = (
-            adaptive_avg_pool2d(grid_features, grid) if shrinks else interpolate(grid_features, grid, mode="bilinear")
-        )
+        is_finer = grid_features.shape[-2] >= grid[0]
+        if is_finer:
+            resized = adaptive_avg_pool2d(grid_features, grid)
+        else:
+            resized = interpolate(grid_features, grid, mode="bilinear")
         return {"features": resized.float().contiguous().cpu().numpy()}
 
     key = {"tower": model_hash(tower.module), "data": pictures.pictures_fingerprint, "grid": list(grid)}
@@ -88,12 +91,13 @@ class Alignment(nn.Module):
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """hidden (B, N, D) or (B, D, rows, columns), features (B, K, rows, columns) => (B,) from 0 (aligned) to 2."""
         states = hidden if hidden.ndim == 4 else hidden.mT.unflatten(2, self.grid)
-        projected = self.projection(states)
+        projected = self.projection(states)  # (B, K, rows, columns)
         if projected.shape[2:] != features.shape[2:]:
             projected = interpolate(projected, features.shape[2:], mode="bilinear")
-        if self.config.spatial:
+        if self.config.spatial:  # iREPA: features normalised over the picture
             mean, std = features.mean((2, 3), keepdim=True), features.std((2, 3), keepdim=True)
             features = (features - mean) / (std + 1e-6)
+        # REPA, eq. 8: mean over patches of the cosine
         return 1 - cosine_similarity(projected, features, dim=1).mean((1, 2))
 
 
@@ -106,6 +110,22 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     if middle is None:
         raise UserError(f"repa: {type(network).__name__} has no blocks to read hidden states from; leave repa out")
     return [middle]
+
+
+@contextmanager
+def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the list receives the layer's output each time it is called. An accelerated network is not accelerated
+    meanwhile: its kernels call no layers."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 def layer_number(network: nn.Module, depth: float) -> int:

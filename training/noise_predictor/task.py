@@ -15,9 +15,8 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
-from sd_mini import diffusion, images, stages
+from sd_mini import diffusion, images, lora, stages
 from sd_mini.data.captioned import CaptionedPictures, load_captioned
-from sd_mini.noise_predictor import lora
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.stages.contract import Stage
 from training.engine import launch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-from sd_mini.cpu.threads import cores, shared
+from sd_mini.cpu.threads import cores, in_threads
 from training.optim.ema import WIDTHS, gamma_of_width
 
 # the quintic of the Newton-Schulz iteration that drives every singular value towards 1: Jordan et al. 2024
@@ -124,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         # on a CPU each thread updates its own parameters
         count = _thread_count([p for _, trained in groups for p in trained])
-        shared([partial(self._step, batch) for batch in split_by_work(groups, count)])
+        in_threads([partial(self._step, batch) for batch in split_by_work(groups, count)])
         return loss
 
     def _step(self, groups: Groups) -> None:

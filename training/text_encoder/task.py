@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from sd_mini import images, stages
+from sd_mini import images, lora, stages
 from sd_mini.data.captioned import load_captioned, unique_captions
 from sd_mini.errors import UserError
 from sd_mini.text_encoder.adapter import TextAdapter, TextStage
@@ -31,7 +31,7 @@ from training.engine.learner import Player
 from training.text_encoder import data as text_data
 from training.text_encoder.config import TextConfig
 from training.text_encoder.losses import TextObjective
-from training.text_encoder.partial import merged, thaw
+from training.text_encoder.partial import freeze_rest
 
 STATISTICS_COUNT = 4096  # captions for the tokens' mean and std
 
@@ -168,7 +168,7 @@ class TextTask:
 
     def export(self, objective: TextObjective, folder: Path, record: dict[str, Any]) -> None:
         """Standardise the tokens over training captions, then write the stage."""
-        encoders = [Encoder(e.tokenizer, merged(e.model), e.max_length) for e in self.stage_of(objective).encoders]
+        encoders = [Encoder(e.tokenizer, lora.merged(e.model), e.max_length) for e in self.stage_of(objective).encoders]
         stage = TextStage(encoders, objective.adapter)
         stage.standardise(_spread(unique_captions(self.train.captions), STATISTICS_COUNT))
         contract = {
@@ -191,7 +191,7 @@ def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], l
         else:
             load = open_clip_encoder if is_open_clip(one.name, one.weights) else load_encoder
             tokenizer, model = load(one.name, one.weights) if load is open_clip_encoder else load(one.name)
-            thaw(model, one.train_layers, one.lora_rank)
+            freeze_rest(model, one.train_layers, one.lora_rank)
         encoders.append(Encoder(tokenizer, model, one.max_length))
         if one.name is None or one.train_layers or one.lora_rank:
             trained.append(i)

@@ -9,14 +9,14 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sd_mini import noise_predictor, shapes
 from sd_mini.config import read
-from sd_mini.cpu.fused import states_of
+from sd_mini.cpu import accelerate
 from sd_mini.stages.contract import read_contract
 from sd_mini.vision.towers import load_tower, matcher_tower
 from tests.support.launching import SMOKE, launch, lines, prepared
 from tests.support.networks import NETWORKS
 from training.noise_predictor.config import PredictorConfig
 from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective
-from training.noise_predictor.representation import Alignment, RepaConfig, layers_of, weights_at
+from training.noise_predictor.representation import Alignment, RepaConfig, layers_of, outputs_of, weights_at
 from training.noise_predictor.task import PredictorTask
 
 DINO = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
@@ -105,6 +105,7 @@ def test_a_training_with_stage_1_s_own_tower_as_its_teacher(smoke_run, tmp_path)
 def test_alignment_is_the_cosine_of_each_patch_and_reaches_the_network(kind, spatial):
     torch.manual_seed(0)
     network = noise_predictor.build(kind, NETWORKS[kind], (4, 8, 8), 24)
+    accelerate(network)  # which an accelerated PRX is not while its states are read
     config = ObjectiveConfig(repa=RepaConfig(weight=0.5, spatial=spatial))
     alignment = Alignment(network, 12, config.repa, (4, 4))
     objective, plain = PredictorObjective(network, config, alignment), PredictorObjective(network, config)
@@ -113,7 +114,7 @@ def test_alignment_is_the_cosine_of_each_patch_and_reaches_the_network(kind, spa
     features, tokens = torch.randn(2, 12, 4, 4, generator=draws), torch.randn(2, 6, 24, generator=draws)
     given = (latents, noise, torch.tensor([0.2, 0.8]), tokens, torch.ones(2, 6, dtype=torch.bool))
     losses, metrics = objective(*given, features, torch.full((2,), 0.5))
-    with states_of(network, layers_of(network)[alignment.number]) as found:
+    with outputs_of(layers_of(network)[alignment.number]) as found:
         errors = plain(*given)[0]
     assert kind == "unet" or alignment.number == 0  # a third of three blocks
     projected = alignment.projection(found[0] if found[0].ndim == 4 else found[0].mT.unflatten(2, (4, 4)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from sd_mini import lora
 from sd_mini.config import read
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.stages.contract import load_stage
@@ -17,7 +18,7 @@ from tests.text_encoder.test_open_clip import save_model
 from training.engine import side_by_side
 from training.engine.batches import Batch, batch_ids
 from training.text_encoder.config import TextConfig
-from training.text_encoder.partial import merged, thaw
+from training.text_encoder.partial import freeze_rest
 from training.text_encoder.task import TextTask
 
 SMOKE = Path(__file__).parents[3] / "training" / "configs" / "smoke" / "text_encoder.yaml"
@@ -154,13 +155,13 @@ def test_lora_starts_as_the_encoder_and_merges_into_it(pretrained):
         _, model = load_encoder(pretrained[name])
         ids = torch.tensor([[5, 6, 7]])
         before = model(input_ids=ids).last_hidden_state
-        thaw(model, 0, lora_rank=2)
+        freeze_rest(model, 0, lora_rank=2)
         assert all("lora" in n for n, p in model.named_parameters() if p.requires_grad)
         torch.testing.assert_close(model(input_ids=ids).last_hidden_state, before)
         for n, p in model.named_parameters():
             if "lora_B" in n:
                 torch.nn.init.normal_(p)
-        changed, plain = model(input_ids=ids).last_hidden_state, merged(model)
+        changed, plain = model(input_ids=ids).last_hidden_state, lora.merged(model)
         assert not torch.allclose(changed, before)
         torch.testing.assert_close(plain(input_ids=ids).last_hidden_state, changed, rtol=1e-4, atol=1e-5)
         assert not any("lora" in n for n in plain.state_dict())
