@@ -10,7 +10,7 @@ from sd_mini.config import read
 from tests.support.launching import SMOKE
 from training.autoencoder import task as autoencoder
 from training.autoencoder.task import AutoencoderConfig, AutoencoderTask
-from training.engine import launch
+from training.engine import reference
 from training.noise_predictor import task as noise_predictor
 from training.text_encoder import config as text_config
 
@@ -62,7 +62,7 @@ def test_latents_of_few_cells_are_remarked_with_what_to_change(folder, capsys):
     "config", [AutoencoderConfig, text_config.TextConfig, noise_predictor.PredictorConfig], ids=lambda one: one.__name__
 )
 def test_help_says_null_for_what_is_typed_as_null(config):
-    fields = launch.help_text(config, "stage").partition("\n\n")[2]
+    fields = reference.help_text(config, "stage").partition("\n\n")[2]
     assert not re.findall(r"\bnone[:;]|\bnone means", fields)
     assert "null" in fields and autoencoder.main.stage == "autoencoder"
 

@@ -23,6 +23,7 @@ from training.distributed.processes import follow_launcher, join_processes, only
 from training.engine.evaluation import EvaluateConfig
 from training.engine.loop import Loop
 from training.engine.metrics import check_trackers
+from training.engine.reference import help_text
 from training.engine.task import Origin, Task
 from training.storage import checkpoint
 
@@ -213,32 +214,6 @@ def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: st
     if changed:
         what = ", ".join(f"{k} was {then.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
         raise UserError(f"{where} was started with another config: {what}; {mend}")
-
-
-def help_text(cls: type[Config], stage: str) -> str:
-    """Every field with its type and docstring."""
-    lines = [
-        f"accelerate launch -m training.{stage} --config FILE --run RUN [--steps N] [--any.field value]",
-        "  --resume PATH: begin from that checkpoint (or the newest in that folder); refused where there is none",
-        "  --log_with NAME[,NAME]: tensorboard (the default), wandb, trackio, mlflow, ... as Accelerate has them; none",
-        "",
-        *_field_lines(cls, ""),
-    ]
-    return "\n".join(lines)
-
-
-def _field_lines(cls: type[Config], prefix: str) -> list[str]:
-    lines = []
-    for name, field in cls.model_fields.items():
-        nested = isinstance(field.annotation, type) and issubclass(field.annotation, Config)
-        if nested and field.annotation.brief is not None:
-            lines.append(f"  --{prefix}{name} ({field.annotation.brief}) {field.description or ''}".rstrip())
-        elif nested:
-            lines += _field_lines(field.annotation, f"{prefix}{name}.")
-        else:
-            kind = getattr(field.annotation, "__name__", None) or str(field.annotation).replace("typing.", "")
-            lines.append(f"  --{prefix}{name} ({kind}) {field.description or ''}".rstrip())
-    return lines
 
 
 def _take(argv: list[str], name: str) -> str | None:

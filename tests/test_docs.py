@@ -1,0 +1,78 @@
+"""README and docs say what the programs do: every command of the README runs, the config reference is current."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval.__main__ import main as evaluate
+from sd_mini.cli.main import main as sd_mini_main
+from sd_mini.config import command
+from tests.support.launching import MAINS
+from training.engine import reference
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.replace("\\\n", " ").splitlines()]
+COMMANDS = [shlex.split(line, comments=True) for line in SHELL if line.strip() and not line.startswith("#")]
+# what continuous integration runs (make setup, make test), or another test (the wheel; make demo by its recipe's parts)
+ELSEWHERE = (["make", "demo"], ["make", "setup"], ["pip", "install"], ["source"])
+FEW = "--train.steps 1 --train.batch_size 4 --train.preview_every 1 --train.checkpoint_every 1 --train.warmup_steps 0"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+def test_the_config_reference_is_current():
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == reference.markdown()
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_s_python_makes_a_picture(tiny_run):
+    (code,) = [text for kind, text in BLOCKS if kind == "python"]
+    names: dict = {}
+    exec(code.replace("runs/shapes/pipeline", str(tiny_run / "pipeline")), names)
+    assert names["picture"].size == (32, 32)
+
+
+def test_the_readme_s_commands_on_a_model(tiny_run, tmp_path):
+    commands = [words for words in COMMANDS if words[0] == ".venv/bin/sd-mini"]
+    assert [words[1] for words in commands] == ["generate", "inspect"]
+    for _, *words in commands:
+        words = [word.replace("runs/shapes", str(tiny_run)).replace("a.png", str(tmp_path / "a.png")) for word in words]
+        assert sd_mini_main(words) in (0, None)
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_the_readme_s_way_from_pictures_to_a_report(tmp_path, monkeypatch):
+    """The very commands, with one update a stage."""
+    for part, count in (("train", 8), ("test", 4)):
+        folder = tmp_path / "PICTURES" / part
+        folder.mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (70, 66), (30 * number, 90, 200 - 20 * number)).save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(f"a plain picture, the {number}th of {part}")
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    monkeypatch.chdir(tmp_path)
+    ours = [words for words in COMMANDS if not any(words[: len(skip)] == skip for skip in ELSEWHERE)]
+    launches = [words for words in ours if words[0] == "accelerate" and "..." not in words]
+    assert len(launches) == 3
+    for words in launches:
+        stage = words[words.index("-m") + 1].removeprefix("training.")
+        few = [word for pair in re.findall(r"(--\S+ \S+)", FEW) for word in pair.split()]
+        assert command(MAINS[stage], [*words[words.index("-m") + 2 :], *few]) == 0
+    (export,) = [words for words in ours if words[:2] == ["sd-mini", "export"]]
+    assert sd_mini_main(export[1:]) in (0, None)
+    (report,) = [words for words in ours if words[:3] == ["python", "-m", "eval"]]
+    assert command(evaluate, report[3:]) == 0
+    assert (tmp_path / "runs" / "mine" / "report" / "report.html").is_file()
