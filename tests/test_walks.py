@@ -1,7 +1,5 @@
 """A newcomer who follows one training step, or one picture, through the code reads few files."""
 
-import pytest
-
 from sd_mini import Pipeline
 from tests import walks
 
@@ -11,7 +9,6 @@ def test_one_step_passes_through_few_files(smoke_run, tmp_path):
     assert "training/engine/loop.py" in files and len(walks.counted(files)) <= walks.STEP, files
 
 
-@pytest.mark.xfail(strict=False, reason="the files of sampling and pipelines are still to be joined")
 def test_one_picture_passes_through_few_files(tiny_run):
     files = walks.picture_walk(Pipeline.from_pretrained(tiny_run / "pipeline"))
     assert "sd_mini/pipelines/text_to_image.py" in files and len(walks.counted(files)) <= walks.PICTURE, files
