@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-fast lint clean
 
 setup: $(READY)
 
@@ -26,8 +26,19 @@ demo: $(READY)
 	  sd_mini export $(RUN) -- \
 	  eval $(RUN)/pipeline --data shapes --out $(RUN)/report
 
+# a test file a process, as many as JOBS at once, one thread each
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
+
+# what every change touches: the house's rules, golden losses, old folders, the maths, one picture
+FAST := tests/test_architecture.py tests/test_before_the_rooms.py tests/test_walks.py tests/test_config.py \
+  tests/diffusion tests/shapes tests/training/optim tests/eval/judge
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not gpu" $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
