@@ -26,9 +26,9 @@ demo: $(READY)
 	  sd_mini export $(RUN) -- \
 	  eval $(RUN)/pipeline --data shapes --out $(RUN)/report
 
-# a test file a process, as many as JOBS at once, one thread each
+# a test file a process, as many as JOBS at once
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"

@@ -66,12 +66,13 @@ def talking_pipeline(tiny_run):
 
 @pytest.fixture(scope="session")
 def shapes_report(tiny_run, tmp_path_factory) -> Path:
-    """The report folder of the tiny run on the shapes world."""
+    """The report folder of the tiny run on the shapes world; the run's copy, with the model card, lies beside it."""
     from tests.support import reporting
 
-    out = tmp_path_factory.mktemp("shapes") / "report"
-    reporting.make(tiny_run / "pipeline", out)
-    return out
+    folder = tmp_path_factory.mktemp("shapes")
+    shutil.copytree(tiny_run, folder / "run")
+    reporting.make(folder / "run" / "pipeline", folder / "report")
+    return folder / "report"
 
 
 @pytest.fixture

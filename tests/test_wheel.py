@@ -12,7 +12,7 @@ CODE = """
 import sys, torch, sd_mini
 from pathlib import Path
 assert Path(sd_mini.__file__).is_relative_to(sys.prefix), sd_mini.__file__
-assert Path(sd_mini.__file__).with_name("cpu").joinpath("prx.c").is_file()
+assert Path(sd_mini.__file__).with_name("cpu").joinpath("kernels.c").is_file()
 pipeline = sd_mini.Pipeline.from_pretrained(sys.argv[1])
 picture = pipeline("a small red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
 print(picture.size)
@@ -30,7 +30,7 @@ def test_the_wheel_makes_a_picture(tiny_run, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     roots = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
-    assert roots == {"sd_mini"} and "sd_mini/pipelines/text_to_image.py" in names and "sd_mini/cpu/prx.c" in names
+    assert roots == {"sd_mini"} and "sd_mini/pipelines/text_to_image.py" in names and "sd_mini/cpu/kernels.c" in names
 
     # an environment that holds nothing of ours; torch and its kin are read from where they are installed already
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)

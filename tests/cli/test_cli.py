@@ -249,7 +249,7 @@ def test_an_output_that_takes_no_more_is_no_fault_of_ours(tiny_run, target, code
     if not os.path.exists("/dev/full"):
         pytest.skip("Linux alone has /dev/full")
     command = f"sys.exit(cli.main(['inspect', {str(tiny_run)!r}]))"
-    script = f"import sys, time; from sd_mini import cli; time.sleep(0.3); {command}"
+    script = f"import sys, time; from sd_mini.cli import main as cli; time.sleep(0.3); {command}"
     environment = {**os.environ, "CODE": script, "PYTHONUNBUFFERED": unbuffered}
     line = f'"{sys.executable}" -c "$CODE" {target}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)

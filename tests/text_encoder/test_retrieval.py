@@ -9,7 +9,7 @@ from sd_mini import shapes
 from sd_mini.data import captioned
 from sd_mini.stages.contract import load_stage
 from sd_mini.text_encoder.adapter import TextStage
-from sd_mini.text_encoder.matcher import Matcher, edges, measured_caption, recalls, text_scores, twins
+from sd_mini.text_encoder.matcher import MEASURED, Matcher, edges, measured_caption, recalls, text_scores, twins
 
 
 def test_recall_by_hand():
@@ -89,7 +89,7 @@ def test_scores_of_a_run_are_those_computed_plainly(tiny_run):
     captions = [pictures.captions[i][c] for i, c in enumerate(which)]
     with torch.no_grad():
         table = np.array([[plainly(i, text) for text in captions] for i in range(12)])
-        wrong = [plainly(i, twins(pictures, i, matcher.MEASURED)[which[i]]) for i in range(12)]
+        wrong = [plainly(i, twins(pictures, i, MEASURED)[which[i]]) for i in range(12)]
     ranks = [int((table[i] > table[i, i] + 1e-6).sum()) for i in range(12)]
     assert scores["recall_of_captions_at_5"].tolist() == [float(rank < 5) for rank in ranks]
     ranks = [int((table[:, i] > table[i, i] + 1e-6).sum()) for i in range(12)]
