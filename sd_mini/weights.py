@@ -110,7 +110,7 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         variants = (options.get("variant"), variant_of(folder / name))
         variant = next((variant for variant in variants if variant and _has(folder / name, variant)), None)
-        given = {"variant": variant, "dtype": dtype or torch.float32}
+        given: dict[str, Any] = {"variant": variant, "dtype": dtype or torch.float32}
         try:
             loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
         except (OSError, SafetensorError, RuntimeError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,7 +43,7 @@ def in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [future.result() for future in [pool.submit(_without_grad, call) for call in calls]]
 
 
-def _without_grad(call: Callable[[], T]) -> T:
+def _without_grad(call: Callable[[], Any]) -> Any:
     with torch.no_grad():
         return call()
 

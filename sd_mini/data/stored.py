@@ -52,7 +52,9 @@ def read_saved(folder: Path) -> datasets.Dataset:
     with reading(repr(str(folder))):
         if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             return _NO_ROWS
-        return datasets.load_from_disk(folder)
+        rows = datasets.load_from_disk(folder)
+    assert isinstance(rows, datasets.Dataset)  # as the folder has a state.json
+    return rows
 
 
 def parquet_splits(path: Path) -> dict[str, list[Path]]:

@@ -18,6 +18,7 @@ from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
+from training.distributed.processes import process_device
 
 Scores = dict[str, float]
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
@@ -73,7 +74,7 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
     from eval.metrics.registry import Tools
     from eval.report.report import check_finite
 
-    device = PartialState().device.type
+    device = process_device().type
     networks = open_all(config.features, device)
     clip = Clip(config.clip, device) if config.clip is not None else None
     tools, question = Tools(networks, cache, config.batch, clip), open_prompts(config.prompts, data)

@@ -191,6 +191,7 @@ def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], l
         else:
             load = open_clip_encoder if is_open_clip(one.name, one.weights) else load_encoder
             tokenizer, model = load(one.name, one.weights) if load is open_clip_encoder else load(one.name)
+            assert tokenizer is not None  # the encoder is loaded with its own
             freeze_rest(model, one.train_layers, one.lora_rank)
         encoders.append(Encoder(tokenizer, model, one.max_length))
         if one.name is None or one.train_layers or one.lora_rank:
