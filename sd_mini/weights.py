@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def load_complete(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """In which the libraries that load weights log errors alone: they would print a table of what is missing."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "timm")]
     levels = [logger.level for logger in loggers]

@@ -74,10 +74,10 @@ def share_out(errors: Mapping[str, Error]) -> dict[str, Error]:
     """Each set's error => the floor (real pictures') and each stage's share. They add up to the made pictures' error;
     a share below 0 is noise, or a stage that mends what the one before it broke."""
     names = list(errors)
-    shares = {FLOOR: errors[REAL]}
+    shares: dict[str, Error] = {FLOOR: errors[REAL]}
     for before, name in pairwise(names):
         part = name if name != MADE else PREDICTOR if TEXT in errors else REST
-        shares[part] = errors[name] - errors[before]
+        shares[part] = errors[name] - errors[before]  # ty: ignore[invalid-assignment]  # of a type that subtracts
     return shares
 
 

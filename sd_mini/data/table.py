@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -111,7 +111,7 @@ def _holds_text(feature: Any) -> bool:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Generator[None]:
     """The many ways in which `datasets` fails on a user's source => UserError, one line that begins with `what`."""
     try:
         yield

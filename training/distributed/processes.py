@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -116,7 +116,7 @@ def chosen_precision(precision: str | None, device: torch.device) -> str | None:
 
 
 @contextmanager
-def rounded_products() -> Iterator[None]:
+def rounded_products() -> Generator[None]:
     """Inside, a GPU's float32 products may use TF32: 10 bits of mantissa, beside the 7 of bfloat16.
 
     In full float32, Muon's products alone take a tenth of an update of 100M parameters.
@@ -202,7 +202,7 @@ def _users_environment() -> dict[str, str]:
 
 
 @contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+def only_writer(folder: Path, wait: bool = False) -> Generator[None]:
     """Lock `folder` for this process, as two trainings in one folder would overwrite each other's files.
 
     If another process holds the lock, wait for it with `wait`, else raise UserError. The kernel releases the lock when

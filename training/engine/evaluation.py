@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def named_scores(report: Mapping[str, Any]) -> Scores:
 
 
 @contextmanager
-def reported_as_evaluation() -> Iterator[None]:
+def reported_as_evaluation() -> Generator[None]:
     """A user's mistake inside is one line that names the part of the config it comes from."""
     try:
         yield
@@ -127,7 +127,7 @@ def reported_as_evaluation() -> Iterator[None]:
 
 
 @contextmanager
-def untouched_training() -> Iterator[None]:
+def untouched_training() -> Generator[None]:
     """Leaves every random state, the number of threads and the grad mode of the training as they were."""
     python_state, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     # of this process's GPU alone: asking the others for their state would open a context on each

@@ -14,7 +14,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, groupby
@@ -98,7 +98,7 @@ def encode(
 
 
 @contextmanager
-def _alone(home: Path, key: Mapping[str, object]) -> Iterator[None]:
+def _alone(home: Path, key: Mapping[str, object]) -> Generator[None]:
     """Lock the folder, for which other trainings wait, and write its key."""
     home.mkdir(parents=True, exist_ok=True)
     with only_writer(home, wait=True):

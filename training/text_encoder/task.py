@@ -59,7 +59,8 @@ class TextTask:
         self.captions = [self.texts.add(captions) for captions in self.train.captions]
         self.twins = [self._add_twins(i) for i in range(self.count)]
         self.texts.close(cache, config.cache_dtype)
-        for read, words in zip(adapter.inputs, self.texts.words, strict=True):
+        inputs: Any = adapter.inputs
+        for read, words in zip(inputs, self.texts.words, strict=True):
             read.set_words(words.vectors)
         tower["late_dim"] = config.tower.late_dim if config.loss.late else 0
         matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
