@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check sd_mini training eval
 
 clean:
 	rm -rf .venv
