@@ -41,7 +41,7 @@ test-fast: $(READY)
 	$(PYTEST) -m "not slow and not gpu" $(FAST)
 
 lint: $(READY)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check sd_mini training eval
 
 clean:
 	rm -rf .venv

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def _moments(options: argparse.Namespace) -> None:
         print(f"{seconds:.1f} s, peak {peak:.0f} MB, of which {before:.0f} MB are Python and numpy")
 
 
-def stream(pipe: object, rows: int = 50_000, batch: int = 500) -> None:
+def stream(pipe: Connection, rows: int = 50_000, batch: int = 500) -> None:
     """Send (seconds, MB before, MB at the peak) of this process, which has to be one of its own."""
     from eval.features.moments import Moments
 

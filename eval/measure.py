@@ -61,6 +61,7 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None
         scores.setdefault("blame", {}).setdefault(first.split, {}).update(sample.blame)
     galleries = pick_galleries(pictures, first.captions, *_ranking(verdicts, pictures, question, tools))
     if sample.nearest is not None:
+        assert tools.training is not None  # the pictures among which the nearest are
         galleries.append(pick_pairs(pictures, first.captions, tools.training, sample.nearest))
     return Measured(scores, galleries, sample.remarks)
 
@@ -99,10 +100,12 @@ def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdi
     """Composition, ceiling, chance (each picture judged by the next prompt) and, where there is a true set, the blame.
 
     The verdicts on the made pictures."""
+    scenes = asked.scenes
+    assert scenes is not None  # else there is nothing to judge by
     looked: dict[bytes, Any] = {}  # most pictures of one set stand in the next, too
     found = {name: [_once(looked, picture) for picture in pictures] for name, pictures in sets.items()}
-    verdicts = {name: _verdicts(objects, asked.scenes) for name, objects in found.items()}
-    shuffled = summarise(_verdicts(found[MADE], asked.scenes[1:] + asked.scenes[:1]))
+    verdicts = {name: _verdicts(objects, scenes) for name, objects in found.items()}
+    shuffled = summarise(_verdicts(found[MADE], scenes[1:] + scenes[:1]))
     _put(scores, "composition", asked.split, summarise(verdicts[MADE]))
     _put(scores, "chance", asked.split, shuffled)
     if AUTOENCODER in sets:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def usual_modes(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(target: Path, keep: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, keep: bool = False) -> Generator[Path]:
     """Yield a temporary folder beside `target`; once everything in it is on disk, it takes `target`'s name.
 
     `target` is never half written. A folder that it replaces is moved aside first; if the process is killed between the
@@ -174,7 +174,7 @@ def check_writable(path: Path, option: str = "--out") -> None:
 
 
 @contextmanager
-def written_to(path: Path) -> Iterator[None]:
+def written_to(path: Path) -> Generator[None]:
     """In which a file or folder is written: an error of the disk comes out as UserError, one line."""
     try:
         yield

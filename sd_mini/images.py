@@ -57,8 +57,9 @@ def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int,
     than MAX_SIDE a side or MAX_PIXELS in all.
     """
     try:
-        image = source
-        if not isinstance(source, Image.Image):
+        if isinstance(source, Image.Image):
+            image = source
+        else:
             image = Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
         _check_size(image)
         rgb = _flatten(ImageOps.exif_transpose(image), background)
@@ -217,7 +218,7 @@ def _tile(picture: np.ndarray | torch.Tensor | Image.Image, scale: int) -> Image
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def _wrap(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """A label => lines of at most `width` px, broken between words, and inside a word only where it alone is wider."""
     lines = [""]
     for word in label.split():
@@ -233,7 +234,7 @@ def _wrap(label: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def _text_height(text: str, font: ImageFont.FreeTypeFont) -> int:
+def _text_height(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
     bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)[3]
     return _GAP + int(np.ceil(bottom))
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.models import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -65,9 +65,8 @@ def add_to_layers(network: nn.Module, layers: Sequence[str], rank: int, alpha: f
     except ImportError as error:
         raise UserError("LoRA needs peft, which is not installed: pip install 'sd-mini[train]'") from error
     is_transposed = any(isinstance(network.get_submodule(name), Conv1D) for name in layers)
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha or rank, target_modules=list(layers), fan_in_fan_out=is_transposed
-    )
+    scale: Any = alpha or rank  # a float is right too, whatever peft's annotation
+    config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=list(layers), fan_in_fan_out=is_transposed)
     network.requires_grad_(False)
     peft.inject_adapter_in_model(config, network)
 
@@ -75,7 +74,7 @@ def add_to_layers(network: nn.Module, layers: Sequence[str], rank: int, alpha: f
 def save(network: nn.Module, folder: Path, base: dict[str, Any]) -> None:
     """Write the adapters of `network` into `folder` in both formats; `base` records the network they belong to."""
     weights = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in state(network).items()}
-    layer = next(module for module in network.modules() if _is_adapted_layer(module))
+    layer: Any = next(module for module in network.modules() if _is_adapted_layer(module))
     config = {
         "peft_type": "LORA",
         "r": layer.r["default"],

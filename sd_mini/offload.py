@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def onloaded(model: nn.Module) -> Iterator[None]:
+def onloaded(model: nn.Module) -> Generator[None]:
     """In which the tensors that `model` has beside its offloaded blocks or layers are where it computes."""
     hook = _group_hook(model)
     if hook is None:

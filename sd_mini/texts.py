@@ -30,7 +30,7 @@ _MEANING = {  # word => (its class, its meaning)
     for word in same.split("|")
 }
 _MOST = 64  # words of a text that are looked at, and of its twins in another order
-_OPPOSITE = {a: b for pair in _OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
+_OPPOSITE: dict[str, str] = {a: b for pair in _OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -96,7 +96,7 @@ def _attribute_swaps(words: list[str]) -> list[list[str]]:
     for i, own in enumerate(meanings):
         if own is None:
             continue
-        fellows = [j for j in range(i) if meanings[j] is not None and meanings[j][0] == own[0] and meanings[j] != own]
+        fellows = [j for j in range(i) if (met := meanings[j]) is not None and met[0] == own[0] and met != own]
         swaps += [_changed(words, {i: words[j], j: words[i]}) for j in fellows]
         others = [same.split("|")[0] for same in _ATTRIBUTES[own[0]].split()]
         swaps += [_changed(words, {i: w}) for w in others if _MEANING[w] != own and _MEANING[w] not in meanings]

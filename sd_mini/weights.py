@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def load_complete(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """In which the libraries that load weights log errors alone: they would print a table of what is missing."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "timm")]
     levels = [logger.level for logger in loggers]
@@ -110,7 +110,7 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         dtype = dtypes.get(name, dtypes.get("default")) if isinstance(dtypes, dict) else dtypes
         variants = (options.get("variant"), variant_of(folder / name))
         variant = next((variant for variant in variants if variant and _has(folder / name, variant)), None)
-        given = {"variant": variant, "dtype": dtype or torch.float32}
+        given: dict[str, Any] = {"variant": variant, "dtype": dtype or torch.float32}
         try:
             loaded[name] = load_complete(cls, folder / name, f"{folder / name}", **given).eval()
         except (OSError, SafetensorError, RuntimeError) as error:

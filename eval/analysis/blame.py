@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from sd_mini.text_encoder.matcher import MEASURED
 REAL, AUTOENCODER, TEXT, MADE, REST = "real", "autoencoder", "text_encoder", "made", "rest"
 FLOOR, PREDICTOR = "floor", "noise_predictor"
 Sets = dict[str, np.ndarray]
+Error = TypeVar("Error", float, np.ndarray)
 
 
 def picture_sets(
@@ -40,6 +42,7 @@ def picture_sets(
 ) -> Sets:
     """The sets above, (N, 3, R, R) uint8 each, as far as the stages are there. `data`: the asked rows, as `probe` takes
     them."""
+    assert asked.pictures is not None  # else there is nothing to share out
     sets = {REAL: asked.pictures}
     if autoencoder is not None:
         sets[AUTOENCODER] = reconstruct(autoencoder, asked.pictures, batch)
@@ -56,6 +59,7 @@ def picture_sets(
 def _taken_for(asked: Asked, probe: TextProbe, data: CaptionedPictures) -> tuple[np.ndarray, np.ndarray]:
     """The captions that the text stage does not know, and pictures of what it takes them for: of a scene graph its
     twin, and of any other data a picture of the caption whose picture it finds first."""
+    assert asked.pictures is not None
     if asked.scenes is None:
         found = probe.taken_for(data)
         rows = np.flatnonzero(found != np.arange(len(found)))
@@ -66,14 +70,14 @@ def _taken_for(asked: Asked, probe: TextProbe, data: CaptionedPictures) -> tuple
     return rows, drawn
 
 
-def share_out(errors: Mapping[str, float]) -> dict[str, float]:
+def share_out(errors: Mapping[str, Error]) -> dict[str, Error]:
     """Each set's error => the floor (real pictures') and each stage's share. They add up to the made pictures' error;
     a share below 0 is noise, or a stage that mends what the one before it broke."""
     names = list(errors)
-    shares = {FLOOR: errors[REAL]}
+    shares: dict[str, Error] = {FLOOR: errors[REAL]}
     for before, name in pairwise(names):
         part = name if name != MADE else PREDICTOR if TEXT in errors else REST
-        shares[part] = errors[name] - errors[before]
+        shares[part] = errors[name] - errors[before]  # ty: ignore[invalid-assignment]  # of a type that subtracts
     return shares
 
 

@@ -140,10 +140,10 @@ def _open_clip(name: str, rest: str) -> Extractor:
 
 def _timm(name: str, distance: str, model: str, weights: str | None) -> Extractor:
     network = open_timm(model, weights)
-    import timm
+    from timm.data import create_transform, resolve_model_data_config
 
-    config = timm.data.resolve_model_data_config(network)
-    transform = timm.data.create_transform(**config, is_training=False)
+    config = resolve_model_data_config(network)
+    transform = create_transform(**config, is_training=False)
     return _made(name, distance, str(transform), Transformed(network, transform, lambda net, batch: net(batch)))
 
 
@@ -185,7 +185,8 @@ def _module(name: str, place: str) -> Extractor:
             "pictures"
         )
     try:
-        source = inspect.getsource(inspect.getmodule(make))
+        owner: Any = inspect.getmodule(make)  # None has no source either
+        source = inspect.getsource(owner)
     except (OSError, TypeError):
         raise UserError(f"features {name}: has no source to be known by; give a torch.nn.Module") from None
     digest = hashlib.sha256(source.encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class Inception(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        for block in list(network.modules()):
+        blocks: list[Any] = list(network.modules())
+        for block in blocks:
             if hasattr(block, "bn"):
                 block.conv, block.bn = fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
         layers = nn.ModuleDict({name: getattr(network, name) for name in _LAYERS})

@@ -21,6 +21,8 @@ _GAIN = 3.0  # brings the features to about unit length a filter, where the cubi
 class Mini(nn.Module):
     """(n, 3, H, W) uint8 => (n, 128) float32: the mean of each filter of three levels."""
 
+    gain: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)

@@ -122,7 +122,9 @@ def _blas() -> ThreadpoolController:
 
 def _accumulate(block: np.ndarray, total: list[np.ndarray], products: list[np.ndarray] | None) -> None:
     _split_onto(block.astype(np.float64).sum(0), total)
-    for columns in _strips(block.shape[1]) if products is not None else ():
+    if products is None:
+        return
+    for columns in _strips(block.shape[1]):
         _split_onto(_product(block, columns), [part[columns, columns.start :] for part in products])
 
 

@@ -38,7 +38,7 @@ class Seen:
 def pictures_hash(pictures: np.ndarray) -> str:
     """SHA-256 of (N, 3, H, W) uint8 and its shape."""
     digest = hashlib.sha256(str(pictures.shape).encode())
-    digest.update(np.ascontiguousarray(pictures))
+    digest.update(np.ascontiguousarray(pictures).data)
     return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def _listed(folder: Path, there: Sequence[Path]) -> tuple[list[Path], list[str]]
     """The pictures that metadata lists, in its order, each with its text."""
     listed = list(read_listed(there))
     files = [path for _, _, path in listed]
-    texts = [row.fields.get("text") for _, row, _ in listed]
+    texts: list[Any] = [row.fields.get("text") for _, row, _ in listed]
     times = Counter(map(path_key, files))
     unlisted = [path for path in there if images.is_picture(path) and path_key(path) not in times]
     # of a folder that metadata lists pictures of, or lies in, all pictures are to be listed
@@ -149,6 +149,7 @@ def _read_alike(folder: Path, files: Sequence[Path]) -> np.ndarray:
         pictures[i] = picture
     if faults:
         raise UserError(some(faults))
+    assert pictures is not None  # as `files` is not empty
     return pictures
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from eval.makers.picture_folder import Lying, is_picture_folder, lying
@@ -146,7 +146,8 @@ class Stock:
         except Exception as error:  # whatever the libraries' parsers raise
             raise UserError(f"{folder}: cannot be loaded: {reason(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
-        self.pipeline, self.folder = pipeline, folder
+        self.pipeline: Any = pipeline
+        self.folder: Path | None = folder
         known = inspect.signature(type(pipeline).__call__).parameters
         missing = {"prompt", "generator", "output_type", "num_inference_steps"} - set(known)
         if missing:
@@ -154,7 +155,7 @@ class Stock:
                 f"{folder}: {type(pipeline).__name__} takes no {', '.join(sorted(missing))}; give a "
                 "text-to-image pipeline"
             )
-        self.takes = frozenset({"guidance_scale", "guidance_rescale"} & set(known))
+        self.takes: frozenset[str] = frozenset({"guidance_scale", "guidance_rescale"} & set(known))
         self.resolution = resolution or _own_side(pipeline, folder)
         self._sides = {side: self.resolution for side in ("height", "width") if side in known}
         self.steps = known["num_inference_steps"].default
@@ -163,12 +164,12 @@ class Stock:
             for name, usual in (("guidance_scale", 1.0), ("guidance_rescale", 0.0))
         )
         self.guidance = Guidance(scale, rescale)
-        vae = getattr(pipeline, "vae", None)
+        vae: Any = getattr(pipeline, "vae", None)
         is_plain = type(vae) in KINDS.values() and vae.config.in_channels == 3
-        self.autoencoder = wrapped(vae).to(device).eval() if is_plain else None
+        self.autoencoder: Autoencoder | None = wrapped(vae).to(device).eval() if is_plain else None
         self.text_encoders = text_encoders(pipeline)
         self.hash = combined_hash({"files": file_hashes(folder, CARD), "side": self.resolution})
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "pipeline": type(pipeline).__name__,
             "scheduler": type(pipeline.scheduler).__name__,
             "resolution": self.resolution,

@@ -34,13 +34,13 @@ def bootstrap_rows(prompts: Sequence[str], draws: int, seed: int = 0) -> Iterato
             yield order[starts[own] + draw.integers(0, counts[own])]
 
 
-def prompt_interval(values: Sequence[float], prompts: Sequence[str], seed: int = 0) -> tuple[float, float]:
+def prompt_interval(values: Sequence[float] | np.ndarray, prompts: Sequence[str], seed: int = 0) -> tuple[float, float]:
     """One value a picture, and its prompt, => the 95 % percentile interval of the mean over pictures.
 
     Raises ValueError for values and prompts that do not match in number, or none.
     """
     if len(values) != len(prompts) or not len(values):
         raise ValueError(f"prompt_interval: got {len(values)} values for {len(prompts)} prompts, expected one for each")
-    values = np.asarray(values, dtype=np.float64)
-    low, high = np.quantile([values[rows].mean() for rows in bootstrap_rows(prompts, DRAWS, seed)], (0.025, 0.975))
+    numbers = np.asarray(values, dtype=np.float64)
+    low, high = np.quantile([numbers[rows].mean() for rows in bootstrap_rows(prompts, DRAWS, seed)], (0.025, 0.975))
     return float(low), float(high)

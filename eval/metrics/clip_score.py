@@ -62,7 +62,7 @@ class Clip:
             parts.append(self.model.encode_text(tokens, normalize=True).float().cpu())
         return torch.cat(parts).numpy()
 
-    def is_among(self, encoders: Sequence[nn.Module]) -> bool:
+    def is_among(self, encoders: Sequence[Any]) -> bool:
         """Whether one of the text encoders that the pictures were conditioned by is this model's own: pictures that
         please it are then what was trained for."""
         own = getattr(getattr(self.model, "text", self.model), "token_embedding", None)

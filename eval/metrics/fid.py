@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.linalg
 import torch
-from scipy.linalg.blas import dtrmm
+from scipy.linalg.blas import dtrmm  # ty: ignore[missing-module-member]  # of a compiled module
 from torch import Tensor
 
 from eval.features.moments import statistics

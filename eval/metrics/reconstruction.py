@@ -243,7 +243,9 @@ def _measure(sample: Sample) -> dict[str, Any] | None:
 
     if AUTOENCODER not in sample.sets:
         return None
-    part = reconstruction_scores(sample.question.splits[0].pictures, sample.sets[AUTOENCODER])
+    pictures = sample.question.splits[0].pictures
+    assert pictures is not None  # what was reconstructed
+    part = reconstruction_scores(pictures, sample.sets[AUTOENCODER])
     if np.isfinite(part["psnr"]):
         return part
     sample.remarks.append(

@@ -63,7 +63,7 @@ def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, lis
         for line in map(json.loads, whole):
             held_out = next((name for name in line if name.startswith("valid/")), None)
             for name in ("loss", held_out):
-                if name in line:
+                if name is not None and name in line:
                     series.setdefault(name, []).append((line["step"], line[name]))
         if series:
             found[stage] = series

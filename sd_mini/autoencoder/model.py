@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ConfigMixin, ModelMixin, VQModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from sd_mini.autoencoder.small_picture import SmallPicture
@@ -48,6 +49,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
     `latents_mean` and `latents_std` are measured over the training set when training has ended, never copied: the
     noise predictor's unit-variance noise is only right for latents of unit variance.
     """
+
+    config: Any  # diffusers' FrozenDict, whose entries, the arguments of __init__, are attributes too
 
     @register_to_config
     def __init__(
@@ -170,7 +173,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
 Autoencoder.__module__ = "sd_mini.autoencoder"  # the name in `model_index.json`, whichever file holds the class
 
 
-def build(kind: str, network: dict[str, Any], channels: int = 3) -> nn.Module:
+def build(kind: str, network: dict[str, Any], channels: int = 3) -> Any:
     """Kind and config => the untrained diffusers network on pictures of so many channels.
 
     Raises ValueError for a field its class does not know and for widths that do not fit together.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from sd_mini.errors import UserError

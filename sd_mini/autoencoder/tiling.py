@@ -29,17 +29,19 @@ def in_tiles(decode: Callable[[Tensor], Tensor], latents: Tensor, tile: int, str
     margin = min(reach, (tile // 2 - _BLENDED) // 2)
     height, width = latents.shape[-2:]
     rows, columns = (_starts(side, tile, 2 * margin + _BLENDED) for side in (height, width))
-    total = weights = None
+    total: Tensor | None = None
+    weights: Tensor | None = None
     for top, left in product(rows, columns):
         part = decode(latents[:, :, top : top + tile, left : left + tile])
         down = _ramp(top, tile, height, stride, margin).to(part)
         weight = down[:, None] * _ramp(left, tile, width, stride, margin).to(part)
-        if total is None:
+        if total is None or weights is None:
             total = part.new_zeros(*part.shape[:2], height * stride, width * stride)
             weights = part.new_zeros(height * stride, width * stride)
         place = (..., slice(top * stride, (top + tile) * stride), slice(left * stride, (left + tile) * stride))
         total[place] += part * weight
         weights[place] += weight
+    assert total is not None and weights is not None  # a grid has a tile at least
     return total / weights
 
 

@@ -6,11 +6,12 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import ModelMixin, PRXTransformer2DModel
+from diffusers.models import PRXTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_prx as stock
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from sd_mini.cpu.threads import cores, in_threads
 
 _MIN_SAMPLES = 8  # a thread: with fewer, Python's overhead is larger than the gain of a second core
 _MAX_TOKENS = 192  # of picture and prompt: beyond, diffusers' attention is faster and keeps no attention weights
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # latents, timestep, prompt, mask
 _STOCK_MODULES = {
     PRXTransformer2DModel, stock.PRXBlock, stock.PRXAttention, stock.PRXEmbedND, stock.MLPEmbedder, stock.Modulation,
     stock.FinalLayer, RMSNorm, nn.LayerNorm, nn.Linear, nn.SiLU, nn.GELU, nn.Dropout, nn.ModuleList, nn.Sequential,
@@ -39,7 +41,7 @@ def accelerate(network: nn.Module) -> str | None:
     reason = _obstacle(network)
     if reason is None and "forward" not in vars(network):
         # a partial, as a function bound to an instance of another class cannot be pickled
-        network.forward = partial(_forward, network)
+        network.forward = partial(_forward, cast(PRXTransformer2DModel, network))
     return reason
 
 
@@ -53,7 +55,7 @@ def stock_copy(network: ModelMixin) -> ModelMixin:
 def _obstacle(network: nn.Module) -> str | None:
     if type(network) is not PRXTransformer2DModel:
         return f"there are CPU kernels for PRXTransformer2DModel alone, and this is {type(network).__name__}"
-    config = network.config
+    config: Any = network.config
     head_dim = config.hidden_size // config.num_heads
     if head_dim % 16:
         return f"its attention heads are {head_dim} wide; the CPU kernels expect a multiple of 16"
@@ -90,7 +92,8 @@ def _library(
     network: PRXTransformer2DModel, latents: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor | None
 ) -> ctypes.CDLL | None:
     """The kernels for this call; None where network or inputs are not what they cover."""
-    config, is_cast = network.config, torch.is_autocast_enabled("cpu")
+    config: Any = network.config
+    is_cast = torch.is_autocast_enabled("cpu")
     tokens = math.prod(latents.shape[-2:]) // config.patch_size**2 + prompt.shape[1]
     is_covered = (
         all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for x in (latents, prompt))
@@ -130,7 +133,8 @@ def _run(
     prompt: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    config, half, needs_grad = network.config, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+    config: Any = network.config
+    half, needs_grad = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
     ids = stock.get_image_ids(1, *latents.shape[-2:], config.patch_size, latents.device)
     # the first column of each 2 x 2 rotation is (cos, sin), the same for every sample: (L, head_dim / 2) complex
     rotation = torch.view_as_complex(network.pe_embedder(ids)[0, 0, ..., 0].contiguous())
@@ -155,9 +159,7 @@ class _Fused(torch.autograd.Function):
     """The whole network as one node of autograd, whose differentiable inputs are the weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, run_part: Callable, names: tuple[str, ...], inputs: tuple[Tensor | None, ...], *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, run_part: Callable, names: tuple[str, ...], inputs: _Inputs, *weights: Tensor) -> Tensor:
         outputs, backs = zip(*_run_parts(run_part, names, inputs, weights), strict=True)
         ctx.names, ctx.backs, ctx.sizes = names, backs, [len(part) for part in outputs]
         return torch.cat(outputs)
@@ -184,7 +186,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _run_parts(
-    run_part: Callable, names: Sequence[str], inputs: tuple[Tensor | None, ...], weights: Sequence[Tensor]
+    run_part: Callable, names: Sequence[str], inputs: _Inputs, weights: Sequence[Tensor]
 ) -> list[tuple[Tensor, Callable]]:
     """The forward pass, with the batch in as many parts as there are cores: outputs and backward functions."""
     w = dict(zip(names, (p.detach().contiguous() for p in weights), strict=True))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,7 +21,7 @@ def cores() -> int:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None]:
     """Within, torch computes everything in the calling thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,7 +43,7 @@ def in_threads(calls: Sequence[Callable[[], T]]) -> list[T]:
     return [future.result() for future in [pool.submit(_without_grad, call) for call in calls]]
 
 
-def _without_grad(call: Callable[[], T]) -> T:
+def _without_grad(call: Callable[[], Any]) -> Any:
     with torch.no_grad():
         return call()
 

@@ -77,7 +77,7 @@ class CaptionedPictures:
         """SHA-256, in hex, of the pictures, their resolution and captions in order; the same wherever they lie."""
         header = json.dumps({"shape": self.pictures.shape, "captions": self.captions})
         digest = hashlib.sha256(header.encode())
-        digest.update(np.ascontiguousarray(self.pictures))
+        digest.update(np.ascontiguousarray(self.pictures).data)
         return digest.hexdigest()
 
     @cached_property
@@ -173,7 +173,7 @@ def _shared(train: CaptionedPictures, valid: CaptionedPictures) -> int:
 
 
 def _digest(picture: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(picture)).digest()
+    return hashlib.sha256(np.ascontiguousarray(picture).data).digest()
 
 
 def check_alike(train: DataConfig, valid: DataConfig) -> None:

@@ -176,7 +176,7 @@ class PictureFolder:
 
     def _split_folders(self) -> set[str]:
         """The top-level folders whose names are splits."""
-        tops = {self._top(path) for path in [*self.pictures, *self.metadata]} - {None}
+        tops = {top for path in [*self.pictures, *self.metadata] if (top := self._top(path)) is not None}
         names = {top for top in tops if is_split(top)}
         others = sorted(tops - names)
         if len(names) == 1 and others:
@@ -210,7 +210,7 @@ class PictureFolder:
 
     @cached_property
     def splits(self) -> set[str]:
-        listed = {row.split for row in self.listed} - {None}
+        listed = {row.split for row in self.listed if row.split is not None}
         if self.split_folders:
             return listed | self.split_folders
         return listed or ({TRAIN} if self.files else set())
@@ -279,7 +279,7 @@ def _split_fault(value: object) -> str | None:
     return f"its field {SPLIT!r} is {value!r}, expected the name of a split"
 
 
-def _is_text(value: object) -> bool:
+def _is_text(value: Any) -> bool:
     """Whether a cell may be a caption; CSV has every number as a text."""
     if isinstance(value, list):
         return any(map(_is_text, value))

@@ -105,12 +105,13 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[s
         reader = csv.DictReader(_kept_ends(read_text(path)), delimiter=delimiter, strict=True)
         usual = csv.field_size_limit(_LONGEST)
         try:
-            _check_names(f"{path}: the first line", reader.fieldnames or ())
+            names = reader.fieldnames or ()
+            _check_names(f"{path}: the first line", names)
             for row in reader:
                 if None in row or None in row.values():  # too many fields, too few
                     raise UserError(
                         f"{path}: line {reader.line_num} has another number of fields than the first line, which has "
-                        f"{len(reader.fieldnames)}; put quotes around texts that hold the delimiter"
+                        f"{len(names)}; put quotes around texts that hold the delimiter"
                     )
                 yield f"line {reader.line_num}", row
         except csv.Error as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,7 +41,7 @@ def asked_splits(config: DataConfig, part: Part, known: Iterable[str]) -> list[s
 
 
 @contextmanager
-def _source(part: Part) -> Iterator[None]:
+def _source(part: Part) -> Generator[None]:
     """What is wrong with a source, under the name of its field."""
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,7 +52,9 @@ def read_saved(folder: Path) -> datasets.Dataset:
     with reading(repr(str(folder))):
         if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             return _NO_ROWS
-        return datasets.load_from_disk(folder)
+        rows = datasets.load_from_disk(folder)
+    assert isinstance(rows, datasets.Dataset)  # as the folder has a state.json
+    return rows
 
 
 def parquet_splits(path: Path) -> dict[str, list[Path]]:
@@ -131,7 +133,7 @@ def read_hub(name: str, split: str) -> datasets.Dataset:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _silent() -> Generator[None]:
     """Without the bars of `datasets`, which say "Downloading data" of files that lie here."""
     if datasets.are_progress_bars_disabled():
         yield

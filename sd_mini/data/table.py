@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from sd_mini.errors import UserError
 
@@ -16,9 +17,13 @@ from sd_mini.errors import UserError
 class Table(Protocol):
     """N rows, in an order that is the same on every machine."""
 
-    columns: list[str]
-    text_columns: list[str]
-    """of these, the ones that hold texts or lists of texts, whoever wrote them meant them as captions or not"""
+    @property
+    def columns(self) -> list[str]: ...
+
+    @property
+    def text_columns(self) -> list[str]:
+        """Of these, the ones that hold texts or lists of texts, whoever wrote them meant them as captions or not."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -93,11 +98,11 @@ class DatasetTable:
 
 def _class_name(feature: datasets.ClassLabel, number: int | None) -> str | None:
     """A class by its name; of a number that stands for no class (-1 is usual), nothing."""
-    return feature.int2str(number) if number is not None and 0 <= number < feature.num_classes else None
+    return feature.names[number] if number is not None and 0 <= number < len(feature.names) else None
 
 
 def _picture(cell: dict[str, Any] | None) -> bytes | str | None:
-    return cell and (cell["path"] if cell["bytes"] is None else cell["bytes"])
+    return None if cell is None else cell["path"] if cell["bytes"] is None else cell["bytes"]
 
 
 def _holds_text(feature: Any) -> bool:
@@ -106,14 +111,14 @@ def _holds_text(feature: Any) -> bool:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str) -> Generator[None]:
     """The many ways in which `datasets` fails on a user's source => UserError, one line that begins with `what`."""
     try:
         yield
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, DatasetsError) as error:
         if isinstance(error, UserError):
             raise
         reason = error
-        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
             reason = error.__cause__  # the outer text only says that something went wrong
         raise UserError(f"cannot read {what}: {' '.join(str(reason).split())}") from error

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from diffusers import ModelMixin, PixArtTransformer2DModel, PRXTransformer2DModel
+from diffusers.models import PixArtTransformer2DModel, PRXTransformer2DModel
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -22,7 +22,7 @@ STEPS = 1000  # of the discrete schedule, and the scale on which diffusers' netw
 
 Schedule = Literal["linear", "scaled_linear", "cosine"]
 # diffusers' fields. linear: Ho et al. 2020, sec. 4; scaled_linear: Rombach et al. 2022; cosine: Nichol & Dhariwal 2021
-BETAS = {
+BETAS: dict[str, dict[str, Any]] = {
     "linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
@@ -290,13 +290,13 @@ class TimeConfig(Process):
         return None
 
 
-def unwrapped(network: torch.nn.Module) -> ModelMixin:
+def unwrapped(network: torch.nn.Module) -> Any:
     """The network itself of what torch.compile made of it."""
     return getattr(network, "_orig_mod", network)
 
 
 def predict(
-    network: ModelMixin, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
+    network: torch.nn.Module, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor
 ) -> Tensor:
     """latents (B, C, h, w), timesteps (B,) from 0 to 1000 (the noise), prompt_embeds (B, L, D), prompt_mask (B, L) bool
     => (B, C, h, w). PRX alone counts time in [0, 1]."""

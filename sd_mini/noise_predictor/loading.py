@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.models import UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
 
 from sd_mini import diffusion
 from sd_mini.config import check
@@ -32,7 +33,7 @@ def load_network(name: str, latent_shape: tuple[int, int, int], dim: int) -> Mod
     _check_widths(name, cls, config, latent_shape, dim)
     what = f"network.pretrained {name}"
     try:
-        options = {"subfolder": subfolder, "low_cpu_mem_usage": False}
+        options: dict[str, Any] = {"subfolder": subfolder, "low_cpu_mem_usage": False}
         complaint = "its weights file lacks"
         network = load_complete(cls, name, what, has_only=True, complaint=complaint, **options).float()
     except UserError:
@@ -147,7 +148,8 @@ def _hub_config(name: str) -> dict[str, Any]:
     reasons = []
     for subfolder in (None, *_SUBFOLDERS):
         try:
-            config = dict(UNet2DConditionModel.load_config(name, subfolder=subfolder))  # which any class could do
+            loaded: Any = UNet2DConditionModel.load_config(name, subfolder=subfolder)  # which any class could do
+            config = dict(loaded)
         except Exception as error:  # offline, no such name, no such folder: the hub's client has a class for each
             reasons.append(" ".join(str(error).split()))
             continue

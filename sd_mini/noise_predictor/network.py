@@ -8,7 +8,8 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin, PixArtTransformer2DModel, PRXTransformer2DModel, UNet2DConditionModel
+from diffusers.models import PixArtTransformer2DModel, PRXTransformer2DModel, UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
 
 from sd_mini.diffusion.objective import predict
 from sd_mini.errors import UserError

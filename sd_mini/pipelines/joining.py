@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini import lora
@@ -43,7 +45,8 @@ class JoinedPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
-    _optional_components: ClassVar[list[str]] = [
+    config: Any  # diffusers' FrozenDict, whose entries are attributes too
+    _optional_components: ClassVar[list[str]] = [  # ty: ignore[incompatible-attribute-override]
         "tokenizer_2",
         "text_encoder_2",
         "tokenizer_3",
@@ -171,7 +174,8 @@ class JoinedPipeline(DiffusionPipeline):
     @classmethod
     def from_run(cls, run: str | Path, **kwargs: Any) -> Self:
         """Join the three exported stages of a run folder, `RUN/STAGE/final`."""
-        return cls.from_stages(*(Path(run) / kind / "final" for kind in KINDS), **kwargs)
+        first, second, third = (Path(run) / kind / "final" for kind in KINDS)
+        return cls.from_stages(first, second, third, **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
@@ -181,7 +185,7 @@ class JoinedPipeline(DiffusionPipeline):
         return super().from_pipe(pipeline, **networks | kwargs)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:  # ty: ignore[incompatible-method-override]
         """Load what `save_pretrained` wrote. Weights come from safetensors only.
 
         Raises UserError, one line, where a file is not the one that was saved (its manifest says so; an older folder
@@ -198,6 +202,7 @@ class JoinedPipeline(DiffusionPipeline):
         kwargs.setdefault("variant", pipeline_variant(folder))
         return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
 
+    # ty: ignore[incompatible-method-override]
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """diffusers', and a manifest of the files that were written, by which `from_pretrained` checks them."""
         folder = Path(save_directory)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from sd_mini.autoencoder.tiling import check_tile
@@ -159,13 +160,15 @@ class Pipeline(JoinedPipeline):
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, wanted) or {}
-                    latents, *condition = (tensors | changed).values()
+                    tensors |= changed
+                    latents, *embeds = (tensors[name] for name in self._callback_tensor_inputs)
+                    condition = embeds[0], embeds[1]
                     if self._guidance_scale != run.guidance.scale:
                         run.set_scale(self._guidance_scale)
                 progress.update()
 
         # 3. latents => pictures
-        pictures = latents if output_type == "latent" else self._decode(latents, output_type)
+        pictures: Any = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
@@ -187,6 +190,7 @@ class Pipeline(JoinedPipeline):
         check_embeds(prompt_embeds, prompt_mask, *self.embeds_shape)
         check_counts(num_images_per_prompt=repeat)
         if prompt_embeds is None:
+            assert prompt is not None  # by check_texts
             with torch.no_grad():
                 encoded = self.text_stage.encode(as_list(prompt), strict)
             prompt_embeds, prompt_mask = encoded.tokens, encoded.mask

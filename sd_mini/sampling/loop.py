@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -99,7 +101,8 @@ class SamplingRun:
         guide: ModelMixin | None = None,
     ):
         self.network, self.guide, self.guidance = network, guide, guidance
-        self.process, self.scheduler = process, copy.deepcopy(scheduler)
+        self.process = process
+        self.scheduler: Any = copy.deepcopy(scheduler)
         self.timesteps = set_timesteps(self.scheduler, steps, device)
         self._levels = (self.timesteps / STEPS).clamp(0, 1).tolist()  # noise levels in [0, 1]
         # whole steps of a schedule are a thousandth apart: which of two stands for 0.7 depends on the spacing
@@ -157,7 +160,7 @@ class SamplingRun:
 
 
 def scheduler_step(
-    scheduler: SchedulerMixin, prediction: Tensor, t: Tensor, latents: Tensor, generator: Generators = None
+    scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generator: Generators = None
 ) -> Tensor:
     """The scheduler's update of latents (B, C, h, w). A sampler that draws noise draws it from `generator`: in order
     from one, or each picture's from its own."""
@@ -165,7 +168,7 @@ def scheduler_step(
         return scheduler.step(prediction, t, latents, return_dict=False)[0]
 
 
-def set_timesteps(scheduler: SchedulerMixin, steps: int, device: torch.device | str | None = None) -> Tensor:
+def set_timesteps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> Tensor:
     """Space `steps` steps evenly down to the picture, and return the timesteps (N,) at which the network is called.
 
     The two flow-matching schedulers would by themselves spend the last step between sigma 0.001 and 0.
@@ -215,9 +218,11 @@ class OwnDraws(TorchFunctionMode):
         return draws(shape, self.generator, dtype).to(device)
 
 
-def draws(shape: tuple[int, ...], generator: Generators | list[None], dtype: torch.dtype | None = None) -> Tensor:
+def draws(
+    shape: tuple[int, ...], generator: Generators | Sequence[torch.Generator | None], dtype: torch.dtype | None = None
+) -> Tensor:
     """N(0, I) on the CPU from one generator, or with a list row i from the i-th; each draws on its own device."""
-    if not isinstance(generator, list):
+    if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
         return torch.randn(shape, generator=generator, device=device, dtype=dtype).cpu()
     return torch.stack([draws(shape[1:], one, dtype) for one in generator])

@@ -14,21 +14,21 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
-    SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from sd_mini import diffusion
 from sd_mini.diffusion.objective import STEPS, Process
 from sd_mini.errors import UserError
 
-FLOW: dict[str, type[SchedulerMixin]] = {
+FLOW: dict[str, Any] = {
     "euler": FlowMatchEulerDiscreteScheduler,
     "heun": FlowMatchHeunDiscreteScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-DISCRETE: dict[str, type[SchedulerMixin]] = {
+DISCRETE: dict[str, Any] = {
     "ddim": DDIMScheduler,
     "ddpm": DDPMScheduler,
     "euler": EulerDiscreteScheduler,
@@ -67,6 +67,7 @@ def build(name: str, process: Process) -> SchedulerMixin:
     if process.is_flow:
         flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if cls in _MULTISTEP else {}
         return cls(num_train_timesteps=STEPS, **flow)
+    assert process.schedule is not None  # a discrete process has one
     given: dict[str, Any] = {
         "num_train_timesteps": STEPS,
         "prediction_type": process.kind,
@@ -97,7 +98,7 @@ def _spacing(process: Process) -> dict[str, Any]:
     return {"timestep_spacing": "trailing"}
 
 
-def check(scheduler: SchedulerMixin, process: Process) -> None:
+def check(scheduler: Any, process: Process) -> None:
     """Raises UserError, one line, for a scheduler that would step by something else than what the network predicts."""
     config, name = scheduler.config, type(scheduler).__name__
     is_flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
@@ -122,6 +123,7 @@ def check(scheduler: SchedulerMixin, process: Process) -> None:
         return
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise UserError(f"scheduler {name}: has no discrete schedule, as this network was trained on; {mend}")
+    assert process.schedule is not None  # a discrete process has one
     expected = diffusion.alphas_cumprod(process.schedule, process.zero_snr)
     # the last value apart: diffusers keeps zero signal a hair above zero where it divides by it
     if not torch.allclose(scheduler.alphas_cumprod.cpu(), expected, rtol=1e-4, atol=1e-6):

@@ -45,6 +45,7 @@ def caption(scene: Scene, phrasing: int) -> str:
         many = f"{group.size} {group.colour} {_PLURALS[group.shape]}"
         return template.format(n=_NUMBERS[group.count], many=many)
     relation = scene.relation
+    assert relation is not None  # of two objects, by check_scene
     return template.format(
         a=_one(group), b=_one(scene.groups[1]), rel=_SPOKEN[relation], inv=_SPOKEN[INVERSE[relation]]
     )

@@ -130,7 +130,7 @@ class Scene:
         return scene
 
 
-def _check_keys(values: dict, of: type, name: str) -> None:
+def _check_keys(values: dict, of: type[Scene] | type[Group], name: str) -> None:
     expected = {field.name for field in fields(of)}
     if not isinstance(values, dict) or set(values) != expected:
         given = sorted(values) if isinstance(values, dict) else type(values).__name__
@@ -191,7 +191,9 @@ def _relation_is_clear(scene: Scene) -> bool:
 
 
 def _place_is_clear(scene: Scene) -> bool:
-    ranges = PLACES[scene.groups[0].place]
+    place = scene.groups[0].place
+    assert place is not None  # of one object
+    ranges = PLACES[place]
     return all(
         low - _LAYOUT_TOLERANCE <= value <= high + _LAYOUT_TOLERANCE
         for value, (low, high) in zip(scene.layout[0][:2], ranges, strict=True)

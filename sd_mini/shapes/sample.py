@@ -119,7 +119,7 @@ def sample_scenes(
     u = _uniforms(seed, SPLITS.index(split), np.arange(start, start + n, dtype=np.uint64))
     weights = np.cumsum([KIND_WEIGHTS[kind] for kind in allowed])
     kind_index = np.searchsorted(weights / weights[-1], u[:, _KIND], side="right")
-    scenes: list[Scene | None] = [None] * n
+    scenes: dict[int, Scene] = {}
     builders = {"one_object": _one_object_scenes, "two_objects": _two_object_scenes, "count": _count_scenes}
     for i, kind in enumerate(allowed):
         rows = np.flatnonzero(kind_index == i)
@@ -127,7 +127,7 @@ def sample_scenes(
         chosen = graphs[_pick(u[rows, _GRAPH], len(graphs))]
         for row, scene in zip(rows.tolist(), builders[kind](chosen, u[rows]), strict=True):
             scenes[row] = scene
-    return scenes
+    return [scenes[row] for row in range(n)]
 
 
 def _sizes(u: np.ndarray) -> np.ndarray:
@@ -177,7 +177,7 @@ def _count_scenes(chosen: np.ndarray, u: np.ndarray) -> list[Scene]:
             "count",
             (Group(SHAPES[shape], _COLOUR_NAMES[colour], _SIZE_NAMES[s], n),),
             None,
-            tuple(map(tuple, where[:n])),
+            tuple((x, y, radius) for x, y, radius in where[:n]),
         )
         for (shape, colour), s, n, where in columns
     ]
@@ -231,7 +231,7 @@ def _variants(scene: Scene) -> dict[str, list[tuple[tuple[Group, ...], str | Non
         for field, values in alternatives.items():
             others = [replace(group, **{field: value}) for value in values if value != getattr(group, field)]
             found[field] += [((*groups[:i], other, *groups[i + 1 :]), relation) for other in others]
-    if scene.kind == "two_objects":
+    if relation is not None:
         _add_exchanges(found, groups, relation)
     source = heldout_split(groups, relation)
     kept = {name: [option for option in options if _may_follow(source, option)] for name, options in found.items()}

@@ -48,7 +48,7 @@ def load_autoencoder(name: str | Path) -> tuple[Autoencoder, dict[str, Any] | No
     return (loaded if isinstance(loaded, Autoencoder) else wrapped(loaded)), None
 
 
-def wrapped(network: torch.nn.Module) -> Autoencoder:
+def wrapped(network: Any) -> Autoencoder:
     """A stock autoencoder => an `Autoencoder` around it, its statistics not yet measured."""
     kind = next(kind for kind, cls in KINDS.items() if cls is type(network))
     fields = set(type(network)._get_init_keys(type(network)))
@@ -73,7 +73,8 @@ def _class_name(folder: Path) -> str | None:
 
 def _hub_class(name: str) -> str | None:
     try:
-        return Autoencoder.load_config(name).get("_class_name")
+        config: Any = Autoencoder.load_config(name)
+        return config.get("_class_name")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no such folder, and not to be had as a hub name ({' '.join(str(error).split())[:200]})"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
@@ -67,6 +67,9 @@ class EncoderInput(nn.Module):
     does not drown what tells them apart, and mapped by a fixed semi-orthogonal matrix, which keeps their distances.
     """
 
+    word_mean: Tensor
+    word_std: Tensor
+
     def __init__(self, state_dim: int, word_dim: int, dim: int):
         super().__init__()
         self.word_in = nn.Linear(word_dim, dim, bias=False)
@@ -96,6 +99,8 @@ class TextAdapter(ModelMixin, ConfigMixin):
     stand one after the other, `lengths` says how many each has, and are refined together; their pooled vectors are
     joined. The null condition of classifier-free guidance (Ho & Salimans 2022) is one learned token on the same path.
     """
+
+    config: Any  # diffusers' FrozenDict, whose entries, the arguments of __init__, are attributes too
 
     @register_to_config
     def __init__(
@@ -191,7 +196,7 @@ class TextStage:
         """From tokenizer, text_encoder, tokenizer_2, ... and text_adapter; what is None is left out."""
         adapter: TextAdapter = parts["text_adapter"]
         pairs = [(parts.get(f"tokenizer{s}"), parts.get(f"text_encoder{s}")) for s in _SUFFIXES]
-        pairs = [pair for pair in pairs if None not in pair]
+        pairs = [(words, model) for words, model in pairs if words is not None and model is not None]
         if len(pairs) != len(adapter.config.lengths):
             raise UserError(
                 f"{len(pairs)} text encoders with their tokenizers, and a text_adapter of "

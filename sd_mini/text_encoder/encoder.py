@@ -129,7 +129,7 @@ class Encoder:
         with _tokenizing:
             kept = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
         same = next((i for i, (a, b) in enumerate(zip(kept, row, strict=False)) if a != b), len(kept))
-        return kept, self.tokenizer.decode(row[same:], skip_special_tokens=True).strip()
+        return kept, str(self.tokenizer.decode(row[same:], skip_special_tokens=True)).strip()
 
     def words(self, ids: Tensor) -> Tensor:
         with onloaded(self.model):  # at a call of one layer of it alone

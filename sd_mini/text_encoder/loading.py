@@ -43,7 +43,7 @@ def clip_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) ->
         vocab_size=budget, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     raw.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(pair) for pair in merges)]
     vocabulary = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
     return CLIPTokenizer(
@@ -152,7 +152,7 @@ def _missing_files(name: str, tokenizer: str | None) -> list[str]:
         except ValueError:  # not a name that a hub could have
             return False
 
-    wanted = [(name, ("config.json",)), (name, _WEIGHTS)]
+    wanted: list[tuple[str, tuple[str, ...]]] = [(name, ("config.json",)), (name, _WEIGHTS)]
     wanted += [(tokenizer, TOKENIZER_FILES)] if tokenizer is not None else []
     return [" or ".join(files) for place, files in wanted if not any(there(place, file) for file in files)]
 

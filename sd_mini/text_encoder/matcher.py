@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
@@ -49,6 +49,8 @@ class Matcher(ModelMixin, ConfigMixin):
     `late_dim`, word by word: each word with the cell of the picture that it fits best (late interaction, Yao et al.
     2021, "FILIP", eq. 3 to 5). It is saved beside the text stage for its report; a pipeline does not need it.
     """
+
+    config: Any  # diffusers' FrozenDict, whose entries, the arguments of __init__, are attributes too
 
     @register_to_config
     def __init__(

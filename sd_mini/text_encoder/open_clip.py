@@ -15,7 +15,7 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
     """Raises ValueError, the reason named, for any text half but CLIP's own transformer and tokenizer."""
     import open_clip
 
-    text = getattr(model, "text", model)  # a CustomTextCLIP keeps its text half apart, a CLIP is it
+    text: Any = getattr(model, "text", model)  # a CustomTextCLIP keeps its text half apart, a CLIP is it
     words = open_clip.get_tokenizer(name) if hasattr(text, "token_embedding") else None
     for reason in _hindrances(text, words):
         raise UserError(
@@ -24,6 +24,8 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
         )
     tokenizer = _tokenizer(words, text.context_length)
     block = text.transformer.resblocks[0]
+    activation = _activation(block.mlp.gelu)
+    assert activation is not None  # a block of another one is among the hindrances
     config = CLIPTextConfig(
         vocab_size=text.token_embedding.num_embeddings,
         hidden_size=text.token_embedding.embedding_dim,
@@ -32,7 +34,7 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
         num_hidden_layers=len(text.transformer.resblocks),
         num_attention_heads=block.attn.num_heads,
         max_position_embeddings=text.context_length,
-        hidden_act=_activation(block.mlp.gelu),
+        hidden_act=activation,
         layer_norm_eps=text.ln_final.eps,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -43,7 +45,7 @@ def converted(model: nn.Module, name: str) -> tuple[CLIPTokenizer, CLIPTextModel
     return tokenizer, encoder.eval()
 
 
-def _hindrances(text: nn.Module, words: Any) -> list[str]:
+def _hindrances(text: Any, words: Any) -> list[str]:
     """What in an open_clip text half has no counterpart, in words."""
     from open_clip.tokenizer import SimpleTokenizer, _clean_lower
 
@@ -87,7 +89,7 @@ def _tokenizer(words: Any, length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=dict(words.encoder), merges=merges, model_max_length=length, **marks, **cleaning)
 
 
-def _renamed(text: nn.Module) -> dict[str, Tensor]:
+def _renamed(text: Any) -> dict[str, Tensor]:
     """The text half's weights by transformers' names."""
     weights = {
         "embeddings.token_embedding.weight": text.token_embedding.weight,

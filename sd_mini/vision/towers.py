@@ -28,7 +28,7 @@ class VisionTower:
     """
 
     module: nn.Module
-    read: Callable[[nn.Module, Tensor], Tensor]
+    read: Callable[[Any, Tensor], Tensor]
     side: int | None = None
     mean: Sequence[float] = _HALF
     std: Sequence[float] = _HALF

@@ -41,7 +41,7 @@ class Discriminator(nn.Module):
     def __init__(self, width: int, layers: int):
         super().__init__()
         widths = [min(2**i, 8) * width for i in range(layers + 1)]
-        steps = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
+        steps: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, (narrow, wide) in enumerate(pairwise(widths)):
             stride = 2 if i < layers - 1 else 1
             steps += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -191,6 +191,7 @@ class AutoencoderObjective(nn.Module):
             terms["commitment"], used = self._commitment(noised)
             metrics |= used
         if "equivariance" in w:
+            assert turned is not None and places is not None  # inputs of this term
             terms["equivariance"] = self._equivariance(latents, turned, places, w)
         total = sum((w[name] * term for name, term in terms.items() if name in w), decoded.new_zeros(len(decoded)))
         metrics |= {name: term.mean() for name, term in terms.items()}
@@ -272,7 +273,7 @@ class AutoencoderObjective(nn.Module):
         side = turned.shape[-1] // self.autoencoder.stride
         small = resized(latents, side).flatten(2)[..., places].unflatten(2, (side, side))
         error = self.autoencoder.decode_raw(small).float() - turned
-        return sum(w[name] * of(error) for name, of in OF_ERROR.items() if name in w)
+        return cast(Tensor, sum(w[name] * of(error) for name, of in OF_ERROR.items() if name in w))
 
     def _adversarial(self, noised: Tensor, decoded: Tensor) -> Tensor:
         """Minus the discriminator's mean logit of the reconstruction, (b,), with a gradient to the decoder alone."""

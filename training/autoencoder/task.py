@@ -140,8 +140,8 @@ class AutoencoderTask:
                 latents = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
             autoencoder.start_codebook(latents, generator(config.train.seed, 0, "codebook"))
         self.teacher = teacher
-        others = (perceptual, teacher, discriminator)
-        others = [part.to(PartialState().device) if part is not None else None for part in others]
+        trio = (perceptual, teacher, discriminator)
+        others: list[Any] = [part.to(PartialState().device) if part is not None else None for part in trio]
         objective = AutoencoderObjective(autoencoder, *others, adaptive=config.adversary.adaptive)
         self.players = {"autoencoder": Player(objective, config.train)}
         if discriminator is not None:
@@ -207,6 +207,7 @@ class AutoencoderTask:
 
     def _latents_error(self, autoencoder: Autoencoder) -> float:
         """Root mean square distance of its latents from the teacher's (of rms 1), on training pictures."""
+        assert self.teacher is not None
         pixels = self.train.pixels(range(min(256, self.count))).to(autoencoder.device)
         return float((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().mean().sqrt())
 
@@ -273,7 +274,7 @@ def _check_sizes(
         f"loss.lpips_network is too deep for {resolution} px": lambda: perceptual and perceptual(pixels, pixels),
         f"adversary.layers are too many for {resolution} px": lambda: discriminator and discriminator(pixels),
     }
-    results = []
+    results: list[Any] = []
     for complaint, attempt in attempts.items():
         try:
             with torch.no_grad():

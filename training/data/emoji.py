@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from PIL import Image, UnidentifiedImageError
@@ -121,7 +122,7 @@ def _from_font(source: str) -> dict[str, Image.Image]:
     if not path.is_file():
         raise UserError(f"--from: {source}: no such file or folder; give a clone of noto-emoji, a font file, or `font`")
     try:
-        font = TTFont(path, lazy=True)
+        font: Any = TTFont(path, lazy=True)
         cmap, strikes = font.getBestCmap(), font["CBDT"].strikeData
     except (TTLibError, KeyError) as error:
         raise UserError(f"--from: {path} is not a font with colour bitmaps (CBDT); {INSTALL} gives one") from error

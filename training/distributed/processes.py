@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,13 @@ def join_processes() -> PartialState:
     return state
 
 
+def process_device() -> torch.device:
+    """The device of this process, by Accelerate."""
+    device = PartialState().device
+    assert device is not None  # set by the state's first instance
+    return device
+
+
 def patient_group() -> dist.ProcessGroup:
     """A gloo group of all processes with no practical timeout, for waits while one process works alone."""
     return _patient_group(dist.group.WORLD)
@@ -43,7 +51,9 @@ def patient_group() -> dist.ProcessGroup:
 
 @lru_cache(maxsize=1)
 def _patient_group(of: dist.ProcessGroup) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    assert isinstance(group, dist.ProcessGroup)  # every process is a member
+    return group
 
 
 def wait_for_everyone() -> None:
@@ -58,8 +68,10 @@ def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[s
     _check_environment()
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
     AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
-    precision = chosen_precision(mixed_precision, join_processes().device)
-    accelerator = Accelerator(mixed_precision=precision, log_with=log_with or None, project_config=project)
+    join_processes()
+    precision = chosen_precision(mixed_precision, process_device())
+    trackers: list[Any] = list(log_with)
+    accelerator = Accelerator(mixed_precision=precision, log_with=trackers or None, project_config=project)
     if accelerator.mixed_precision == "fp16":
         raise UserError("mixed precision fp16: expected no or bf16, whose range needs no loss scaling")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -104,7 +116,7 @@ def chosen_precision(precision: str | None, device: torch.device) -> str | None:
 
 
 @contextmanager
-def rounded_products() -> Iterator[None]:
+def rounded_products() -> Generator[None]:
     """Inside, a GPU's float32 products may use TF32: 10 bits of mantissa, beside the 7 of bfloat16.
 
     In full float32, Muon's products alone take a tenth of an update of 100M parameters.
@@ -120,7 +132,7 @@ def rounded_products() -> Iterator[None]:
 def _check_fsdp(accelerator: Accelerator) -> None:
     if not accelerator.is_fsdp2:
         raise UserError("FSDP: expected version 2; launch with --fsdp_version 2")
-    plugin = accelerator.state.fsdp_plugin
+    plugin: Any = accelerator.state.fsdp_plugin
     # every process builds its own weights and buffers from the seed, so none is sent
     plugin.cpu_ram_efficient_loading = False
     # as without FSDP, autocast alone decides what is computed in bfloat16; weights, targets and sums stay float32
@@ -190,7 +202,7 @@ def _users_environment() -> dict[str, str]:
 
 
 @contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Iterator[None]:
+def only_writer(folder: Path, wait: bool = False) -> Generator[None]:
     """Lock `folder` for this process, as two trainings in one folder would overwrite each other's files.
 
     If another process holds the lock, wait for it with `wait`, else raise UserError. The kernel releases the lock when

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ class Steps(Dataset):
     def __init__(self, inputs: Callable[[Batch], Pass], count: int, seed: int, batch_size: int, rows: list[slice]):
         self.inputs, self.count, self.seed, self.batch_size, self.rows = inputs, count, seed, batch_size, rows
 
-    def __getitem__(self, step: int) -> StepInputs:
+    def __getitem__(self, step: int) -> StepInputs:  # ty: ignore[lost-keyword-for-regular-parameter]
         ids = batch_ids(self.seed, step, self.count, self.batch_size)
         passes = [self.inputs(Batch(self.seed, step, ids, rows)) for rows in self.rows]
         return StepInputs(step, ids, self.rows, passes)
@@ -156,7 +156,7 @@ def iterate(steps: Steps, first: int, last: int, workers: int) -> Iterator[StepI
     return iter(loader)
 
 
-def _identity(item: StepInputs) -> StepInputs:
+def _identity(item: Any) -> Any:
     return item
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
+from training.distributed.processes import process_device
 
 Scores = dict[str, float]
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
@@ -73,7 +74,7 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
     from eval.metrics.registry import Tools
     from eval.report.report import check_finite
 
-    device = PartialState().device.type
+    device = process_device().type
     networks = open_all(config.features, device)
     clip = Clip(config.clip, device) if config.clip is not None else None
     tools, question = Tools(networks, cache, config.batch, clip), open_prompts(config.prompts, data)
@@ -116,7 +117,7 @@ def named_scores(report: Mapping[str, Any]) -> Scores:
 
 
 @contextmanager
-def reported_as_evaluation() -> Iterator[None]:
+def reported_as_evaluation() -> Generator[None]:
     """A user's mistake inside is one line that names the part of the config it comes from."""
     try:
         yield
@@ -126,7 +127,7 @@ def reported_as_evaluation() -> Iterator[None]:
 
 
 @contextmanager
-def untouched_training() -> Iterator[None]:
+def untouched_training() -> Generator[None]:
     """Leaves every random state, the number of threads and the grad mode of the training as they were."""
     python_state, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     # of this process's GPU alone: asking the others for their state would open a context on each

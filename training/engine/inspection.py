@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,7 @@ from torch import nn
 from training.distributed.processes import joined_rows, rows_of_process, wait_for_everyone
 from training.engine.learner import Learner
 from training.engine.metrics import EVALUATION, FiniteCheck, Watch, is_due
-from training.engine.task import Task, TrainConfig, export_record, mean_scores
+from training.engine.task import EvaluatedTask, Task, TrainConfig, export_record, mean_scores
 from training.optim.ema import WIDTHS
 from training.storage import snapshots
 
@@ -60,7 +61,7 @@ class Inspection:
         self.run(step, broadcast(missing).tolist())
 
     @contextmanager
-    def weights(self, step: int) -> Iterator[nn.Module]:
+    def weights(self, step: int) -> Generator[nn.Module]:
         """The learner's plain copy, with the weights to inspect, in evaluation mode and without gradients.
 
         At the last step an EMA width that was not tracked is made of the snapshots; before, the nearest tracked one
@@ -102,7 +103,8 @@ class Inspection:
         """The evaluators' scores of the pipeline with these weights."""
         with self.weights(step) as objective:
             if self.accelerator.is_main_process:
-                self.watch.write_scores(step, self.task.evaluate(objective), EVALUATION)
+                task = cast(EvaluatedTask, self.task)  # as its `evaluate_every` is a number
+                self.watch.write_scores(step, task.evaluate(objective), EVALUATION)
         wait_for_everyone()
 
     def export(self, step: int, seconds: float) -> None:

@@ -71,7 +71,7 @@ class Program(Generic[C]):
     def __call__(self, argv: Sequence[str]) -> None:
         """Read, check, train, export. Nothing is written before config and data are checked."""
         started = time.perf_counter()
-        launched = parse(self.config, self.stage, argv)
+        launched: Launch[Any] | None = parse(self.config, self.stage, argv)
         if launched is None:
             return
         _check_folder(launched)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +128,7 @@ class Learner:
         self.optimizer.zero_grad()
 
         # Power-function averages of the weights (EDM2).
-        if self.ema is not None and (step % self.ema_every == 0 or step == self.steps):
+        if self.ema_every is not None and (step % self.ema_every == 0 or step == self.steps):
             self.average(step)
         return norm
 
@@ -150,12 +150,12 @@ class Learner:
 
     @property
     def rates(self) -> dict[str, float]:
-        lr = self.schedule.get_last_lr()
+        lr: list[Any] = self.schedule.get_last_lr()
         rates = {"lr": lr[0]} if self.config.muon_lr is None else {"lr": lr[0], "muon_lr": lr[-1]}
         return {self.prefix + name: rate for name, rate in rates.items()}
 
     @contextmanager
-    def showing(self, width: float | None) -> Iterator[nn.Module]:
+    def showing(self, width: float | None) -> Generator[nn.Module]:
         """`shown` with the current weights: the tracked average nearest to `width`, or (None) the trained ones.
 
         A collective: FSDP2's parts are gathered.
@@ -228,8 +228,8 @@ def gathered(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[st
 
 def _speed_up(module: nn.Module, speed: Speed) -> None:
     if speed.gradient_checkpointing:
-        able = [part for part in module.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
-        able += [part for part in module.modules() if getattr(part, "supports_gradient_checkpointing", False)]
+        names = ("_supports_gradient_checkpointing", "supports_gradient_checkpointing")  # diffusers', transformers'
+        able: list[Any] = [part for name in names for part in module.modules() if getattr(part, name, False)]
         if not able:
             raise UserError(
                 "train.gradient_checkpointing: expected a network that can do it, and none here can; leave it out"

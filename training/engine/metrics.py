@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ class Watch:
         )
 
     @contextmanager
-    def status(self, what: str) -> Iterator[None]:
+    def status(self, what: str) -> Generator[None]:
         """Show in the bar what is done between two updates."""
         self.bar.set_description(f"{self.folder.name}, {what}")
         try:

@@ -81,7 +81,7 @@ class TrainConfig(OptimizerConfig):
 
 
 class Task(Protocol):
-    """A stage, as the loop uses it."""
+    """A stage, as the loop uses it. Each `objective` is the first player's own module."""
 
     players: dict[str, Player]
     """in the order of their updates; the first is validated, previewed, evaluated and exported"""
@@ -92,23 +92,27 @@ class Task(Protocol):
     identity: dict[str, str]
     """hashes of the data and the other stages; a checkpoint with others is refused"""
     evaluate_every: int | None
-    """steps between two calls of `evaluate`; none: never"""
+    """steps between two calls of `EvaluatedTask.evaluate`; none: never"""
 
     def inputs(self, batch: Batch) -> Pass:
         """The keyword arguments of every player's `objective` for a pass of b rows, on the CPU."""
         ...
 
-    def validate(self, objective: nn.Module, rows: slice) -> dict[str, np.ndarray]:
+    def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
         """Scores of those held-out samples, (n,) each, by name, with the same draws at every step."""
         ...
 
-    def preview(self, objective: nn.Module) -> Image.Image: ...
+    def preview(self, objective: Any) -> Image.Image: ...
 
-    def evaluate(self, objective: nn.Module) -> dict[str, float]:
+    def export(self, objective: Any, folder: Path, record: dict[str, Any]) -> None: ...
+
+
+class EvaluatedTask(Task, Protocol):
+    """A task whose `evaluate_every` may be a number."""
+
+    def evaluate(self, objective: Any) -> dict[str, float]:
         """The evaluators' scores of the pipeline as it stands, by name; called on the main process alone."""
         ...
-
-    def export(self, objective: nn.Module, folder: Path, record: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from sd_mini import files, stages
 from sd_mini.data.captioned import CaptionedPictures, unique_captions
 from sd_mini.errors import UserError
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
+from training.distributed.processes import process_device
 from training.storage import cache
 from training.text_encoder.data import CHUNK, report_cuts
 
@@ -41,7 +41,7 @@ def encode(
     """
     texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
     unique = unique_captions(texts)
-    device = PartialState().device
+    device = process_device()
     autoencoder, stage = vae.parts["autoencoder"].to(device), text_stage(text, device)
     report_cuts(stage.encoders, texts, pictures.name, strict=False)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import PartialState
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from pydantic import Field, model_validator
 from torch import nn
 
@@ -20,6 +19,7 @@ from sd_mini.errors import UserError
 from sd_mini.lora import LoraConfig
 from sd_mini.noise_predictor.loading import check_process, load_network
 from sd_mini.noise_predictor.presets import preset
+from training.distributed.processes import process_device
 from training.engine.flops import count_flops
 from training.engine.task import TrainConfig
 from training.noise_predictor.losses import PredictorObjective
@@ -75,12 +75,12 @@ def make_network(
     else:
         fields = preset(config.kind, config.preset) if config.preset is not None else {}
         network = noise_predictor.build(config.kind, fields | config.network, latent_shape, dim)
-    if PartialState().device.type == "cpu":
+    if process_device().type == "cpu":
         accelerate(network)  # or not: a network without CPU kernels is trained as it is
     return network
 
 
-def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> Any:
+def exported(network: nn.Module, config: NetworkConfig, process: Process) -> Any:
     """What a stage's folder keeps: the stock network, its adapters merged, and beside it the adapters alone."""
     return _Adapted(network, config, process) if lora.is_adapted(network) else network
 
@@ -88,18 +88,18 @@ def exported(network: ModelMixin, config: NetworkConfig, process: Process) -> An
 class _Adapted:
     """Saves as one network: merged for every reader, and the adapters alone in `lora/`."""
 
-    def __init__(self, network: ModelMixin, config: NetworkConfig, process: Process):
+    def __init__(self, network: nn.Module, config: NetworkConfig, process: Process):
         self.network, self.config, self.process = network, config, process
 
     def save_pretrained(self, folder: Path) -> None:
-        merged = lora.merged(self.network)
+        merged: Any = lora.merged(self.network)
         merged.save_pretrained(folder)
         base = {"class": type(merged).__name__, "pretrained": self.config.pretrained}
         base["objective"] = self.process.model_dump()
         lora.save(self.network, folder / "lora", base)
 
 
-def token_grid(network: ModelMixin, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+def token_grid(network: Any, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
     """(rows, columns) of the network's picture tokens: of a transformer patches, of a UNet its deepest level."""
     patch = getattr(network.config, "patch_size", None)
     if patch is None:

@@ -6,7 +6,7 @@ projection, and features that are normalised over the picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+def outputs_of(layer: nn.Module) -> Generator[list[Tensor]]:
     """Within, the list receives the layer's output each time it is called. An accelerated network is not accelerated
     meanwhile: its kernels call no layers."""
     outputs: list[Tensor] = []

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from sd_mini import diffusion, images, lora, stages
 from sd_mini.data.captioned import CaptionedPictures, load_captioned
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.stages.contract import Stage
+from training.distributed.processes import process_device
 from training.engine import launch
 from training.engine.batches import Batch, generator
 from training.engine.evaluation import Evaluator
@@ -58,8 +58,8 @@ class Encoded:
         texts = self.captions[ids, (np.asarray(draw) * self.counts[ids]).astype(np.int64)]
         if self.resident is not None:
             latents, tokens, mask = self.resident
-            ids, texts = (torch.from_numpy(x).to(latents.device, non_blocking=True) for x in (ids, texts))
-            return {"latents": latents[ids].float(), "prompt_embeds": tokens[texts].float(), "prompt_mask": mask[texts]}
+            at, words = (torch.from_numpy(x).to(latents.device, non_blocking=True) for x in (ids, texts))
+            return {"latents": latents[at].float(), "prompt_embeds": tokens[words].float(), "prompt_mask": mask[words]}
         return {
             "latents": torch.from_numpy(self.latents[ids]).float(),
             "prompt_embeds": torch.from_numpy(self.tokens[texts]).float(),
@@ -90,7 +90,7 @@ class PredictorTask:
         how = (self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
         self.train, self.valid = Encoded(pictures, *how), Encoded(valid, *how, is_held_out=True)
         self.count, self.valid_count = len(self.train), len(self.valid)
-        self.device = PartialState().device if config.resident else torch.device("cpu")
+        self.device = process_device() if config.resident else torch.device("cpu")
         if config.resident:
             self.train.move(self.device)
         self.identity = {

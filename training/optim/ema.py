@@ -52,7 +52,9 @@ def posthoc_coefficients(snapshots: Sequence[tuple[int, float]], step: int, widt
     return fitted / fitted.sum()
 
 
-def _overlap(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+def _overlap(
+    step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray | np.float64, gamma_b: np.ndarray | np.float64
+) -> np.ndarray:
     """The inner product over time of two power-function profiles. EDM2, app. C.3."""
     ratio = step_a / step_b
     exponent = np.where(step_a < step_b, gamma_b, -gamma_a)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -48,7 +48,7 @@ def build(module: nn.Module, config: OptimizerConfig, half: bool = False) -> Muo
             "are none to train by Muon; leave it out"
         )
     by_muon = {id(p) for group in by_shape.values() for p in group}
-    groups = [{"params": [p for p in trained if id(p) not in by_muon], "lr": config.lr}]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in by_muon], "lr": config.lr}]
     groups += [{"params": group, "lr": muon_lr, "muon": True} for group in by_shape.values()]
     return MuonAdamW([group for group in groups if group["params"]], config.betas, config.weight_decay, half)
 

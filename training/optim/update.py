@@ -116,7 +116,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[parameter] = state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(  # ty: ignore[incompatible-method-override]
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,7 +139,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, group: dict[str, Any], trained: list[nn.Parameter]) -> None:
         # Nesterov momentum.
         momenta = [local_part(self.state[p]["momentum"]) for p in trained]
-        gradients = [local_part(p.grad) for p in trained]
+        gradients = [local_part(p.grad) for p in trained if p.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
         # Orthogonalise; a sharded matrix is gathered first, as its zeroth power is no function of its parts.
@@ -158,7 +160,7 @@ class MuonAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             [local_part(p) for p in trained],
-            [local_part(p.grad) for p in trained],
+            [local_part(p.grad) for p in trained if p.grad is not None],
             [local_part(s["exp_avg"]) for s in states],
             [local_part(s["exp_avg_sq"]) for s in states],
             [],

@@ -14,7 +14,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, groupby
@@ -45,7 +45,7 @@ Shards = dict[Path, range]  # folder => the rows that it holds, in order
 
 def encode(
     folder: Path,
-    key: dict[str, object],
+    key: Mapping[str, object],
     count: int,
     encode_rows: Callable[[slice], Arrays],
     title: str,
@@ -98,7 +98,7 @@ def encode(
 
 
 @contextmanager
-def _alone(home: Path, key: dict[str, object]) -> Iterator[None]:
+def _alone(home: Path, key: Mapping[str, object]) -> Generator[None]:
     """Lock the folder, for which other trainings wait, and write its key."""
     home.mkdir(parents=True, exist_ok=True)
     with only_writer(home, wait=True):
@@ -216,9 +216,9 @@ class _Column:
             self.largest = max(self.largest, float(np.abs(error).max()))
             self.squares += _sum_of_squares(values)
             self.error_squares += _sum_of_squares(error)
-        self._put(stored.reshape(-1).view(np.uint8))
+        self._put(stored.reshape(-1).view(np.uint8).data)
 
-    def _put(self, data: memoryview | np.ndarray) -> None:
+    def _put(self, data: memoryview) -> None:
         self.file.write(data)
         self.digest.update(data)
 

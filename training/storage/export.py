@@ -46,7 +46,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     task = program.make_task(Launch(config, folder.parent, folder))
     objective = next(iter(task.players.values())).objective
     snapshot = snapshots.of_step(folder, step) if step is not None and width is not None else None
-    is_pruned = snapshot is not None and not checkpoint.named(folder, step).is_dir()
+    is_pruned = snapshot is not None and step is not None and not checkpoint.named(folder, step).is_dir()
     # if the checkpoint was pruned its averages are in the snapshot; frozen weights are those of any other checkpoint
     saved = _checkpoint(folder, None if is_pruned else step)
     tensors, state = checkpoint.load(saved)
@@ -54,8 +54,8 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     checkpoint.check_keys(f"{saved}/model.safetensors", tensors["model"], objective.state_dict())
     objective.load_state_dict(tensors["model"])
     if is_pruned:
-        tensors, last = checkpoint.load(snapshot)[0], state
-        state = {"step": step, "seconds": last["seconds"] * step / last["step"]}
+        tensors = checkpoint.load(snapshot)[0]
+        state |= {"step": step, "seconds": state["seconds"] * step / state["step"]}
     if width is not None:
         at_step = tensors[f"ema-{width}"] if width in WIDTHS else snapshots.at_width(folder, state["step"], width)
         snapshots.put(objective, at_step)

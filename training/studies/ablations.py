@@ -130,7 +130,7 @@ def _recipe(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> dic
     given = ["--config", str(options.config), "--run", str(options.out), *overrides]
     of_autoencoder = None
     for name, arm in arms.items():
-        steps = parse(PredictorConfig, "noise_predictor", [*given, *_words(arm.noise_predictor)]).config.train.steps
+        steps = _parsed([*given, *_words(arm.noise_predictor)]).train.steps
         if arm.guide is not None and arm.guide > steps:
             raise UserError(f"arm {name!r}: guide {arm.guide}: expected at most {steps}, the updates of a training")
         if arm.autoencoder:
@@ -138,13 +138,19 @@ def _recipe(options: Any, overrides: Sequence[str], arms: dict[str, Arm]) -> dic
             of_autoencoder = read(AutoencoderConfig, _beside(options.config)).model_dump(mode="json")
     kinds = ("text_encoder", "autoencoder")
     stages = {kind: read_contract(options.run / kind / "final", kind)["hash"] for kind in kinds}
-    config = parse(PredictorConfig, "noise_predictor", given).config.model_dump(mode="json")
+    config = _parsed(given).model_dump(mode="json")
     return {"stages": stages, "noise_predictor": config, "autoencoder": of_autoencoder}
+
+
+def _parsed(words: Sequence[str]) -> PredictorConfig:
+    launched = parse(PredictorConfig, "noise_predictor", words)
+    assert launched is not None  # as no help was asked for
+    return launched.config
 
 
 def _shares(jobs: int) -> SimpleQueue[list[int] | None]:
     """The cores of each job; none where the system does not let them be chosen."""
-    everything = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
+    everything: list[Any] = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
     if jobs > len(everything):
         raise UserError(f"--jobs {jobs}: expected at most one for each of {len(everything)} cores")
     shares: SimpleQueue[list[int] | None] = SimpleQueue()
@@ -157,7 +163,7 @@ def _found(results: Path, recipe: dict[str, Any], arms: dict[str, Arm]) -> dict[
     """What is measured already. Raises ValueError where that is of another recipe, or of another arm of that name."""
     if not results.is_file():
         return {"recipe": recipe, "rows": {}}
-    found = read_json(results)
+    found: Any = read_json(results)
     if found["recipe"] != recipe:
         raise UserError(f"{results}: holds arms of another recipe or other stages; give another --out, or delete it")
     for key, row in found["rows"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,7 @@ class Gathered(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient: Tensor) -> Tensor:  # ty: ignore[incompatible-method-override]
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
@@ -124,7 +125,8 @@ class TextObjective(nn.Module):
         if str(number) not in self.encoders:
             return None
         tokenizer, length = self.tokenizers[str(number)]
-        return Encoder(tokenizer, self.encoders[str(number)], length)
+        model: Any = self.encoders[str(number)]
+        return Encoder(tokenizer, model, length)
 
     def hidden(self, texts: Mapping[str, Tensor]) -> list[Hidden]:
         """ids_0, mask_0 and, of a frozen encoder, states_0, words_0, pooled_0; then those of encoder 1, ..."""
@@ -170,6 +172,7 @@ class TextObjective(nn.Module):
             common |= {"tokens": encoded["tokens"], "mask": encoded["mask"]}
             rows |= {"thumbnails": thumbnails, "text": local_texts[caption]}
         if true_of is not None:
+            assert sent_pictures is not None and picture_places is not None  # given with `true_of`
             common["all_pictures"] = gather_rows(encoded["picture"][sent_pictures], picture_places)
             rows |= {"caption_vector": encoded["vector"][local_texts[caption]], "true_of": true_of}
 
@@ -258,6 +261,7 @@ class TextObjective(nn.Module):
             back = (more["caption_vector"] @ more["all_pictures"].T).float() * scale
             terms["infonce"] = (infonce_losses(logits, positive) + infonce_losses(back, more["true_of"])) / 2
         if "text" in more:
+            assert self.layout is not None
             predicted = self.layout(more["tokens"][more["text"]], more["mask"][more["text"]])
             terms["layout"] = (predicted.float() - more["thumbnails"]).square().mean((1, 2, 3))
         for name in ("late", "twin", "infonce", "layout"):

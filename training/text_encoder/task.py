@@ -59,7 +59,8 @@ class TextTask:
         self.captions = [self.texts.add(captions) for captions in self.train.captions]
         self.twins = [self._add_twins(i) for i in range(self.count)]
         self.texts.close(cache, config.cache_dtype)
-        for read, words in zip(adapter.inputs, self.texts.words, strict=True):
+        inputs: Any = adapter.inputs
+        for read, words in zip(inputs, self.texts.words, strict=True):
             read.set_words(words.vectors)
         tower["late_dim"] = config.tower.late_dim if config.loss.late else 0
         matcher = Matcher(config.adapter.dim, **tower, projected_dim=projected_dim(self.stage))
@@ -191,6 +192,7 @@ def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], l
         else:
             load = open_clip_encoder if is_open_clip(one.name, one.weights) else load_encoder
             tokenizer, model = load(one.name, one.weights) if load is open_clip_encoder else load(one.name)
+            assert tokenizer is not None  # the encoder is loaded with its own
             freeze_rest(model, one.train_layers, one.lora_rank)
         encoders.append(Encoder(tokenizer, model, one.max_length))
         if one.name is None or one.train_layers or one.lora_rank:
