@@ -28,9 +28,9 @@ from eval.analysis.text import TextProbe
 from eval.data_options import COLUMNS, SHAPES, asked_data, recorded_data
 from eval.features.features import open_all
 from eval.judge.objects import MIN_SIDE
-from eval.makers.asked import Question, ask_captions, ask_lying, ask_shapes, training_data
 from eval.makers.generate import Job, Kept
-from eval.makers.sources import Lying, Maker, Ours, Sampling, open_source
+from eval.makers.questions import Question, captions_question, folder_question, shapes_question, training_data
+from eval.makers.sources import GeneratedFolder, Ours, PictureSource, Sampling, open_source
 from eval.measure import Measured, Tools, measure
 from eval.metrics.clip_score import Clip
 from eval.metrics.reconstruction import FIRST_SCENE_SEED
@@ -71,9 +71,13 @@ def _main(argv: Sequence[str]) -> None:
         source.use(options.sampler, bool(options.autoguidance))
     data = data.model_copy(update={"resolution": source.resolution})
     question = _question(options, source, data)
-    stages = report.stages_beside(options.pipeline, source.facts["stages"]) if not isinstance(source, Lying) else {}
+    stages = (
+        report.stages_beside(options.pipeline, source.facts["stages"])
+        if not isinstance(source, GeneratedFolder)
+        else {}
+    )
     tools = _tools(options, source, data, stages, device)
-    if isinstance(source, Lying):
+    if isinstance(source, GeneratedFolder):
         if state is not None and not state.is_main_process:
             return  # there is nothing to share out
         measured = measure(question, {question.splits[0].split: source.pictures}, None, tools)
@@ -105,18 +109,18 @@ def _main(argv: Sequence[str]) -> None:
         "protocol": {**_protocol(options, question, tools, data), **protocol},
     }
     _write(options, full, measured, source, stages)
-    if not isinstance(source, Lying):
+    if not isinstance(source, GeneratedFolder):
         kept.delete()
 
 
-def _question(options: argparse.Namespace, source: Maker | Lying, data: DataConfig) -> Question:
-    if isinstance(source, Lying):
-        return ask_lying(data, source.prompts, options.seed or 0, options.reference)
+def _question(options: argparse.Namespace, source: PictureSource | GeneratedFolder, data: DataConfig) -> Question:
+    if isinstance(source, GeneratedFolder):
+        return folder_question(data, source.prompts, options.seed or 0, options.reference)
     if options.data != SHAPES:
-        return ask_captions(data, options.prompts, options.reference)
+        return captions_question(data, options.prompts, options.reference)
     if source.resolution < MIN_SIDE:
         raise UserError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
-    return ask_shapes(options.prompts, options.seed or 0, source.resolution, options.reference)
+    return shapes_question(options.prompts, options.seed or 0, source.resolution, options.reference)
 
 
 def _cache(options: argparse.Namespace) -> Path:
@@ -129,7 +133,7 @@ def _scene_seed(options: argparse.Namespace) -> int:
 
 
 def _jobs(
-    question: Question, sampling: Sampling, options: argparse.Namespace, maker: Maker, tools: Tools
+    question: Question, sampling: Sampling, options: argparse.Namespace, maker: PictureSource, tools: Tools
 ) -> tuple[list[Job], ...]:
     jobs = [Job(asked.split, asked.captions, sampling) for asked in question.splits]
     is_judged = question.splits[0].scenes is not None or tools.clip is not None
@@ -138,7 +142,11 @@ def _jobs(
 
 
 def _tools(
-    options: argparse.Namespace, source: Maker | Lying, data: DataConfig, stages: dict[str, Path], device: str
+    options: argparse.Namespace,
+    source: PictureSource | GeneratedFolder,
+    data: DataConfig,
+    stages: dict[str, Path],
+    device: str,
 ) -> Tools:
     run = report.run_of(options.pipeline)
     return Tools(
@@ -157,7 +165,7 @@ def _write(
     options: argparse.Namespace,
     full: dict[str, Any],
     measured: Measured,
-    source: Maker | Lying,
+    source: PictureSource | GeneratedFolder,
     stages: dict[str, Path],
 ) -> None:
     for remark in measured.remarks:
@@ -166,12 +174,12 @@ def _write(
     print(report.table(full), flush=True)
     curves = report.training_curves(report.run_of(options.pipeline), stages)
     report.write(options.out, full, measured.galleries, curves)
-    if not isinstance(source, Lying):
+    if not isinstance(source, GeneratedFolder):
         card.write(source, full, options.out)
     print(options.out / report.PAGE)
 
 
-def _made_by(options: argparse.Namespace, maker: Maker, sampling: Sampling) -> dict[str, Any]:
+def _made_by(options: argparse.Namespace, maker: PictureSource, sampling: Sampling) -> dict[str, Any]:
     """How the pictures were made: of guidance, what the pipeline takes."""
     guidance = sampling.guidance
     asked = {

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_mini.cli.main import Parser, whole
+from sd_mini.cli.main import Parser, whole_number
 from sd_mini.config import command
 from sd_mini.errors import UserError
 
@@ -47,11 +47,11 @@ def _parser() -> Parser:
     ):
         sub = commands.add_parser(name, help=what)
         sub.set_defaults(run_command=run)
-        sub.add_argument("--repeats", type=whole(1), default=3, help="of each, in turn (%(default)s)")
+        sub.add_argument("--repeats", type=whole_number(1), default=3, help="of each, in turn (%(default)s)")
         if name == "report":
             sub.add_argument("run", metavar="RUN", type=Path)
         if name == "inception":
-            sub.add_argument("--pictures", type=whole(1), default=128, help="of 64 px (%(default)s)")
+            sub.add_argument("--pictures", type=whole_number(1), default=128, help="of 64 px (%(default)s)")
 
     return parser
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from eval.analysis.blame import AUTOENCODER, MADE, REAL, Sets, picture_sets, share_out_each
 from eval.features.reference import reference
-from eval.judge.judge import Verdict, judge_found, look, summarise
-from eval.makers.asked import Asked, Question
-from eval.makers.sources import Maker
+from eval.judge.judge import Verdict, judge_found, read_picture, summarise
+from eval.makers.questions import PromptSet, Question
+from eval.makers.sources import PictureSource
 from eval.metrics.all import METRICS
 from eval.metrics.bootstrap import few_prompts
 from eval.metrics.clip_score import cosines
@@ -31,7 +31,7 @@ class Measured:
     remarks: list[str]
 
 
-def measure(question: Question, made: dict[str, np.ndarray], maker: Maker | None, tools: Tools) -> Measured:
+def measure(question: Question, made: dict[str, np.ndarray], maker: PictureSource | None, tools: Tools) -> Measured:
     """`made`: (N, 3, R, R) uint8 by split; of the first one everything is measured, of the others the judge's verdict.
 
     Raises ValueError where a score cannot be taken; what is left out by rule is among the remarks.
@@ -71,7 +71,9 @@ def _put(scores: dict[str, Any], part: str, split: str, value: Any) -> None:
         scores.setdefault(part, {})[split] = value
 
 
-def _text_scores(scores: dict[str, Any], asked: Asked, question: Question, tools: Tools) -> CaptionedPictures | None:
+def _text_scores(
+    scores: dict[str, Any], asked: PromptSet, question: Question, tools: Tools
+) -> CaptionedPictures | None:
     """The text stage alone on the asked split; its rows as that stage takes them, where it looks at pixels."""
     probe = tools.probe
     if probe is None or asked.pictures is None:
@@ -90,13 +92,15 @@ def _text_scores(scores: dict[str, Any], asked: Asked, question: Question, tools
     return CaptionedPictures(data.pictures[rows], [data.captions[row] for row in rows], data.name, data.scenes)
 
 
-def _sets(asked: Asked, made: np.ndarray, maker: Maker | None, tools: Tools, data: CaptionedPictures | None) -> Sets:
+def _sets(
+    asked: PromptSet, made: np.ndarray, maker: PictureSource | None, tools: Tools, data: CaptionedPictures | None
+) -> Sets:
     if asked.pictures is None or maker is None:
         return {MADE: made}
     return picture_sets(asked, made, maker.autoencoder, tools.probe, data, tools.batch)
 
 
-def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdict]:
+def _judge_split(scores: dict[str, Any], asked: PromptSet, sets: Sets) -> list[Verdict]:
     """Composition, ceiling, chance (each picture judged by the next prompt) and, where there is a true set, the blame.
 
     The verdicts on the made pictures."""
@@ -120,7 +124,7 @@ def _judge_split(scores: dict[str, Any], asked: Asked, sets: Sets) -> list[Verdi
 def _once(looked: dict[bytes, Any], picture: np.ndarray) -> Any:
     key = picture.tobytes()
     if key not in looked:
-        looked[key] = look(picture)
+        looked[key] = read_picture(picture)
     return looked[key]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from eval.analysis.sweep import PROMPTS as SWEEP_PROMPTS
 from eval.analysis.sweep import SCALES
 from eval.data_options import SHAPES, add_data, check_columns
-from eval.makers.sources import Lying, Maker, Sampling
-from sd_mini.cli.main import Parser, whole
+from eval.makers.sources import GeneratedFolder, PictureSource, Sampling
+from sd_mini.cli.main import Parser, whole_number
 from sd_mini.errors import UserError
 from sd_mini.sampling.loop import Guidance
 
@@ -35,23 +35,27 @@ def parser() -> Parser:
     add("--out", required=True, type=Path, help="report folder; an older report is replaced")
     add(
         "--prompts",
-        type=whole(2),
+        type=whole_number(2),
         help="a split (shapes: 500 of test, 300 of the others; else half of the rows, evenly spread, at most 500)",
     )
-    add("--reference", type=whole(2), help="at most so many pictures to compare with (shapes: 1000; else all others)")
-    add("--seed", type=whole(0), help="of the scenes that shapes asks for (0)")
-    add("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
+    add(
+        "--reference",
+        type=whole_number(2),
+        help="at most so many pictures to compare with (shapes: 1000; else all others)",
+    )
+    add("--seed", type=whole_number(0), help="of the scenes that shapes asks for (0)")
+    add("--steps", type=whole_number(1), help="of the scheduler; the recipe's own if left out")
     add("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
     add("--rescale", type=float, help="guidance rescale, 0 to 1; the recipe's own if left out")
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels between which steps are guided")
     add("--sampler", metavar="NAME", help="euler, heun, dpm++, unipc, ddim or ddpm; the recipe's own if left out")
     add("--autoguidance", action="store_true", default=None, help="lead away from the snapshot joined as --guide")
-    add("--resolution", type=whole(1), help="px, of a diffusers pipeline that does not say")
-    add("--batch", type=whole(1), help=f"pictures made at a time ({BATCH})")
+    add("--resolution", type=whole_number(1), help="px, of a diffusers pipeline that does not say")
+    add("--batch", type=whole_number(1), help=f"pictures made at a time ({BATCH})")
     add("--features", nargs="+", default=["mini"], metavar="NAME", help="networks to compare by: mini, inception, ...")
     add("--clip", metavar="NAME", help="CLIP score by this open_clip model: ARCHITECTURE=FILE or local-dir:FOLDER")
     add("--sweep", type=float, nargs="*", metavar="SCALE", help="guidance scales to compare; none after it: no sweep")
-    add("--sweep_prompts", type=whole(2), help=f"at each of them ({SWEEP_PROMPTS})")
+    add("--sweep_prompts", type=whole_number(2), help=f"at each of them ({SWEEP_PROMPTS})")
     add("--blame", choices=("all", "none"), default="all", help="none: no stage's share of each distance, to save time")
     add("--training", choices=("run", "none"), default="run", help="whether to look for copies of training pictures")
     add("--cache", type=Path, help="folder for the features of reference pictures (OUT/../cache/features)")
@@ -67,9 +71,9 @@ def check_data(options: argparse.Namespace) -> None:
         raise UserError(f"--seed {options.seed}: draws the scenes of shapes, {options.data} has none; leave it out")
 
 
-def check_source(options: argparse.Namespace, source: Maker | Lying) -> None:
+def check_source(options: argparse.Namespace, source: PictureSource | GeneratedFolder) -> None:
     """Raises ValueError, the option named, for one that has no use for what is measured."""
-    if isinstance(source, Lying):
+    if isinstance(source, GeneratedFolder):
         for name in _MAKING:
             if getattr(options, name) is not None:
                 raise UserError(f"--{name}: {source.folder} holds pictures that are made already; leave it out")
@@ -85,7 +89,7 @@ def check_source(options: argparse.Namespace, source: Maker | Lying) -> None:
         )
 
 
-def sampling(options: argparse.Namespace, maker: Maker) -> Sampling:
+def sampling(options: argparse.Namespace, maker: PictureSource) -> Sampling:
     """What is asked for, and the pipeline's own for the rest."""
     usual = maker.guidance
     low, high = (usual.low, usual.high) if options.interval is None else options.interval
@@ -96,7 +100,7 @@ def sampling(options: argparse.Namespace, maker: Maker) -> Sampling:
     return Sampling(steps, guidance, options.batch or BATCH, bool(options.autoguidance))
 
 
-def swept_scales(options: argparse.Namespace, maker: Maker, is_judged: bool) -> tuple[float, ...]:
+def swept_scales(options: argparse.Namespace, maker: PictureSource, is_judged: bool) -> tuple[float, ...]:
     """The scales to compare. Raises ValueError where they are asked for and nothing says how well pictures fit."""
     if options.sweep and not is_judged:
         raise UserError(f"--sweep: nothing says how well pictures fit the captions of {options.data}; give --clip")

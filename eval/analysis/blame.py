@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from eval.analysis.text import TextProbe
-from eval.makers.asked import Asked
+from eval.makers.questions import PromptSet
 from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.reconstruction import reconstruct
 from sd_mini import shapes
@@ -33,7 +33,7 @@ Error = TypeVar("Error", float, np.ndarray)
 
 
 def picture_sets(
-    asked: Asked,
+    asked: PromptSet,
     made: np.ndarray,
     autoencoder: Autoencoder | None,
     probe: TextProbe | None,
@@ -56,7 +56,7 @@ def picture_sets(
     return {**sets, MADE: made}
 
 
-def _taken_for(asked: Asked, probe: TextProbe, data: CaptionedPictures) -> tuple[np.ndarray, np.ndarray]:
+def _taken_for(asked: PromptSet, probe: TextProbe, data: CaptionedPictures) -> tuple[np.ndarray, np.ndarray]:
     """The captions that the text stage does not know, and pictures of what it takes them for: of a scene graph its
     twin, and of any other data a picture of the caption whose picture it finds first."""
     assert asked.pictures is not None

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.features.reference import Seen, reference
+from eval.features.reference import FeatureSet, reference
 from eval.judge.judge import judge, wilson
-from eval.makers.asked import Asked, Question
 from eval.makers.generate import Job
+from eval.makers.questions import PromptSet, Question
 from eval.makers.sources import Sampling
 from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.clip_score import cosines
@@ -21,7 +21,7 @@ SCALES = (1.0, 1.5, 2.5, 4.0, 6.0)
 PROMPTS = 64
 
 
-def sweep_jobs(asked: Asked, scales: Sequence[float], count: int, sampling: Sampling) -> list[Job]:
+def sweep_jobs(asked: PromptSet, scales: Sequence[float], count: int, sampling: Sampling) -> list[Job]:
     """The first `count` prompts at each scale but the one that the whole evaluation is made with."""
     others = sorted({*scales} - {sampling.guidance.scale})
     return [
@@ -49,7 +49,7 @@ def sweep_scores(
             "guidance": scale,
             "n": count,
             **_fit(sets[scale], asked, tools),
-            "fd": Seen.of(extractor(sets[scale])).distance(known),
+            "fd": FeatureSet.of(extractor(sets[scale])).distance(known),
         }
         for scale in sorted(sets)
     ]
@@ -61,7 +61,7 @@ def sweep_scores(
     }
 
 
-def _fit(pictures: np.ndarray, asked: Asked, tools: Tools) -> dict[str, float]:
+def _fit(pictures: np.ndarray, asked: PromptSet, tools: Tools) -> dict[str, float]:
     if asked.scenes is not None:
         right = sum(judge(p, scene).exact for p, scene in zip(pictures, asked.scenes, strict=False))
         low, high = wilson(right, len(pictures))

@@ -20,10 +20,10 @@ from sd_mini.stages.contract import Stage, load_stage
 from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.matcher import (
     MEASURED,
-    look,
+    embed_images,
+    embed_texts,
     measured_caption,
     own_similarity,
-    say,
     similarity,
     text_scores,
     twins,
@@ -63,8 +63,8 @@ class TextProbe:
         which = [measured_caption(data, i) for i in range(len(data))]
         captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
         twisted = [twins(data, i, MEASURED)[which[i]] for i in range(len(data))]
-        seen = look(self.matcher, data.pixels(range(len(data))))
-        right, wrong = (say(self.stage, self.matcher, texts)[0] for texts in (captions, twisted))
+        seen = embed_images(self.matcher, data.pixels(range(len(data))))
+        right, wrong = (embed_texts(self.stage, self.matcher, texts)[0] for texts in (captions, twisted))
         margin = (own_similarity(seen, right) - own_similarity(seen, wrong)).cpu().numpy()
         found = np.zeros(len(data), dtype=bool)
         found[np.argsort(margin, kind="stable")[: 2 * int((margin <= 0).sum())]] = True
@@ -80,7 +80,8 @@ class TextProbe:
         """
         captions = [own[0] for own in data.captions]
         scores = similarity(
-            look(self.matcher, data.pixels(range(len(data)))), say(self.stage, self.matcher, captions)[0]
+            embed_images(self.matcher, data.pixels(range(len(data)))),
+            embed_texts(self.stage, self.matcher, captions)[0],
         )
         best = scores.argmax(0).cpu().numpy()
         rows_of: dict[str, list[int]] = {}

@@ -25,7 +25,7 @@ from eval.makers.sources import Ours, Sampling
 from eval.metrics.memorisation import nearest, small_pixels
 from eval.report.report import run_of
 from sd_mini import images
-from sd_mini.cli.main import Parser, check_target, open_pipeline, whole
+from sd_mini.cli.main import Parser, check_target, open_pipeline, whole_number
 from sd_mini.config import command
 from sd_mini.data.captioned import CaptionedPictures, load
 from sd_mini.errors import UserError
@@ -80,9 +80,9 @@ def _parser() -> Parser:
     add_data(parser, "what the first run was trained on", "train")
     parser.add_argument("--words", required=True, nargs="+", help="WORD=KNOWN ...")
     parser.add_argument(
-        "--seeds", type=whole(1), default=8, help="pictures a word (%(default)s); the grid shows the first"
+        "--seeds", type=whole_number(1), default=8, help="pictures a word (%(default)s); the grid shows the first"
     )
-    parser.add_argument("--batch", type=whole(1), default=64, help="pictures made at a time (%(default)s)")
+    parser.add_argument("--batch", type=whole_number(1), default=64, help="pictures made at a time (%(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="folder for words.json and words.png")
     return parser
 

@@ -19,7 +19,7 @@ from sd_mini.files import combined_hash, sync, usual_modes, written_to
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class FeatureSet:
     """A set of pictures as a network sees it: features (N, D) float32, their mean (D,) and covariance (D, D)."""
 
     features: np.ndarray
@@ -27,10 +27,10 @@ class Seen:
     covariance: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Seen:
+    def of(cls, features: np.ndarray) -> FeatureSet:
         return cls(features, *statistics(features))
 
-    def distance(self, other: Seen) -> float:
+    def distance(self, other: FeatureSet) -> float:
         """The Frechet distance."""
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
@@ -42,21 +42,21 @@ def pictures_hash(pictures: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def reference(extractor: Extractor, pictures: np.ndarray, cache: Path) -> Seen:
+def reference(extractor: Extractor, pictures: np.ndarray, cache: Path) -> FeatureSet:
     """What `extractor` sees in `pictures`, from `cache` where it has seen them before and its hash says all of it.
 
     Raises ValueError, the file named, where what lies there is damaged.
     """
     if not extractor.is_pinned:
-        return Seen.of(extractor(pictures))
+        return FeatureSet.of(extractor(pictures))
     parts = {"data": pictures_hash(pictures), "extractor": extractor.hash, "preprocessing": extractor.preprocessing}
     path = cache / f"{combined_hash(parts)}.safetensors"
     if path.is_file():
         try:
-            return Seen(**load_file(path))
+            return FeatureSet(**load_file(path))
         except (SafetensorError, TypeError) as error:
             raise UserError(f"{path}: not readable ({error}); delete it, and it is made again") from None
-    seen = Seen.of(extractor(pictures))
+    seen = FeatureSet.of(extractor(pictures))
     with written_to(path):
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")

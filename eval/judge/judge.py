@@ -55,10 +55,10 @@ class Verdict:
 
 def judge(picture: np.ndarray, scene: Scene) -> Verdict:
     """(3, S, S) uint8 sRGB with S >= 32, and what was asked => the verdict. Raises ValueError for other pictures."""
-    return judge_found(look(picture), scene)
+    return judge_found(read_picture(picture), scene)
 
 
-def look(picture: np.ndarray) -> list[FoundObject] | None:
+def read_picture(picture: np.ndarray) -> list[FoundObject] | None:
     """(3, S, S) uint8 sRGB with S >= 32 => its objects, none where it cannot be read. Raises ValueError for others."""
     check_picture(picture)
     return find_objects(picture)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from eval.makers.sources import Maker, Sampling
+from eval.makers.sources import PictureSource, Sampling
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, sync, usual_modes, written_to
 
@@ -27,7 +27,7 @@ class Job:
     sampling: Sampling
 
 
-def generate(maker: Maker, prompts: Sequence[str], sampling: Sampling, bar: tqdm) -> np.ndarray:
+def generate(maker: PictureSource, prompts: Sequence[str], sampling: Sampling, bar: tqdm) -> np.ndarray:
     """N prompts => (N, 3, R, R) uint8 at the pipeline's resolution R; picture i starts from the noise of seed i.
 
     Raises ValueError for the first prompt that the pipeline does not take, before any picture is made.
@@ -40,7 +40,7 @@ def _starts(prompts: Sequence[str], sampling: Sampling) -> range:
     return range(0, len(prompts), sampling.batch)
 
 
-def _batch(maker: Maker, prompts: Sequence[str], sampling: Sampling, start: int, bar: tqdm) -> np.ndarray:
+def _batch(maker: PictureSource, prompts: Sequence[str], sampling: Sampling, start: int, bar: tqdm) -> np.ndarray:
     part = prompts[start : start + sampling.batch]
     made = maker.make(part, range(start, start + len(part)), sampling)
     bar.update(len(part))
@@ -54,7 +54,7 @@ class Kept:
     made is not made again.
     """
 
-    def __init__(self, beside: Path, maker: Maker, jobs: Sequence[Job]):
+    def __init__(self, beside: Path, maker: PictureSource, jobs: Sequence[Job]):
         self.maker, self.jobs = maker, jobs
         self.root = beside.with_name(f".{beside.name}.pictures")
         asked = [(job.name, job.prompts, asdict(job.sampling)) for job in jobs]

@@ -24,7 +24,7 @@ _PROMPTS = "prompts.txt"
 
 
 @dataclass(frozen=True, eq=False)
-class Lying:
+class GeneratedFolder:
     """Pictures that were made elsewhere, (N, 3, R, R) uint8, and their prompts."""
 
     folder: Path
@@ -44,7 +44,7 @@ def is_picture_folder(folder: Path) -> bool:
     )
 
 
-def lying(folder: Path) -> Lying:
+def lying(folder: Path) -> GeneratedFolder:
     """A folder of pictures with prompts.txt, a line a picture in the order of their names as numbers count, or with
     metadata (metadata.jsonl of {"file_name": ..., "text": ...}, .csv, .tsv or .parquet).
 
@@ -67,7 +67,7 @@ def lying(folder: Path) -> Lying:
         raise UserError(
             f"{folder}: no pictures here; expected pictures and {_PROMPTS} or metadata.jsonl, or a pipeline"
         )
-    return Lying(folder, _read_alike(folder, files), texts)
+    return GeneratedFolder(folder, _read_alike(folder, files), texts)
 
 
 def _in_order(folder: Path, source: Path, there: Sequence[Path]) -> tuple[list[Path], list[str]]:

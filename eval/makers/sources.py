@@ -14,7 +14,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from eval.makers.picture_folder import Lying, is_picture_folder, lying
+from eval.makers.picture_folder import GeneratedFolder, is_picture_folder, lying
 from sd_mini import images
 from sd_mini.autoencoder.model import KINDS, Autoencoder
 from sd_mini.cli.main import PIPELINE_MARK, open_pipeline
@@ -40,7 +40,7 @@ class Sampling:
     autoguidance: bool = False
 
 
-class Maker(Protocol):
+class PictureSource(Protocol):
     """What makes pictures of prompts."""
 
     folder: Path | None
@@ -215,7 +215,7 @@ def _class_of(index: Path) -> str | None:
         raise UserError(f"{index}: not readable as JSON ({error}); save the pipeline again") from None
 
 
-def open_source(folder: Path, resolution: int | None, device: str) -> Maker | Lying:
+def open_source(folder: Path, resolution: int | None, device: str) -> PictureSource | GeneratedFolder:
     """A run, a pipeline folder of ours or of diffusers, or a folder of pictures => what stands in it.
 
     Raises ValueError, one line, where it is none of these or is damaged.

@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.features.features import Extractor
 from eval.features.moments import statistics
-from eval.features.reference import Seen, reference
+from eval.features.reference import FeatureSet, reference
 from eval.judge.judge import wilson
 from eval.metrics import kid
 from eval.metrics.bootstrap import bootstrap_rows, prompt_interval
@@ -33,7 +33,7 @@ def compare(
     n, n_reference, dim, extractor (its hash), preprocessing. An interval is over what is made: the reference is taken
     as it is.
     """
-    seen, known = Seen.of(extractor(made)), reference(extractor, real, cache)
+    seen, known = FeatureSet.of(extractor(made)), reference(extractor, real, cache)
     count, dim = seen.features.shape
     bias = null_bias(known.covariance, count, len(real))
     found = {
@@ -79,7 +79,7 @@ def _few(name: str, count: int, dim: int, distance: float, bias: float) -> str:
     )
 
 
-def _neighbours(seen: Seen, known: Seen, prompts: Sequence[str]) -> dict[str, float]:
+def _neighbours(seen: FeatureSet, known: FeatureSet, prompts: Sequence[str]) -> dict[str, float]:
     """Precision and density with their intervals over prompts; recall and coverage are shares of the real pictures."""
     found: dict[str, float] = {}
     for name, values in each_picture(known.features, seen.features).items():
@@ -90,13 +90,13 @@ def _neighbours(seen: Seen, known: Seen, prompts: Sequence[str]) -> dict[str, fl
     return found
 
 
-def _kid_interval(value: float, seen: Seen, known: Seen, prompts: Sequence[str]) -> tuple[float, float]:
+def _kid_interval(value: float, seen: FeatureSet, known: FeatureSet, prompts: Sequence[str]) -> tuple[float, float]:
     shares = kid.each_picture(seen.features, known.features)
     low, high = (end - float(shares.mean()) for end in prompt_interval(shares, prompts))
     return value + low, value + high
 
 
-def infinity(seen: Seen, known: Seen, moved: np.ndarray | None) -> dict[str, float]:
+def infinity(seen: FeatureSet, known: FeatureSet, moved: np.ndarray | None) -> dict[str, float]:
     """fd_infinity, and its 95 % interval where `moved` says how far other prompts move the distance.
 
     Other prompts move the whole line, by about as much as the distance of all pictures; other subsets turn it.
@@ -108,7 +108,7 @@ def infinity(seen: Seen, known: Seen, moved: np.ndarray | None) -> dict[str, flo
     return {"fd_infinity": value, "fd_infinity_low": value - reach, "fd_infinity_high": value + reach}
 
 
-def moved_by_prompts(seen: Seen, known: Seen, prompts: Sequence[str]) -> np.ndarray:
+def moved_by_prompts(seen: FeatureSet, known: FeatureSet, prompts: Sequence[str]) -> np.ndarray:
     """(_DRAWS,): how far the distance moves when other prompts are drawn. Drawn sets hold copies, which adds a bias; so
     it is around their own mean."""
     distance = distance_to(known.mean, known.covariance)
@@ -131,7 +131,7 @@ def _measure(sample: Sample) -> dict[str, Any]:
         if tools.blame and REAL in sample.sets and question.is_apart:
             known = reference(extractor, question.reference, tools.cache)
             others = {name: pictures for name, pictures in sample.sets.items() if name != MADE}
-            apart = {name: Seen.of(extractor(pictures)).distance(known) for name, pictures in others.items()}
+            apart = {name: FeatureSet.of(extractor(pictures)).distance(known) for name, pictures in others.items()}
             shares = share_out({**apart, MADE: part[name]["fd"]})
             sample.blame[name] = {"shares": {stage: {"share": share} for stage, share in shares.items()}}
     return part

@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from eval.data_options import SHAPES, add_data, asked_data, check_columns, recorded_data
 from eval.features.features import open_features
-from eval.features.reference import Seen
+from eval.features.reference import FeatureSet
 from eval.judge.judge import judge, summarise
 from eval.judge.objects import MIN_SIDE
 from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.registry import Metric, Row, Sample
 from sd_mini import images, shapes
 from sd_mini.autoencoder.model import Autoencoder
-from sd_mini.cli.main import Parser, check_target, whole
+from sd_mini.cli.main import Parser, check_target, whole_number
 from sd_mini.config import command
 from sd_mini.data.captioned import load
 from sd_mini.files import CONTRACT, atomic_folder, written_to
@@ -120,7 +120,7 @@ def measure(autoencoder: Autoencoder, pictures: np.ndarray, options: argparse.Na
         scores["lpips"] = _lpips(pictures, made, options.lpips)
     if options.inception is not None:
         extract = open_features("inception" if options.inception == "download" else f"inception={options.inception}")
-        scores["rfid"] = Seen.of(extract(pictures)).distance(Seen.of(extract(made)))
+        scores["rfid"] = FeatureSet.of(extract(pictures)).distance(FeatureSet.of(extract(made)))
     scores["latents"] = latent_statistics(autoencoder, pictures, options.batch)
     scores["spectrum"] = {"pictures": spectrum(pictures / 127.5 - 1), "reconstructions": spectrum(made / 127.5 - 1)}
     if options.data == SHAPES and options.resolution >= MIN_SIDE:
@@ -228,11 +228,11 @@ def _parser() -> Parser:
     add_data(parser, "the `valid` part of the run that AUTOENCODER lies in", "test", ("image_column",))
     parser.add_argument("--out", required=True, type=Path, help="folder of the report; an older one is replaced")
     parser.add_argument(
-        "--count", type=whole(2), help="pictures (shapes: 500, and 300 of the held-out splits; else all)"
+        "--count", type=whole_number(2), help="pictures (shapes: 500, and 300 of the held-out splits; else all)"
     )
-    parser.add_argument("--seed", type=whole(0), default=0, help="of the scenes (%(default)s)")
-    parser.add_argument("--resolution", type=whole(1), help="px; the stage's own, or 64")
-    parser.add_argument("--batch", type=whole(1), default=64, help="pictures at a time (%(default)s)")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the scenes (%(default)s)")
+    parser.add_argument("--resolution", type=whole_number(1), help="px; the stage's own, or 64")
+    parser.add_argument("--batch", type=whole_number(1), default=64, help="pictures at a time (%(default)s)")
     parser.add_argument("--lpips", metavar="FILE", help="LPIPS, by torchvision's AlexNet weights, or 'download'")
     parser.add_argument("--inception", metavar="FILE", help="rFID, by torch-fidelity's weights, or 'download'")
     return parser

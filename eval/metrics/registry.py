@@ -14,8 +14,8 @@ from sd_mini.data.captioned import CaptionedPictures, DataConfig
 if TYPE_CHECKING:
     from eval.analysis.text import TextProbe
     from eval.features.features import Extractor
-    from eval.makers.asked import Question
-    from eval.makers.sources import Maker
+    from eval.makers.questions import Question
+    from eval.makers.sources import PictureSource
     from eval.metrics.clip_score import Clip
     from eval.metrics.memorisation import Nearest
 
@@ -60,7 +60,7 @@ class Sample:
     question: Question
     pictures: np.ndarray
     sets: dict[str, np.ndarray]
-    maker: Maker | None
+    maker: PictureSource | None
     tools: Tools
     remarks: list[str] = field(default_factory=list)
     blame: dict[str, Any] = field(default_factory=dict)

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from eval.makers.sources import CARD, Maker, Ours
+from eval.makers.sources import CARD, Ours, PictureSource
 from eval.report.headline import headline
 from sd_mini.files import GENERATED, atomic_text, written_to
 
 
-def write(maker: Maker, report: Mapping[str, Any], out: Path) -> Path | None:
+def write(maker: PictureSource, report: Mapping[str, Any], out: Path) -> Path | None:
     """README.md beside the weights of a saved pipeline of ours. A card that someone else wrote is left alone, and so is
     another's pipeline, and one that cannot be written to: the report's folder has it then. None where that holds
     someone's own, too."""

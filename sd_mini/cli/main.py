@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; `{self.prog} --help` shows what is expected")
 
 
-def whole(minimum: int) -> Callable[[str], int]:
+def whole_number(minimum: int) -> Callable[[str], int]:
     """An argparse type: text => a whole number of at least `minimum` and at most 18 digits, which fits any seed."""
 
     def parse(text: str) -> int:
@@ -67,19 +67,19 @@ def _parser() -> Parser:
     generate.add_argument("run", metavar="RUN", type=Path, help="a run folder, or a pipeline folder itself")
     generate.add_argument("prompt", metavar="PROMPT", help="what the picture shows")
     generate.add_argument("--out", type=Path, default=Path("picture.png"), help="picture file (%(default)s)")
-    generate.add_argument("--seed", type=whole(0), default=0, help="of the first picture's noise (%(default)s)")
+    generate.add_argument("--seed", type=whole_number(0), default=0, help="of the first picture's noise (%(default)s)")
     generate.add_argument(
-        "--count", type=whole(1), default=1, help="pictures, of seeds SEED, SEED + 1, ... as OUT_0, ..."
+        "--count", type=whole_number(1), default=1, help="pictures, of seeds SEED, SEED + 1, ... as OUT_0, ..."
     )
-    generate.add_argument("--steps", type=whole(1), help="of the scheduler; the recipe's own if left out")
+    generate.add_argument("--steps", type=whole_number(1), help="of the scheduler; the recipe's own if left out")
     generate.add_argument("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
-    generate.add_argument("--height", type=whole(1), help="px; the training resolution if left out")
-    generate.add_argument("--width", type=whole(1), help="px; the training resolution if left out")
+    generate.add_argument("--height", type=whole_number(1), help="px; the training resolution if left out")
+    generate.add_argument("--width", type=whole_number(1), help="px; the training resolution if left out")
     generate.add_argument(
         "--strict", action="store_true", help="refuse a prompt that is too long, instead of cutting it"
     )
     generate.add_argument(
-        "--tile", type=whole(1), help="decode in squares of so many latent cells a side: memory by the square"
+        "--tile", type=whole_number(1), help="decode in squares of so many latent cells a side: memory by the square"
     )
     generate.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
     generate.add_argument("--sampler", help="euler, heun, dpm++, unipc, ddim or ddpm; the recipe's own if left out")

@@ -26,14 +26,14 @@ _PICTURES = 32  # whose late scores with all texts are in memory at a time
 MEASURED = 1  # the seed of the twins that are measured with; training draws its own
 
 
-class Seen(NamedTuple):
+class ImageEmbeds(NamedTuple):
     """What the matcher makes of B pictures: `vector` (B, dim), and `cells` (B, C, K), each of length 1."""
 
     vector: Tensor
     cells: Tensor | None
 
 
-class Said(NamedTuple):
+class TextEmbeds(NamedTuple):
     """What it makes of T texts: `vector` (T, dim) and `words` (T, L, K), each of length 1; `mask` (T, L)."""
 
     vector: Tensor
@@ -80,19 +80,19 @@ class Matcher(ModelMixin, ConfigMixin):
     def is_late(self) -> bool:
         return self.config.feature_dim is None and self.config.late_dim > 0
 
-    def forward(self, pictures: Tensor) -> Seen:
-        """pixels (B, 3, R, R), or features (B, feature_dim) => Seen."""
+    def forward(self, pictures: Tensor) -> ImageEmbeds:
+        """pixels (B, 3, R, R), or features (B, feature_dim) => ImageEmbeds."""
         if self.config.feature_dim is not None:
-            return Seen(normalize(self.out(self.read(self.tower(pictures))), dim=-1), None)
+            return ImageEmbeds(normalize(self.out(self.read(self.tower(pictures))), dim=-1), None)
         cells, flat = self.tower(pictures)
         placed = normalize(self.cell(cells) + self.place, dim=-1) if self.is_late else None
-        return Seen(normalize(self.out(self.read(flat)), dim=-1), placed)
+        return ImageEmbeds(normalize(self.out(self.read(flat)), dim=-1), placed)
 
-    def texts(self, adapter: TextAdapter, encoded: PromptEmbeds) -> Said:
-        """What `adapter` made of T texts => Said."""
+    def texts(self, adapter: TextAdapter, encoded: PromptEmbeds) -> TextEmbeds:
+        """What `adapter` made of T texts => TextEmbeds."""
         vector = normalize(encoded.pooled, dim=-1)
         words = normalize(self.word(adapter.raw(encoded.tokens)), dim=-1) if self.is_late else None
-        return Said(vector, words, encoded.mask)
+        return TextEmbeds(vector, words, encoded.mask)
 
     def project(self, hidden: Sequence[Hidden]) -> Tensor:
         """Each encoder's Hidden of B texts => (B, dim) of length 1: the mean state and the pooled vector, projected."""
@@ -190,7 +190,7 @@ def measured_caption(pictures: CaptionedPictures, number: int) -> int:
     return number % len(pictures.captions[number]) if pictures.scenes is not None else 0
 
 
-def similarity(seen: Seen, said: Said) -> Tensor:
+def similarity(seen: ImageEmbeds, said: TextEmbeds) -> Tensor:
     """B pictures, T texts => (B, T): the cosine of their vectors, and with cells the late score too, added."""
     cosine = seen.vector @ said.vector.T
     if seen.cells is None or said.words is None:
@@ -199,7 +199,7 @@ def similarity(seen: Seen, said: Said) -> Tensor:
     return cosine + torch.cat(parts)
 
 
-def own_similarity(seen: Seen, said: Said) -> Tensor:
+def own_similarity(seen: ImageEmbeds, said: TextEmbeds) -> Tensor:
     """`similarity` of picture i and text i: (B,)."""
     cosine = (seen.vector * said.vector).sum(1)
     if seen.cells is None or said.words is None:
@@ -208,15 +208,15 @@ def own_similarity(seen: Seen, said: Said) -> Tensor:
 
 
 @torch.no_grad()
-def look(matcher: Matcher, pictures: Tensor) -> Seen:
-    """N pictures => Seen, in parts."""
+def embed_images(matcher: Matcher, pictures: Tensor) -> ImageEmbeds:
+    """N pictures => ImageEmbeds, in parts."""
     parts = [matcher(part.to(matcher.device)) for part in pictures.split(256)]
     cells = None if parts[0].cells is None else torch.cat([part.cells for part in parts])
-    return Seen(torch.cat([part.vector for part in parts]), cells)
+    return ImageEmbeds(torch.cat([part.vector for part in parts]), cells)
 
 
 @torch.no_grad()
-def say(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tuple[Said, Said]:
+def embed_texts(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tuple[TextEmbeds, TextEmbeds]:
     """N texts => what the adapter says of them, and what the plain projection does."""
     said, projected = [], []
     for start in range(0, len(texts), 256):
@@ -229,7 +229,7 @@ def say(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tuple[Said,
     words = None
     if matcher.is_late:
         words = torch.cat([pad(part.words, (0, 0, 0, n)) for part, n in zip(said, missing, strict=True)])
-    return Said(torch.cat([p.vector for p in said]), words, mask), Said(torch.cat(projected), None, mask)
+    return TextEmbeds(torch.cat([p.vector for p in said]), words, mask), TextEmbeds(torch.cat(projected), None, mask)
 
 
 def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, np.ndarray]:
@@ -263,13 +263,15 @@ def text_scores(
     which = [measured_caption(data, i) for i in range(len(data))]
     captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
     twisted = [twins(data, i, MEASURED)[which[i]] for i in range(rows.start, rows.stop)]
-    seen = look(matcher, pictures)
-    own = Seen(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
-    ways = zip(("", "_projection"), say(stage, matcher, captions), say(stage, matcher, twisted), strict=True)
+    seen = embed_images(matcher, pictures)
+    own = ImageEmbeds(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
+    ways = zip(
+        ("", "_projection"), embed_texts(stage, matcher, captions), embed_texts(stage, matcher, twisted), strict=True
+    )
     found = {}
     for name, right, wrong in ways:
         found |= {f"{key}{name}": hits for key, hits in recalls(similarity(seen, right), captions, rows).items()}
-        true = Said(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
+        true = TextEmbeds(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
         found[f"binding{name}"] = (own_similarity(own, true) > own_similarity(own, wrong)).float().cpu().numpy()
         if not name:
             margin = (own.vector * (true.vector - wrong.vector)).sum(1)

@@ -15,7 +15,7 @@ from eval.__main__ import main
 from eval.analysis import words
 from eval.analysis.text import TextProbe
 from eval.data_options import asked_data, recorded_data
-from eval.makers.asked import ask_captions, ask_lying, ask_shapes
+from eval.makers.questions import captions_question, folder_question, shapes_question
 from eval.measure import Tools, _text_scores
 from eval.metrics import reconstruction
 from eval.options import parser
@@ -102,8 +102,8 @@ def test_shapes_have_no_columns(tiny_run, tmp_path, capsys):
 
 def test_the_reference_has_at_most_so_many_pictures(data):
     config = DataConfig(source=str(data), split="val", resolution=32, **COLUMNS)
-    assert len(ask_captions(config, 2).reference) == 6 and len(ask_captions(config, 2, 3).reference) == 3
-    whole, part = ask_shapes(2, 0, 32), ask_shapes(2, 0, 32, 5)
+    assert len(captions_question(config, 2).reference) == 6 and len(captions_question(config, 2, 3).reference) == 3
+    whole, part = shapes_question(2, 0, 32), shapes_question(2, 0, 32, 5)
     assert len(whole.reference) == 1000 and (part.reference == whole.reference[:5]).all()
 
 
@@ -116,17 +116,17 @@ def test_prompts_and_the_reference_come_from_all_of_the_data(tmp_path, kinds, pr
         Image.new("RGB", (8, 8), (i, 200 if is_dog else 0, 0)).save(tmp_path / f"{i:02}.png")
         (tmp_path / f"{i:02}.txt").write_text("dog" if is_dog else "cat")
     config = DataConfig(source=str(tmp_path), resolution=8)
-    question = ask_captions(config, prompts)
+    question = captions_question(config, prompts)
     (asked,) = question.splits
     assert len(asked.captions) == (20 if prompts is None else prompts)
     assert 0.3 < asked.captions.count("dog") / len(asked.captions) < 0.7
     assert [caption == "dog" for caption in asked.captions] == (asked.pictures[:, 1, 0, 0] > 0).tolist()
     rows, others = asked.pictures[:, 0, 0, 0].tolist(), question.reference[:, 0, 0, 0].tolist()
     assert sorted(rows + others) == list(range(40)) and question.is_apart
-    for capped in (ask_captions(config, prompts, 10), ask_lying(config, ["cat"], 0, 10)):
+    for capped in (captions_question(config, prompts, 10), folder_question(config, ["cat"], 0, 10)):
         dogs = (capped.reference[:, 1, 0, 0] > 0).sum()
         assert len(capped.reference) == 10 and 3 <= dogs <= 7
-    assert set(ask_captions(config, prompts, 10).reference[:, 0, 0, 0].tolist()) <= set(others)
+    assert set(captions_question(config, prompts, 10).reference[:, 0, 0, 0].tolist()) <= set(others)
 
 
 def test_an_autoencoder_is_measured_on_its_run_s_held_out_part(run, tmp_path):
@@ -151,7 +151,7 @@ def test_the_text_stage_is_asked_about_the_rows_that_pictures_are_made_of(tiny_r
         Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
         (tmp_path / f"{i:02}.txt").write_text(f"picture {i}")
     config = DataConfig(source=str(tmp_path), resolution=32)
-    question = ask_captions(config, 6)
+    question = captions_question(config, 6)
     tools = Tools([], tmp_path / "cache", probe=TextProbe(tiny_run / "text_encoder" / "final"), data=config)
     (asked,) = question.splits
     found = _text_scores({}, asked, question, tools)

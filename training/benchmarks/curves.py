@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from sd_mini.cli.main import Parser, whole
+from sd_mini.cli.main import Parser, whole_number
 from training.autoencoder import task as autoencoder
 from training.benchmarks.interleaved import received
 from training.distributed.processes import join_processes
@@ -103,7 +103,7 @@ def _parser() -> Parser:
         description="Autoencoders trained side by side for the same time. --any.field value changes all of them.",
     )
     parser.add_argument("configs", metavar="CONFIG", nargs="+", help="of stage 2")
-    parser.add_argument("--seconds", type=whole(1), default=60, help="of training, each (%(default)s)")
-    parser.add_argument("--slices", type=whole(1), default=6, help="points on each curve (%(default)s)")
+    parser.add_argument("--seconds", type=whole_number(1), default=60, help="of training, each (%(default)s)")
+    parser.add_argument("--slices", type=whole_number(1), default=6, help="points on each curve (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="a plot of the curves")
     return parser

@@ -92,14 +92,14 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
 
 
 def open_prompts(count: int, data: DataConfig) -> Any:
-    """The first `count` prompts of `python -m eval` and its reference pictures: an `eval.makers.asked.Question`."""
-    from eval.makers.asked import SHAPES, Asked, Question, ask_captions, ask_shapes
+    """The first `count` prompts of `python -m eval` and its reference pictures: an `eval.makers.questions.Question`."""
+    from eval.makers.questions import SHAPES, PromptSet, Question, captions_question, shapes_question
 
     is_shapes = data.source == SHAPES
-    offline = ask_shapes(count, 0, data.resolution) if is_shapes else ask_captions(data, count)
+    offline = shapes_question(count, 0, data.resolution) if is_shapes else captions_question(data, count)
     # the first split alone, and without its true pictures: what they score does not depend on the pipeline
     first = offline.splits[0]
-    asked = Asked(first.split, first.captions, scenes=first.scenes)
+    asked = PromptSet(first.split, first.captions, scenes=first.scenes)
     return Question([asked], offline.reference, True, offline.name, offline.fingerprint)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import Field
 from tqdm.auto import tqdm
 
-from sd_mini.cli.main import Parser, whole
+from sd_mini.cli.main import Parser, whole_number
 from sd_mini.config import Config, check, command, read, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable, read_json
@@ -253,9 +253,9 @@ def _parser() -> Parser:
     parser.add_argument("--config", required=True, type=Path, help="of stage 3")
     parser.add_argument("--run", required=True, type=Path, help="whose stages 1 and 2 are trained")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs; the same command goes on in it")
-    parser.add_argument("--seeds", nargs="+", type=whole(0), default=[0, 1, 2], help="of stage 3 (0 1 2)")
-    parser.add_argument("--jobs", type=whole(1), default=1, help="trainings side by side (%(default)s)")
-    parser.add_argument("--steps", type=whole(1), help="updates of a training; the config's own if left out")
+    parser.add_argument("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2], help="of stage 3 (0 1 2)")
+    parser.add_argument("--jobs", type=whole_number(1), default=1, help="trainings side by side (%(default)s)")
+    parser.add_argument("--steps", type=whole_number(1), help="updates of a training; the config's own if left out")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the arms")
     return parser
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_mini.cli.main import Parser, whole
+from sd_mini.cli.main import Parser, whole_number
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable
@@ -96,8 +96,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("--config", required=True, type=Path, help="of stage 3")
     parser.add_argument("--text_encoder", required=True, type=Path, help="exported text stage, the same for all")
-    parser.add_argument("--steps", type=whole(1), default=700, help="updates of stage 3 over each (%(default)s)")
-    parser.add_argument("--prompts", type=whole(1), help="a split, that it measures; its own number if left out")
+    parser.add_argument("--steps", type=whole_number(1), default=700, help="updates of stage 3 over each (%(default)s)")
+    parser.add_argument("--prompts", type=whole_number(1), help="a split, that it measures; its own number if left out")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs; the same command goes on in it")
     return parser
 

@@ -22,7 +22,15 @@ from sd_mini.errors import UserError
 from sd_mini.text_encoder.adapter import TextAdapter, TextStage
 from sd_mini.text_encoder.encoder import Encoder
 from sd_mini.text_encoder.loading import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
-from sd_mini.text_encoder.matcher import Matcher, look, projected_dim, say, similarity, text_scores, twins
+from sd_mini.text_encoder.matcher import (
+    Matcher,
+    embed_images,
+    embed_texts,
+    projected_dim,
+    similarity,
+    text_scores,
+    twins,
+)
 from training.distributed.processes import rows_of_process
 from training.engine import launch
 from training.engine.augment import augment
@@ -162,8 +170,8 @@ class TextTask:
         """For eight held-out captions, the held-out picture most similar to each."""
         count = min(256, len(self.valid))
         captions = [c[0] for c in self.valid.captions[: min(8, count)]]
-        text_embeds, _ = say(self.stage_of(objective), objective.matcher, captions)
-        picture_embeds = look(objective.matcher, self._valid_pictures(count))
+        text_embeds, _ = embed_texts(self.stage_of(objective), objective.matcher, captions)
+        picture_embeds = embed_images(objective.matcher, self._valid_pictures(count))
         nearest = similarity(picture_embeds, text_embeds).argmax(0).tolist()
         return images.grid([self.valid.pictures[i] for i in nearest], columns=4, labels=captions, scale=2)
 

@@ -13,7 +13,7 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 from eval.features import features
 from eval.features.features import open_features
 from eval.features.mini import DIM
-from eval.features.reference import Seen, reference
+from eval.features.reference import FeatureSet, reference
 from eval.metrics.clip_score import Clip, clip_scores, cosines, r_precision
 from sd_mini import shapes
 from sd_mini.text_encoder.loading import open_clip_encoder
@@ -168,15 +168,15 @@ def test_fd_mini_grows_with_what_is_wrong():
     scenes = shapes.sample_scenes(900, "test", seed=5)
     drawn = shapes.draw_batch(scenes, 64)
     extract = open_features("mini")
-    seen, floor = Seen.of(extract(drawn[:300])), Seen.of(extract(drawn[300:600]))
+    seen, floor = FeatureSet.of(extract(drawn[:300])), FeatureSet.of(extract(drawn[300:600]))
     rest, draw = drawn[600:].astype(np.float32), np.random.default_rng(0)
     ladder = [seen.distance(floor)]
     for noise in (4, 8, 16):
         made = np.clip(rest + draw.normal(0, noise, rest.shape), 0, 255).astype(np.uint8)
-        ladder.append(seen.distance(Seen.of(extract(made))))
+        ladder.append(seen.distance(FeatureSet.of(extract(made))))
     assert ladder == sorted(ladder)
     one_kind = drawn[600:][[scene.kind == "one_object" for scene in scenes[600:]]]
-    assert seen.distance(Seen.of(extract(one_kind))) > 3 * ladder[0]
+    assert seen.distance(FeatureSet.of(extract(one_kind))) > 3 * ladder[0]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from eval.__main__ import main
 from eval.features.features import open_features
-from eval.features.reference import Seen
-from eval.makers.asked import Asked, Question
+from eval.features.reference import FeatureSet
 from eval.makers.generate import Job, Kept, generate
+from eval.makers.questions import PromptSet, Question
 from eval.makers.sources import Sampling, Stock, open_source
 from eval.measure import Tools, measure
 from eval.metrics.clip_score import Clip
@@ -183,7 +183,7 @@ def test_a_score_by_the_model_that_conditioned_is_said(stock, tmp_path, capsys):
     maker = Stock(stock, None, "cpu")
     scenes = shapes.sample_scenes(7, "test", 1000)
     captions, drawn = [shapes.caption(scene, 0) for scene in scenes], shapes.draw_batch(scenes, 32)
-    question = Question([Asked("test", captions)], drawn, True, "shapes", "0")
+    question = Question([PromptSet("test", captions)], drawn, True, "shapes", "0")
     maker.text_encoders = [encoder]
     tools = Tools([open_features("mini")], tmp_path / "cache", clip=Clip(name))
     said = measure(question, {"test": drawn}, maker, tools).remarks
@@ -262,7 +262,7 @@ def test_a_folder_of_pictures_is_measured(lying, tmp_path, capsys):
     )
     extract = open_features("mini")
     drawn, reference = (
-        Seen.of(extract(shapes.draw_batch(shapes.sample_scenes(n, "test", seed), 48)))
+        FeatureSet.of(extract(shapes.draw_batch(shapes.sample_scenes(n, "test", seed), 48)))
         for n, seed in ((25, 1000), (1000, 500_001_000))
     )
     assert report["distances"]["FD-mini"]["fd"] == pytest.approx(drawn.distance(reference), rel=1e-6)

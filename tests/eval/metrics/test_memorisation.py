@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 
 from eval.features.features import open_features
-from eval.makers.asked import Asked, Question
+from eval.makers.questions import PromptSet, Question
 from eval.measure import Tools, measure
 from eval.metrics.memorisation import QUANTILE, Nearest, audit, nearest, small_pixels
 from eval.report.report import check_finite, write
@@ -19,7 +19,7 @@ def drawn():
 
 
 def measured(made, held_out, training, tmp_path):
-    question = Question([Asked("test", [f"prompt {i}" for i in range(len(made))])], held_out, True, "some", "0")
+    question = Question([PromptSet("test", [f"prompt {i}" for i in range(len(made))])], held_out, True, "some", "0")
     known = CaptionedPictures(training, [["a caption"]] * len(training), "trained")
     tools = Tools([open_features("mini")], tmp_path / "cache", training=known)
     return measure(question, {"test": made}, None, tools)

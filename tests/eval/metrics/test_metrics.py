@@ -13,7 +13,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torchmetrics.image.fid import _compute_fid
 
 from eval.features.moments import statistics
-from eval.features.reference import Seen
+from eval.features.reference import FeatureSet
 from eval.metrics import kid
 from eval.metrics.bootstrap import few_prompts, prompt_interval
 from eval.metrics.cmmd import cmmd
@@ -215,10 +215,10 @@ def test_the_line_leaves_the_bias_out():
 def test_the_line_s_interval_is_one():
     """Sets drawn anew from one Gaussian: how far the value spreads, and how often its interval holds the truth."""
     dim, count, exact, prompts = 16, 400, 4.0, [str(i) for i in range(400)]
-    known = Seen(np.zeros((2, dim)), np.zeros(dim), np.eye(dim))
+    known = FeatureSet(np.zeros((2, dim)), np.zeros(dim), np.eye(dim))
     found = []
     for seed in range(40):
-        seen = Seen.of(normal(count, dim, seed=seed) + 2 / math.sqrt(dim))
+        seen = FeatureSet.of(normal(count, dim, seed=seed) + 2 / math.sqrt(dim))
         found.append(infinity(seen, known, moved_by_prompts(seen, known, prompts)))
     reach = [(one["fd_infinity_high"] - one["fd_infinity_low"]) / 2 for one in found]
     assert np.mean(reach) == pytest.approx(1.96 * np.std([one["fd_infinity"] for one in found]), rel=0.25)
@@ -246,9 +246,11 @@ def test_the_interval_is_within_captions_where_they_are_few():
     assert few_prompts(prompts) == 10 and few_prompts(prompts[::200]) is None
     # and of the Frechet distance: sets of ten captions whose features lie apart
     centres = np.repeat(3 * draw.normal(size=(10, 8)), 60, axis=0)
-    seen, known = (Seen.of((centres + draw.normal(size=centres.shape)).astype(np.float32)) for _ in range(2))
+    seen, known = (FeatureSet.of((centres + draw.normal(size=centres.shape)).astype(np.float32)) for _ in range(2))
     moved = moved_by_prompts(seen, known, np.repeat(list("abcdefghij"), 60).tolist())
-    anew = [Seen.of((centres + draw.normal(size=centres.shape)).astype(np.float32)).distance(known) for _ in range(40)]
+    anew = [
+        FeatureSet.of((centres + draw.normal(size=centres.shape)).astype(np.float32)).distance(known) for _ in range(40)
+    ]
     assert moved.std() == pytest.approx(np.std(anew), rel=0.5)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval.analysis.blame import share_out
 from eval.features.features import open_features
-from eval.features.reference import Seen
+from eval.features.reference import FeatureSet
 from eval.judge.judge import judge, summarise
 from eval.metrics.reconstruction import PROMPTS, reconstruct
 from eval.report.gallery import pick_galleries
@@ -128,15 +128,15 @@ def test_chance_is_the_verdict_by_the_next_prompt(report, asked, made):
 def test_the_distance_is_to_other_true_drawings(report, asked, made, pipeline):
     extract = open_features("mini")
     reference = shapes.draw_batch(shapes.sample_scenes(1000, "test", 500_001_000 + SEED), 32)
-    known, drawn = Seen.of(extract(reference)), shapes.draw_batch(asked["test"][0], 32)
+    known, drawn = FeatureSet.of(extract(reference)), shapes.draw_batch(asked["test"][0], 32)
     found = report["distances"]["FD-mini"]
-    assert found["fd"] == pytest.approx(Seen.of(extract(made)).distance(known), rel=1e-6)
+    assert found["fd"] == pytest.approx(FeatureSet.of(extract(made)).distance(known), rel=1e-6)
     assert found["n"] == PROMPTS_ASKED and found["n_reference"] == 1000 and found["low"] < found["fd"] < found["high"]
     assert "fd_infinity" not in found and "13 pictures, at least 512 needed" in " ".join(report["remarks"])
     shares = {part: one["share"] for part, one in report["blame"]["test"]["FD-mini"]["shares"].items()}
     assert sum(shares.values()) == pytest.approx(found["fd"], rel=1e-6)
-    assert shares["floor"] == pytest.approx(Seen.of(extract(drawn)).distance(known), rel=1e-6)
-    through = Seen.of(extract(reconstruct(pipeline.autoencoder, drawn, 8))).distance(known)
+    assert shares["floor"] == pytest.approx(FeatureSet.of(extract(drawn)).distance(known), rel=1e-6)
+    through = FeatureSet.of(extract(reconstruct(pipeline.autoencoder, drawn, 8))).distance(known)
     assert shares["floor"] + shares["autoencoder"] == pytest.approx(through, rel=1e-6)
 
 

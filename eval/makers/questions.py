@@ -24,7 +24,7 @@ MOST = 500  # captions of other data that are asked for when nothing else is sai
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class PromptSet:
     """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes, and which
     rows of the data they are."""
 
@@ -43,21 +43,21 @@ class Question:
     name, fingerprint: of the data that the reference comes from.
     """
 
-    splits: list[Asked]
+    splits: list[PromptSet]
     reference: np.ndarray
     is_apart: bool
     name: str
     fingerprint: str
 
 
-def ask_shapes(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
+def shapes_question(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
     """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn. `most`: pictures of
     the reference, REFERENCE if not given."""
     splits = []
     for split, usual in PROMPTS.items():
         scenes = shapes.sample_scenes(usual if prompts is None else prompts, split, FIRST_SCENE_SEED + seed)
         captions = [shapes.caption(scene, i % len(shapes.PHRASINGS[scene.kind])) for i, scene in enumerate(scenes)]
-        splits.append(Asked(split, captions, shapes.draw_batch(scenes, resolution), scenes))
+        splits.append(PromptSet(split, captions, shapes.draw_batch(scenes, resolution), scenes))
     further = DataConfig(
         split=splits[0].split,
         count=REFERENCE if most is None else most,
@@ -68,10 +68,10 @@ def ask_shapes(prompts: int | None, seed: int, resolution: int, most: int | None
     return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
 
 
-def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None) -> Question:
+def captions_question(data: DataConfig, prompts: int | None, most: int | None = None) -> Question:
     """Captions of other data, and true pictures to compare with, both from all of its rows, however those are sorted.
 
-    Asked are the captions of half of the rows, MOST at most, or of `prompts`: one row of each of so many equal
+    PromptSet are the captions of half of the rows, MOST at most, or of `prompts`: one row of each of so many equal
     stretches, always the same, in an order whose first few (a sweep's, a gallery's) are of the whole, too. The
     reference is the other rows, or `most` of them, chosen alike; where fewer than two are left, it is chosen from all
     rows.
@@ -87,23 +87,23 @@ def ask_captions(data: DataConfig, prompts: int | None, most: int | None = None)
     count = min(max(len(captions) // 2, 1), MOST) if prompts is None else prompts
     chosen = _spread(len(captions), count)
     chosen = [chosen[i] for i in sorted(range(count), key=lambda i: (i * _GOLDEN) % 1)]
-    asked = Asked(data.split, [captions[row] for row in chosen], rows.pictures[chosen], rows=chosen)
+    asked = PromptSet(data.split, [captions[row] for row in chosen], rows.pictures[chosen], rows=chosen)
     is_apart = len(captions) - count >= 2
     others = sorted(set(range(len(captions))) - set(chosen)) if is_apart else range(len(captions))
     return Question([asked], _reference(rows, others, most), is_apart, rows.name, rows.fingerprint)
 
 
-def ask_lying(data: DataConfig, prompts: list[str], seed: int, most: int | None = None) -> Question:
+def folder_question(data: DataConfig, prompts: list[str], seed: int, most: int | None = None) -> Question:
     """Pictures that lie there, compared with all of `data`, or `most` of it, evenly spread. Where they are asked what
     the shapes' test split asks, the judge knows their scenes."""
     if data.source == SHAPES:
-        whole = ask_shapes(len(prompts), seed, data.resolution, most)
+        whole = shapes_question(len(prompts), seed, data.resolution, most)
         test = whole.splits[0]
-        asked = test if test.captions == prompts else Asked(test.split, prompts)
+        asked = test if test.captions == prompts else PromptSet(test.split, prompts)
         return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
     rows = load(data, pictures_only=True)
     reference = _reference(rows, range(len(rows)), most)
-    return Question([Asked(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
+    return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
 
 
 def _spread(count: int, most: int) -> list[int]:
