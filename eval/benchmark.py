@@ -1,4 +1,4 @@
-"""How fast the evaluators are, each beside the reference implementation in the same process, taking turns.
+"""Speed of the evaluators, each beside the reference implementation in the same process, taking turns.
 
 python -m eval.benchmark frechet | moments | inception
 python -m eval.benchmark report RUN
@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from sd_mini.cli.main import Parser, whole_number
 from sd_mini.config import command
 from sd_mini.errors import UserError
+from sd_mini.timing import Case, Spread
 
 DIM = 2048
 
@@ -56,32 +56,6 @@ def _parser() -> Parser:
     return parser
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times, one after the other so that all see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def show(seconds: Mapping[str, Sequence[float]], per_second: int | None = None) -> str:
-    """Median and range of each, and how many times longer than the first it took."""
-    names, lines = list(seconds), []
-    for name, times in seconds.items():
-        middle = statistics.median(times)
-        ratios = [other / own for own, other in zip(seconds[names[0]], times, strict=True)]
-        rate = f", {per_second / middle:.2f} a second" if per_second is not None else ""
-        times_longer = f"; {statistics.median(ratios):.2f} times ours ({min(ratios):.2f}-{max(ratios):.2f})"
-        lines.append(
-            f"{name:15} {middle:7.2f} s ({min(times):.2f}-{max(times):.2f}){rate}"
-            + (times_longer if name != names[0] else "")
-        )
-    return "\n".join(lines)
-
-
 def _frechet(options: argparse.Namespace) -> None:
     import torch
     from torch_fidelity.metric_fid import fid_statistics_to_metric
@@ -95,32 +69,28 @@ def _frechet(options: argparse.Namespace) -> None:
     (mean_a, cov_a), (mean_b, cov_b) = (of(part.astype(np.float32)) for part in sets)
     tensors = [torch.from_numpy(part) for part in (mean_a, cov_a, mean_b, cov_b)]
     stats = [{"mu": mean, "sigma": cov} for mean, cov in ((mean_a, cov_a), (mean_b, cov_b))]
-    found: dict[str, float] = {}
-    calls = {
-        "ours": lambda: found.update(ours=frechet_distance(mean_a, cov_a, mean_b, cov_b)),
-        "torchmetrics": lambda: found.update(torchmetrics=float(_compute_fid(*tensors))),
-        "torch-fidelity": lambda: found.update(
-            {"torch-fidelity": fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]}
-        ),
+    contestants = {
+        "ours": lambda: frechet_distance(mean_a, cov_a, mean_b, cov_b),
+        "torchmetrics": lambda: float(_compute_fid(*tensors)),
+        "torch-fidelity": lambda: fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"],
     }
-    print(show(in_turn(calls, options.repeats)))
+    distances = Case("frechet", contestants, options.repeats).run().results
     for name in ("torchmetrics", "torch-fidelity"):
-        print(f"relative difference to {name}: {abs(found['ours'] / found[name] - 1):.1e}")
+        print(f"relative difference to {name}: {abs(distances['ours'][-1] / distances[name][-1] - 1):.1e}")
 
 
 def _moments(options: argparse.Namespace) -> None:
-    context = multiprocessing.get_context("spawn")
-    for _ in range(options.repeats):
-        pipe, other = context.Pipe()
-        child = context.Process(target=stream, args=(other,))
-        child.start()
-        seconds, before, peak = pipe.recv()
-        child.join()
-        print(f"{seconds:.1f} s, peak {peak:.0f} MB, of which {before:.0f} MB are Python and numpy")
+    def in_a_process() -> tuple[float, float, float]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(stream).result()
+
+    turns = Case("moments", {"moments": in_a_process}, options.repeats, figures={}).run()
+    seconds, before, peak = map(Spread.of, zip(*turns.results["moments"], strict=True))
+    print(f"{seconds} s, peak {peak.median:.0f} MB, of which {before.median:.0f} MB are Python and numpy")
 
 
-def stream(pipe: Connection, rows: int = 50_000, batch: int = 500) -> None:
-    """Send (seconds, MB before, MB at the peak) of this process, which has to be one of its own."""
+def stream(rows: int = 50_000, batch: int = 500) -> tuple[float, float, float]:
+    """(seconds, MB before, MB at the peak) of this process, which has to be one of its own."""
     from eval.features.moments import Moments
 
     def peak() -> float:
@@ -131,7 +101,7 @@ def stream(pipe: Connection, rows: int = 50_000, batch: int = 500) -> None:
     for _ in range(rows // batch):
         moments.add(features)
     moments.mean_and_covariance()
-    pipe.send((time.perf_counter() - start, before, peak()))
+    return time.perf_counter() - start, before, peak()
 
 
 def _inception(options: argparse.Namespace) -> None:
@@ -152,32 +122,32 @@ def _inception(options: argparse.Namespace) -> None:
         theirs = Untrained("inception", ["2048"], feature_extractor_weights_path=str(empty))
         torch.save(theirs.state_dict(), weights)
         extract = open_features(f"inception={weights}")
-    found: dict[str, np.ndarray] = {}
 
     @torch.inference_mode()
-    def reference() -> None:
+    def reference() -> np.ndarray:
         # 64 at a time, torch-fidelity's own default
-        found["theirs"] = torch.cat([theirs(part)[0] for part in torch.from_numpy(pictures).split(64)]).numpy()
+        return torch.cat([theirs(part)[0] for part in torch.from_numpy(pictures).split(64)]).numpy()
 
-    calls = {"ours": lambda: found.update(ours=extract(pictures)), "torch-fidelity": reference}
-    print(show(in_turn(calls, options.repeats), options.pictures))
-    error = np.abs(found["ours"] - found["theirs"]).max() / np.abs(found["theirs"]).max()
+    figures = {"s": float, "pictures/s": lambda seconds: options.pictures / seconds}
+    contestants = {"ours": lambda: extract(pictures), "torch-fidelity": reference}
+    results = Case("inception", contestants, options.repeats, figures=figures).run().results
+    ours, expected = results["ours"][-1], results["torch-fidelity"][-1]
+    error = np.abs(ours - expected).max() / np.abs(expected).max()
     print(f"largest difference, relative to the largest feature: {error:.1e}")
 
 
 def _report(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report"
-        cache = ["--cache", str(Path(folder) / "cache")]  # an empty one: what is kept from before would be given away
+        cache = ["--cache", str(Path(folder) / "cache")]  # an empty one, as results of an earlier run would be reused
         arguments = ["-m", "eval", str(options.run), "--data", "shapes", "--out", str(out), *cache]
-        seconds = []
-        for _ in range(options.repeats):
-            start = time.perf_counter()
+
+        def evaluation() -> None:
             if subprocess.run([sys.executable, *arguments], check=False, stdout=subprocess.DEVNULL).returncode:
                 raise UserError(f"python {' '.join(arguments)} failed; see above")
-            seconds.append(time.perf_counter() - start)
-        size = (out / "report.html").stat().st_size
-    print(f"whole evaluation: {', '.join(f'{one:.1f}' for one in seconds)} s; report.html {size / 1e6:.2f} MB")
+
+        Case("report", {"whole evaluation": evaluation}, options.repeats).run()
+        print(f"report.html {(out / 'report.html').stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
