@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def training_speed(argv: Sequence[str]) -> None:
     The reference is measured with all cores, and with one thread, which is all that `accelerate launch` leaves a script
     on a CPU. Raises UserError for a config with terms that the reference would need networks for.
     """
-    launched = launch.parse(autoencoder.AutoencoderConfig, "autoencoder", argv)
+    launched = parsed(argv)
     if launched is None:
         return
     others = sorted(set(launched.config.loss.begun(10**9)) - {*_PLAIN, "commitment", "distillation"})
@@ -48,8 +49,15 @@ def training_speed(argv: Sequence[str]) -> None:
     print("loss of the first batch: " + ", ".join(f"{name} {loss:.6f}" for name, loss in first.items()))
 
 
-def our_loop(argv: Sequence[str]) -> Iterator[float | None]:
+def parsed(argv: Sequence[str]) -> launch.Launch[autoencoder.AutoencoderConfig]:
     launched = launch.parse(autoencoder.AutoencoderConfig, "autoencoder", argv)
+    if launched is None:  # --help was asked for
+        raise SystemExit(0)
+    return launched
+
+
+def our_loop(argv: Sequence[str]) -> Iterator[float | None]:
+    launched = parsed(argv)
     with open_loop(launched, autoencoder.main.make_task) as loop:
         with torch.no_grad():
             yield loop.learners[0].module(**loop.steps[0].passes[0])[0].mean().item()
@@ -59,11 +67,11 @@ def our_loop(argv: Sequence[str]) -> Iterator[float | None]:
 def reference(argv: Sequence[str], threads: int | None = None) -> Iterator[float]:
     if threads is not None:
         torch.set_num_threads(threads)
-    config = launch.parse(autoencoder.AutoencoderConfig, "autoencoder", argv).config
+    config = parsed(argv).config
     train = config.train
     accelerator = Accelerator(mixed_precision="no", cpu=True)
     task = autoencoder.AutoencoderTask(config)
-    module = task.players["autoencoder"].objective.autoencoder.to(memory_format=torch.contiguous_format)
+    module: Any = task.players["autoencoder"].objective.autoencoder.to(memory_format=torch.contiguous_format)
     weights = {name: term.weight for name, term in config.loss.begun(0).items()}
     with torch.no_grad():
         ids = batch_ids(train.seed, 0, task.count, train.batch_size)
@@ -80,12 +88,12 @@ def reference(argv: Sequence[str], threads: int | None = None) -> Iterator[float
 
 
 def _plain_loss(
-    module: torch.nn.Module, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, weights: dict[str, float]
+    module: Any, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, weights: dict[str, float]
 ) -> Tensor:
     mean, log_variance = module.raw_latents(pixels)
     latents = mean + weights.get("latent_noise", 0.0) * noise
     if log_variance is not None:  # a sample of the posterior
-        latents = latents + (0.5 * log_variance).exp() * posterior_noise
+        latents = latents + (log_variance / 2).exp() * posterior_noise
     error = module.decode_raw(latents) - pixels
     reconstruction = sum(weights[name] * of(error).mean() for name, of in OF_ERROR.items() if name in weights)
     return reconstruction + weights.get("kl", 0.0) * kl_term(mean, log_variance).mean()
@@ -114,7 +122,7 @@ def curves(argv: Sequence[str]) -> None:
 
 def _curve(argv: Sequence[str], seconds: float) -> Iterator[int | Point]:
     """The number of parameters, then a point after each further `seconds` of training, validation not counted."""
-    launched = launch.parse(autoencoder.AutoencoderConfig, "autoencoder", argv)
+    launched = parsed(argv)
     with open_loop(launched, autoencoder.main.make_task) as loop:
         loop.watch.bar.disable = True
         task, updates = loop.task, iterate(loop.steps, 0, loop.config.steps, loop.config.workers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -27,14 +26,14 @@ from training.storage import cache, checkpoint
 from training.text_encoder.data import CHUNK
 
 
-class Clock(Counter):
+class Clock(dict[str, float]):
     """Seconds spent in the functions it wraps, by name."""
 
     def around(self, name: str, function: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            self[name] += time.perf_counter() - start
+            self[name] = self.get(name, 0.0) + time.perf_counter() - start
             return result
 
         return timed
@@ -70,8 +69,9 @@ def loop_cost(argv: Sequence[str], updates: int = 100) -> None:
         turns = Case("loop", {"update": update}, updates, warm_up_rounds=10, figures={}).run()
         loop.watch.finish()
     seconds = turns.seconds["update"]
-    shares = sum(map(Counter, turns.results["update"]), Counter())
-    shares["the loop"] = sum(seconds) - shares.total()
+    spent: list[dict[str, float]] = turns.results["update"]
+    shares = {name: sum(one[name] for one in spent) for name in spent[0]}
+    shares["the loop"] = sum(seconds) - sum(shares.values())
     print(f"{updates} updates, {1000 * Spread.of(seconds).median:.1f} ms each (median)")
     for name, value in shares.items():
         print(f"{name:>10} {1000 * value / updates:8.2f} ms {100 * value / sum(seconds):6.2f} %")

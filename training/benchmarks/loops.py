@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,7 +33,7 @@ Updates = Callable[[], Iterator[Any]]
 @contextmanager
 def processes(
     loops: Mapping[str, Updates], block: int = 1, warm_up: int = 0
-) -> Iterator[tuple[dict[str, Callable[[], Any]], dict[str, Any]]]:
+) -> Generator[tuple[dict[str, Callable[[], Any]], dict[str, Any]]]:
     """=> (the loops as contestants of a `Case`, what each yielded first), each loop in a spawned process of its own.
 
     A contestant's turn is `block` updates, and returns what the last one yielded. The first `warm_up` updates are made
@@ -49,7 +49,7 @@ def processes(
         yield {name: lambda pool=pool: pool.submit(_advance, block).result() for name, pool in pools.items()}, first
 
 
-_running: list[Iterator[Any]] = []  # the generator of this process
+_running: list[Any] = []  # the generator of this process
 
 
 def _start(loop: Updates, warm_up: int) -> Any:
@@ -73,7 +73,7 @@ def _close() -> None:
 
 
 @contextmanager
-def open_loop(launched: Launch, make_task: Callable[[Launch], Task], log_with: tuple[str, ...] = ()) -> Iterator[Loop]:
+def open_loop(launched: Launch, make_task: Callable[[Launch], Task], log_with: tuple[str, ...] = ()) -> Generator[Loop]:
     """Our loop at its start, in a temporary folder: nothing is written to the run but caches."""
     join_processes()
     task = make_task(launched)
@@ -131,8 +131,8 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, number: int) -> Any:
-        return self.row(number)
+    def __getitem__(self, index: int) -> Any:
+        return self.row(index)
 
 
 def decoded_pictures(pictures: Any, side: int) -> Callable[[int], Tensor]:

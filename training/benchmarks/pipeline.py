@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel
 from torch import Tensor
 
 from sd_mini.cli.main import open_pipeline
@@ -53,7 +53,7 @@ def pipeline_speed(argv: Sequence[str]) -> dict[str, Any]:
     return report | report["batch_32"] | report.pop("batch_32_guided")
 
 
-def stock_pipeline(pipeline: Pipeline, scheduler: SchedulerMixin) -> PRXPipeline:
+def stock_pipeline(pipeline: Pipeline, scheduler: Any) -> Any:
     """diffusers' own pipeline around the stock network of the same weights. UserError for what is no PRX on flow."""
     ours = pipeline.noise_predictor
     if not isinstance(ours, PRXTransformer2DModel) or pipeline.process.kind != "flow":
@@ -61,13 +61,14 @@ def stock_pipeline(pipeline: Pipeline, scheduler: SchedulerMixin) -> PRXPipeline
             f"benchmark pipeline: {type(ours).__name__} predicting {pipeline.process.kind}; expected a PRX network "
             "trained on flow, whose stock pipeline there is"
         )
-    stock = PRXPipeline(stock_copy(ours).eval(), scheduler, text_encoder=None, tokenizer=None, vae=None)
+    pipeline_class: Any = PRXPipeline  # annotated for parts that a call with embeddings does without
+    stock = pipeline_class(stock_copy(ours).eval(), scheduler, text_encoder=None, tokenizer=None, vae=None)
     stock.set_progress_bar_config(disable=True)
     return stock
 
 
 def stock_latents(
-    stock: PRXPipeline, condition: Condition, null: Condition, latents: Tensor, steps: int, scale: float
+    stock: Any, condition: Condition, null: Condition, latents: Tensor, steps: int, scale: float
 ) -> Tensor:
     """Clean latents (B, C, h, w) by the stock loop, from the noise `latents`."""
     return stock(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from sd_mini.data.captioned import load_captioned
 from sd_mini.errors import UserError
 from sd_mini.timing import Case, Spread
 from training.benchmarks.loops import Rows, decoded_pictures, logged_updates, open_loop, plain_loop, processes
-from training.distributed.processes import chosen_precision, join_processes
+from training.distributed.processes import chosen_precision, process_device
 from training.engine import launch
 from training.engine.batches import iterate, shifted_grid
 from training.engine.flops import count_flops, measured_peak
@@ -63,7 +63,7 @@ def our_loop(argv: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def single_pass_loop(argv: Sequence[str]) -> Iterator[Loop]:
+def single_pass_loop(argv: Sequence[str]) -> Generator[Loop]:
     """Our loop at its start. Raises UserError for accumulated passes."""
     launched = parsed(argv)
     if (passes := launched.config.train.accumulation) > 1:
@@ -91,9 +91,10 @@ def _plain_loop(
 ) -> Iterator[float]:
     launched = parsed(argv)
     config, train = launched.config, launched.config.train
-    accelerator = Accelerator(mixed_precision=chosen_precision(train.mixed_precision, join_processes().device) or "no")
+    accelerator = Accelerator(mixed_precision=chosen_precision(train.mixed_precision, process_device()) or "no")
     task = noise_predictor.PredictorTask(config, launched.run)
-    network = stock_copy(task.players["noise_predictor"].objective.network)
+    trained: Any = task.players["noise_predictor"].objective
+    network = stock_copy(trained.network)
     objective = PredictorObjective(network, config.objective)
     rows, encode = source(task, accelerator.device)
 

@@ -74,8 +74,8 @@ def _judged_at(run: Path, root: Path, updates: int, prompts: int) -> float:
     """The score of the checkpoint after so many updates."""
     stage = root / f"{run.name}-{updates}"
     export.export(run / "noise_predictor", stage, updates)
-    others = (run / kind / "final" for kind in ("text_encoder", "autoencoder"))
-    return judged(Pipeline.from_stages(*others, stage), root, prompts)
+    text_encoder, autoencoder = (run / kind / "final" for kind in ("text_encoder", "autoencoder"))
+    return judged(Pipeline.from_stages(text_encoder, autoencoder, stage), root, prompts)
 
 
 def _trained(source: Path, run: Path, argv: Sequence[str], name: str, updates: int, every: int) -> Path:
