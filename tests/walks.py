@@ -22,9 +22,8 @@ DOOR = "sd_mini/cpu"
 STEP, PICTURE = 9, 9  # files at most
 
 
-def files_called(call: Callable[[], object]) -> list[str]:
-    """The files of ROOTS in which a function was called, in order of the first call."""
-    files: dict[str, None] = {}
+def recorder(files: dict[str, None]):
+    """A profile function that notes the files of ROOTS in which a function is called, in order of the first call."""
 
     def profile(frame, event, argument):
         if event == "call" and frame.f_code.co_name != "<module>":
@@ -32,8 +31,14 @@ def files_called(call: Callable[[], object]) -> list[str]:
             if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOTS:
                 files.setdefault(path.relative_to(ROOT).as_posix())
 
+    return profile
+
+
+def files_called(call: Callable[[], object]) -> list[str]:
+    """The files of ours that one call passes through."""
+    files: dict[str, None] = {}
     with one_thread():  # a profile is of one thread
-        sys.setprofile(profile)
+        sys.setprofile(recorder(files))
         try:
             call()
         finally:
@@ -47,32 +52,32 @@ def counted(files: list[str]) -> list[str]:
 
 
 def step_walk(run: Path, folder: Path) -> list[str]:
-    """One update of the smoke noise predictor: from fetching the batch to the log line. `run` holds stages 1 and 2."""
+    """The second of four steps of the smoke noise predictor, as the loop itself runs it: from the update to the next
+    batch, with its log line. The first one also counts FLOPs. `run` holds stages 1 and 2."""
     from sd_mini.config import read
     from tests.support.launching import MAINS, SMOKE
-    from training.engine.batches import iterate
     from training.engine.launch import Launch
-    from training.engine.loop import Loop, Stop
+    from training.engine.loop import Loop
     from training.engine.task import Origin
 
     stages = {name: str(run / name / "final") for name in ("text_encoder", "autoencoder")}
     config = read(MAINS["noise_predictor"].config, SMOKE / "noise_predictor.yaml").model_copy(update=stages)
     (folder / "noise_predictor").mkdir(parents=True)
     task = MAINS["noise_predictor"].make_task(Launch(config, folder, folder / "noise_predictor"))
-    train = config.train.model_copy(update={"ema_every": 1})
+    rare = {"preview_every": 4, "checkpoint_every": 4, "ema_snapshots": 1}
+    train = config.train.model_copy(update={"steps": 4, "ema_every": 1, "log_every": 1} | rare)
     loop = Loop(task, train, folder / "noise_predictor", Origin(0.0, {}), [])
-    loop.watch.start({}, 0)
-    batches, stop = iterate(loop.steps, 0, train.steps, 0), Stop(1)
+    files: dict[str, None] = {}
+    update = loop.update
 
-    def step():
-        loop.update(next(batches))
-        loop.watch.bar.update()
-        loop.pace.add(1.0)
-        stop.is_asked()
-        loop.log()
+    def traced(inputs):
+        sys.setprofile(recorder(files) if loop.step == 1 else None)
+        update(inputs)
 
-    step()  # the first one also counts the FLOPs of an update and the speed of the machine
-    return files_called(step)
+    loop.update = traced
+    with one_thread():  # a profile is of one thread
+        loop.run()
+    return list(files)
 
 
 def picture_walk(pipeline: Pipeline) -> list[str]:

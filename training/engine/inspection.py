@@ -74,14 +74,25 @@ class Inspection:
                 snapshots.put(objective, snapshots.at_width(self.folder, step, width))
             yield objective
 
-    def snapshot(self, step: int, is_due: bool = False) -> None:
-        """Save the averages, if a snapshot is due at `step`."""
-        config = self.config
-        is_due = is_due or snapshots.due(step, config.steps, config.ema_snapshots)
-        if config.ema_width is not None and is_due:
-            self.finite.check()
-            self.learner.average(step)
-            snapshots.take(self.folder, step, self.learner.averages(), self.accelerator)
+    @property
+    def snapshot_steps(self) -> frozenset[int]:
+        """The steps after which the averages are saved."""
+        steps, count = self.config.steps, self.config.ema_snapshots
+        if self.config.ema_width is None:
+            return frozenset()
+        return frozenset(step for step in range(1, steps + 1) if snapshots.due(step, steps, count))
+
+    @property
+    def intervals(self) -> list[int]:
+        """Updates from one inspection to the next, of each kind that is asked for."""
+        intervals = (self.config.valid_every, self.config.preview_every, self.task.evaluate_every)
+        return [interval for interval in intervals if interval is not None]
+
+    def snapshot(self, step: int) -> None:
+        """Save the averages."""
+        self.finite.check()
+        self.learner.average(step)
+        snapshots.take(self.folder, step, self.learner.averages(), self.accelerator)
 
     def validate(self, step: int) -> None:
         """Mean scores over the held-out samples, each scored by one process."""

@@ -81,11 +81,13 @@ class Loop:
         config = self.config
         # Finish what an interruption left undone after the checkpoint.
         if self.step:
-            if self.step == config.steps and config.ema_snapshots and snapshots.of_step(self.folder, self.step) is None:
-                self.inspection.snapshot(self.step, is_due=True)  # the run was to be longer, or a kill came between
+            missing = config.ema_snapshots and snapshots.of_step(self.folder, self.step) is None
+            if missing and self.step == config.steps and config.ema_width is not None:
+                self.inspection.snapshot(self.step)  # the run was to be longer, or a kill came between
             self.inspection.run_missing(self.step)
         if self.step < config.steps:
             self._settle_buckets()
+        snapshot_steps, intervals = self.inspection.snapshot_steps, self.inspection.intervals
         with Stop(self.accelerator.num_processes) as stop:
             mark = time.perf_counter()
             for inputs in iterate(self.steps, self.step, config.steps, config.workers):
@@ -97,7 +99,8 @@ class Loop:
                 # Log line, EMA snapshot, checkpoint.
                 if is_due(self.step, config.log_every, config.steps):
                     self.log()
-                self.inspection.snapshot(self.step)
+                if self.step in snapshot_steps:
+                    self.inspection.snapshot(self.step)
                 if is_due(self.step, config.checkpoint_every, config.steps) or is_stopping:
                     self.save()
                 if is_stopping and self.step < config.steps:
@@ -105,7 +108,8 @@ class Loop:
                     return stop.exit_code
 
                 # Held-out scores, preview, evaluation.
-                self.inspection.run(self.step)
+                if any(is_due(self.step, interval, config.steps) for interval in intervals):
+                    self.inspection.run(self.step)
                 mark = time.perf_counter()
         self._tick()
         self.inspection.export(self.step, self.seconds)
