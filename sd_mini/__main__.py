@@ -2,7 +2,7 @@
 
 import sys
 
-from sd_mini.cli.main import main
+from sd_mini.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

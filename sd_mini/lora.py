@@ -108,6 +108,9 @@ def load(network: nn.Module, path: str | Path, objective: dict[str, Any] | None 
     if objective is not None and learned != objective:
         raise UserError(f"LoRA {path}: learned for {learned}, but this network predicts {objective}; give one for it")
     _check_fit(network, path, config, weights)
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"LoRA {path}: {broken} holds values that are not finite; give an earlier one")
     add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
     with torch.no_grad():
         for name, tensor in state(network).items():
@@ -183,6 +186,15 @@ def _read_peft(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
 
 
+def _base_model(text: str) -> dict[str, Any]:
+    """What the metadata says of the network it belongs to, as we write it; another's may be a plain name."""
+    try:
+        base = json.loads(text)
+    except ValueError:
+        return {}
+    return base if isinstance(base, dict) else {}
+
+
 def _read_diffusers(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """diffusers' file => peft's config and names. Without metadata rank and alpha are the first matrix's rows, as
     diffusers takes them (`get_peft_kwargs`)."""
@@ -191,7 +203,7 @@ def _read_diffusers(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = tensors.metadata() or {}
         weights = load_file(file)
         config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        base = json.loads(metadata.get("base_model", "{}"))
+        base = _base_model(metadata.get("base_model", "{}"))
     except (ValueError, SafetensorError) as error:
         raise UserError(f"LoRA {file}: cannot be read ({error}); give a whole one") from error
     # older files: lora.down and lora.up instead of lora_A and lora_B

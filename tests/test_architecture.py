@@ -69,8 +69,8 @@ def test_floors_inside_the_library():
 
 def test_import_and_help_load_no_torch():
     code = (
-        "import sys, sd_mini, sd_mini.cli.main\n"
-        "try: sd_mini.cli.main.main(['--help'])\n"
+        "import sys, sd_mini, sd_mini.cli.commands\n"
+        "try: sd_mini.cli.commands.main(['--help'])\n"
         "except SystemExit as stop: assert not stop.code\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy"

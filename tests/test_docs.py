@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eval.__main__ import main as evaluate
-from sd_mini.cli.main import main as sd_mini_main
+from sd_mini.cli.commands import main as sd_mini_main
 from sd_mini.config import command
 from tests.support.launching import MAINS
 from training.engine import reference

@@ -25,7 +25,7 @@ from eval.makers.sources import Ours, Sampling
 from eval.metrics.memorisation import nearest, small_pixels
 from eval.report.report import run_of
 from sd_mini import images
-from sd_mini.cli.main import Parser, check_target, open_pipeline, whole_number
+from sd_mini.cli.commands import Parser, check_target, open_pipeline, whole_number
 from sd_mini.config import command
 from sd_mini.data.captioned import CaptionedPictures, load
 from sd_mini.errors import UserError

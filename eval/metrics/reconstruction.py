@@ -25,7 +25,7 @@ from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.registry import Metric, Row, Sample
 from sd_mini import images, shapes
 from sd_mini.autoencoder.model import Autoencoder
-from sd_mini.cli.main import Parser, check_target, whole_number
+from sd_mini.cli.commands import Parser, check_target, whole_number
 from sd_mini.config import command
 from sd_mini.data.captioned import load
 from sd_mini.files import CONTRACT, atomic_folder, written_to

@@ -83,11 +83,14 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {}
+# the parts of report.json that are no metrics
+_PARTS = {"composition", "ceiling", "chance", "text", "blame", "sweep", "different_captions"}
+_PARTS |= {"remarks", "seconds", "protocol"}
 
 
 def register(metric: Metric) -> Metric:
-    """Raises ValueError for a name that is taken."""
-    if metric.name in METRICS:
+    """Raises ValueError for a name that another metric or a part of the report has."""
+    if metric.name in METRICS or metric.name in _PARTS:
         raise ValueError(f"metric {metric.name!r} is registered already")
     METRICS[metric.name] = metric
     return metric

@@ -130,7 +130,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """latents (B, C, h, w), standardised => pixels (B, 3, H, W), about [-1, 1] (not clamped).
 
         With `tile`, larger latents are decoded in overlapping squares of so many cells a side, so that memory depends
-        on the square and not on the picture; see `tiles.in_tiles`.
+        on the square and not on the picture; see `tiling.in_tiles`.
         """
         raw = latents * self.std + self.mean
         if tile is None or max(raw.shape[-2:]) <= tile:

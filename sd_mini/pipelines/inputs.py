@@ -1,4 +1,4 @@
-"""One checked call of a pipeline: its arguments, refused in one line before anything is computed, and its state."""
+"""One checked call of a pipeline: its arguments, checked before the prompts are encoded, and its state."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Request:
         if self.output_type not in OUTPUT_TYPES:
             check_choice("output_type", self.output_type, OUTPUT_TYPES)
         known = self.pipeline._callback_tensor_inputs
-        for name in set(self.callback_on_step_end_tensor_inputs) - set(known):
+        for name in (name for name in self.callback_on_step_end_tensor_inputs if name not in known):
             check_choice("callback_on_step_end_tensor_inputs", name, known)
 
     @classmethod

@@ -78,7 +78,8 @@ class JoinedPipeline(DiffusionPipeline):
         process = self.process = Process.of({"objective": objective})  # what the network was trained to predict
         if scheduler is not None:
             samplers.check(scheduler, process)
-            self._checked_scheduler = scheduler
+            checked: Any = scheduler
+            self._checked_scheduler = checked, dict(checked.config)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from sd_mini.autoencoder.tiling import check_tile
+from sd_mini.config import check_choice
 from sd_mini.errors import UserError
 from sd_mini.pipelines.inputs import (
     CallState,
@@ -40,7 +40,7 @@ class Pipeline(JoinedPipeline):
     _interrupt, _guidance_scale, _num_timesteps = CallState(False), CallState(None), CallState(0)
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "prompt_mask"]
     tile: int | None = None  # latent cells, of `enable_vae_tiling`
-    _checked_scheduler: SchedulerMixin | None = None
+    _checked_scheduler: tuple[Any, dict[str, Any]] | None = None
     _postprocess = staticmethod(VaeImageProcessor().postprocess)
 
     @property
@@ -134,9 +134,10 @@ class Pipeline(JoinedPipeline):
         batch = len(condition[0])
 
         # 2. noise => latents: one call of the network a step, guided within the interval
-        if self.scheduler is not self._checked_scheduler:  # which a user may exchange
+        checked = self.scheduler, dict(self.scheduler.config)  # a user may exchange or edit it
+        if checked != self._checked_scheduler:
             samplers.check(self.scheduler, self.process)
-            self._checked_scheduler = self.scheduler
+            self._checked_scheduler = checked
         run = SamplingRun(
             self.noise_predictor,
             self.scheduler,
@@ -160,6 +161,8 @@ class Pipeline(JoinedPipeline):
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, wanted) or {}
+                    for name in set(changed) - set(tensors):
+                        check_choice("callback_on_step_end returned", name, self._callback_tensor_inputs)
                     tensors |= changed
                     latents, *embeds = (tensors[name] for name in self._callback_tensor_inputs)
                     condition = embeds[0], embeds[1]
@@ -168,8 +171,10 @@ class Pipeline(JoinedPipeline):
                 progress.update()
 
         # 3. latents => pictures
-        pictures: Any = latents if output_type == "latent" else self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
+        try:
+            pictures: Any = latents if output_type == "latent" else self._decode(latents, output_type)
+        finally:
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def encode_prompt(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sd_mini import Pipeline
-from sd_mini.cli import main as cli
+from sd_mini.cli import commands as cli
 
 PROMPT = "a small red circle in the centre"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the command's own choice
@@ -43,7 +43,7 @@ def test_help_and_inspect_load_no_torch(tiny_run):
     code = f"""if True:
         import sys
         import sd_mini
-        from sd_mini.cli import main as cli
+        from sd_mini.cli import commands as cli
         assert cli.main(["inspect", {str(tiny_run)!r}]) == 0
         try:
             cli.main(["--help"])
@@ -249,7 +249,7 @@ def test_an_output_that_takes_no_more_is_no_fault_of_ours(tiny_run, target, code
     if not os.path.exists("/dev/full"):
         pytest.skip("Linux alone has /dev/full")
     command = f"sys.exit(cli.main(['inspect', {str(tiny_run)!r}]))"
-    script = f"import sys, time; from sd_mini.cli import main as cli; time.sleep(0.3); {command}"
+    script = f"import sys, time; from sd_mini.cli import commands as cli; time.sleep(0.3); {command}"
     environment = {**os.environ, "CODE": script, "PYTHONUNBUFFERED": unbuffered}
     line = f'"{sys.executable}" -c "$CODE" {target}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment)
@@ -267,3 +267,10 @@ def test_a_full_disk_elsewhere_is_not_taken_for_stdout_s():
 
     with pytest.raises(OSError, match="No space left"):
         command(main, [])
+
+
+def test_the_installed_script_and_the_module_are_the_command():
+    """By the name in pyproject.toml, which scripts that are installed already call, too."""
+    from sd_mini import cli as package
+
+    assert package.main is cli.main

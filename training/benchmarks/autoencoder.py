@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd_mini.cli.main import Parser, whole_number
+from sd_mini.cli.commands import Parser, whole_number
 from sd_mini.errors import UserError
 from sd_mini.timing import Case
 from training.autoencoder import task as autoencoder

@@ -19,7 +19,7 @@ from sd_mini.data.captioned import load_captioned
 from sd_mini.errors import UserError
 from sd_mini.timing import Case, Spread
 from training.benchmarks.loops import Rows, decoded_pictures, logged_updates, open_loop, plain_loop, processes
-from training.distributed.processes import chosen_precision, process_device
+from training.distributed.processes import chosen_precision, join_processes, process_device
 from training.engine import launch
 from training.engine.batches import iterate, shifted_grid
 from training.engine.flops import count_flops, measured_peak
@@ -91,6 +91,7 @@ def _plain_loop(
 ) -> Iterator[float]:
     launched = parsed(argv)
     config, train = launched.config, launched.config.train
+    join_processes()
     accelerator = Accelerator(mixed_precision=chosen_precision(train.mixed_precision, process_device()) or "no")
     task = noise_predictor.PredictorTask(config, launched.run)
     trained: Any = task.players["noise_predictor"].objective

@@ -128,10 +128,15 @@ def reported_as_evaluation() -> Generator[None]:
 
 @contextmanager
 def untouched_training() -> Generator[None]:
-    """Leaves every random state, the number of threads and the grad mode of the training as they were."""
+    """Leaves every random state, the number of threads and the grad mode of the training as they were.
+
+    Denormal numbers are kept inside, as in `python -m eval`; training flushes them to zero on a CPU.
+    """
+    flushes_denormals = not bool(torch.full((1,), 1e-38) * 0.1)
     python_state, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
     # of this process's GPU alone: asking the others for their state would open a context on each
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    torch.set_flush_denormal(False)
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
@@ -139,3 +144,4 @@ def untouched_training() -> Generator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushes_denormals)

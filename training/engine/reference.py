@@ -25,15 +25,18 @@ class FieldReference(NamedTuple):
     meaning: str
 
 
-def fields_of(config: type[Config], prefix: str = "") -> Iterator[FieldReference]:
-    """The fields of a config and of those in it. One that is mostly written in a word is not taken apart."""
+def fields_of(config: type[Config], prefix: str = "", defaults: Config | None = None) -> Iterator[FieldReference]:
+    """The fields of a config and of those in it. One that is mostly written in a word is not taken apart.
+
+    `defaults`: the values that the config has where it stands, as `valid` has others than `data`.
+    """
     for name, field in config.model_fields.items():
         annotation, meaning = field.annotation, " ".join((field.description or "").split())
         nested = isinstance(annotation, type) and issubclass(annotation, Config)
+        default = field.get_default(call_default_factory=True) if defaults is None else getattr(defaults, name)
         if nested and annotation.brief is None:
-            yield from fields_of(annotation, f"{prefix}{name}.")
+            yield from fields_of(annotation, f"{prefix}{name}.", default if isinstance(default, Config) else None)
             continue
-        default = field.get_default(call_default_factory=True)
         if nested:
             kind, shown = str(annotation.brief), _brief(default)
         else:

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import Field
 from tqdm.auto import tqdm
 
-from sd_mini.cli.main import Parser, whole_number
+from sd_mini.cli.commands import Parser, whole_number
 from sd_mini.config import Config, check, command, read, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable, read_json

@@ -44,7 +44,7 @@ def test_how_threads_wait_is_said_before_torch_is_there(program, user):
 
 
 def test_so_does_the_command_line():
-    code = "import os, sys\nfrom sd_mini.cli.main import main\nmain(['inspect', 'nowhere'])\n"
+    code = "import os, sys\nfrom sd_mini.cli.commands import main\nmain(['inspect', 'nowhere'])\n"
     code += "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     assert run(sys.executable, "-c", code) == "False 1000\n"
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sd_mini import noise_predictor, stages
-from sd_mini.cli import main as cli
+from sd_mini.cli import commands as cli
 from sd_mini.config import command, read
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.launching import MAINS, launch, lines
