@@ -31,6 +31,12 @@ def test_the_config_reference_is_current():
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == reference.markdown()
 
 
+def test_the_reference_shows_the_defaults_that_hold():
+    """`valid` has others than `data`, whose class it shares."""
+    shown = {field.name: field.default for field in reference.fields_of(MAINS["text_encoder"].config)}
+    assert (shown["data.split"], shown["valid.split"], shown["valid.count"]) == ("train", "test", "500")
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page):
     path = ROOT / page

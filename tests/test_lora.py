@@ -14,24 +14,7 @@ from safetensors.torch import load_file, save_file
 from sd_mini import lora, noise_predictor
 from sd_mini.errors import UserError
 from sd_mini.lora import LoraConfig
-from tests.support.networks import UNET
-
-SHAPE, DIM = (4, 8, 8), 24
-
-
-def tiny(**more):
-    torch.manual_seed(0)
-    fields = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 2, "mlp_ratio": 2.0}
-    made = noise_predictor.build("prx", fields | more, SHAPE, DIM)
-    for parameter in made.parameters():  # a fresh PRX outputs zeros
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return made
-
-
-def inputs():
-    draws = torch.Generator().manual_seed(1)
-    latents, tokens = torch.randn(2, *SHAPE, generator=draws), torch.randn(2, 6, DIM, generator=draws)
-    return latents, torch.tensor([200.0, 800.0]), tokens, torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+from tests.support.networks import DIM, SHAPE, UNET, inputs, tiny
 
 
 def test_lora_is_peft_s(tmp_path):
@@ -90,6 +73,7 @@ def test_a_refused_lora_leaves_the_network_as_it_was(tmp_path):
         "alpha": ({**said, "lora_alpha": 0}, tensors),
         "short": (said, {name: t for name, t in tensors.items() if name != first}),
         "more": (said, {**tensors, "base_model.model.extra.lora_A.weight": tensors[first].clone()}),
+        "not finite": (said, {**tensors, first: torch.full_like(tensors[first], torch.nan)}),
     }
     for name, (fields, values) in broken.items():
         (tmp_path / name).mkdir()

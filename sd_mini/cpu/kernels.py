@@ -63,7 +63,7 @@ class Kernels:
     """
 
     def __init__(self, library: ctypes.CDLL, half: bool, heads: int, rotation: Tensor, mask: Tensor | None):
-        self.library, self.heads, self.tokens, self.mask = library, heads, len(rotation), mask
+        self.compiled, self.heads, self.tokens, self.mask = library, heads, len(rotation), mask
         self.dtype = torch.bfloat16 if half else torch.float32
         self.cos, self.sin = rotation.real.contiguous(), rotation.imag.contiguous()
 
@@ -73,12 +73,12 @@ class Kernels:
         backward(dy, dx, dshift, dscale) adds to dx and writes the two others."""
         sizes, step = (_long(len(shift)), _long(self.tokens)), _long(shift.stride(0))
         stats, y = x.new_empty(len(x), 2), torch.empty_like(x, dtype=self.dtype)
-        self.library.modulate(*sizes, *_pointers(x, shift, scale), step, *_pointers(stats, y))
+        self.compiled.modulate(*sizes, *_pointers(x, shift, scale), step, *_pointers(stats, y))
 
         def backward(dy: Tensor, dx: Tensor, dshift: Tensor, dscale: Tensor) -> None:
             dy = dy.to(self.dtype)
             outputs = _pointers(dy, dx, dshift, dscale)
-            self.library.modulate_backward(*sizes, *_pointers(x, stats, scale), step, *outputs)
+            self.compiled.modulate_backward(*sizes, *_pointers(x, stats, scale), step, *outputs)
 
         return y, backward
 
@@ -88,11 +88,11 @@ class Kernels:
         backward(dy, dgate) writes dgate and returns dbranch; dx is dy itself."""
         sizes, step = (_long(len(gate)), _long(self.tokens)), _long(gate.stride(0))
         y = torch.empty_like(x)
-        self.library.add_gated(*sizes, *_pointers(x, gate), step, *_pointers(branch, y))
+        self.compiled.add_gated(*sizes, *_pointers(x, gate), step, *_pointers(branch, y))
 
         def backward(dy: Tensor, dgate: Tensor) -> Tensor:
             dbranch = torch.empty_like(branch)
-            self.library.add_gated_backward(*sizes, *_pointers(dy, gate), step, *_pointers(branch, dbranch, dgate))
+            self.compiled.add_gated_backward(*sizes, *_pointers(dy, gate), step, *_pointers(branch, dbranch, dgate))
             return dbranch
 
         return y, backward
@@ -100,11 +100,11 @@ class Kernels:
     def gelu_times(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Back]:
         """gelu(gate) * up, (n L, hidden) each. backward(dy) returns dgate and dup."""
         count, y = _long(gate.numel()), torch.empty_like(gate)
-        self.library.gelu_times(count, *_pointers(gate, up, y))
+        self.compiled.gelu_times(count, *_pointers(gate, up, y))
 
         def backward(dy: Tensor) -> tuple[Tensor, Tensor]:
             dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-            self.library.gelu_times_backward(count, *_pointers(gate, up, dy, dgate, dup))
+            self.compiled.gelu_times_backward(count, *_pointers(gate, up, dy, dgate, dup))
             return dgate, dup
 
         return y, backward
@@ -117,17 +117,17 @@ class Kernels:
         words, first = self._prompt_rows(n, len(kv))
         norms = [f"{name}.norm_{which}.weight" for which in ("q", "k", "added_k")]
         weights = torch.stack([w[norm] for norm in norms])
-        scratch = weights.new_empty(self.library.scratch_size(_long(self.tokens), _long(words)))
+        scratch = weights.new_empty(self.compiled.scratch_size(_long(self.tokens), _long(words)))
         sizes = _long(n), _long(self.tokens), _long(words)
         inputs = (qkv, kv, weights, self.cos, self.sin, first, scratch)
         # padded as in the C code
         keys, queries = -(-(words + self.tokens) // 4) * 4, -(-self.tokens // 16) * 16
         probs, y = weights.new_empty(n, self.heads, keys, queries), qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        self.library.attend(*sizes, *_pointers(*inputs, probs, y))
+        self.compiled.attend(*sizes, *_pointers(*inputs, probs, y))
 
         def backward(grads: Weights, dy: Tensor) -> tuple[Tensor, Tensor]:
             dqkv, dkv, dweights = torch.empty_like(qkv), torch.empty_like(kv), torch.empty_like(weights)
-            self.library.attend_backward(*sizes, *_pointers(*inputs, probs, dy, dqkv, dkv, dweights))
+            self.compiled.attend_backward(*sizes, *_pointers(*inputs, probs, dy, dqkv, dkv, dweights))
             grads.update(zip(norms, dweights, strict=True))
             return dqkv, dkv
 

@@ -190,7 +190,7 @@ def test_a_stage_that_is_exported_again_keeps_a_user_s_files(tiny_run, tmp_path)
     stages.load_stage(folder)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a place where not even root can write")
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux alone has it; not even root can write there")
 def test_a_place_that_takes_nothing_is_found_out_and_one_line():
     with pytest.raises(ValueError, match=r"--out /proc/self/x: nothing can be written in /proc/\d+ \(") as error:
         files.check_writable(Path("/proc/self/x"))

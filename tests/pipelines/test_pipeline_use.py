@@ -226,6 +226,22 @@ def test_a_callback_may_change_the_guidance_scale(pipeline, first, then):
     assert torch.allclose(changed, x, atol=1e-4)
 
 
+def test_a_tensor_that_no_step_reads_is_refused_of_a_callback(pipeline):
+    with pytest.raises(ValueError, match="callback_on_step_end returned: got 'latent', expected one of"):
+        make(pipeline, callback_on_step_end=lambda pipe, i, t, x: {"latent": x["latents"]})
+
+
+def test_a_scheduler_that_is_edited_in_place_is_checked_again(pipeline):
+    make(pipeline, num_inference_steps=1)
+    kept = pipeline.scheduler
+    try:
+        pipeline.scheduler.register_to_config(num_train_timesteps=100)
+        with pytest.raises(ValueError, match="num_train_timesteps 100; expected 1000"):
+            make(pipeline, num_inference_steps=1)
+    finally:
+        kept.register_to_config(num_train_timesteps=1000)
+
+
 def test_a_guidance_scale_that_is_none_is_refused_of_a_callback_too(pipeline):
     with pytest.raises(ValueError, match="guidance_scale -1: expected"):
         make(pipeline, callback_on_step_end=lambda pipe, i, t, x: setattr(pipe, "_guidance_scale", -1))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -39,3 +40,10 @@ def test_a_registered_metric_is_everywhere(brightness, tiny_run, tmp_path, capsy
 def test_a_name_is_registered_once(brightness):
     with pytest.raises(ValueError, match="brightness"):
         registry.register(brightness)
+
+
+@pytest.mark.parametrize("name", ["text", "blame", "protocol"])
+def test_the_report_s_own_parts_are_no_metrics(name, brightness):
+    with pytest.raises(ValueError, match=name):
+        register(replace(brightness, name=name))
+    assert name not in METRICS

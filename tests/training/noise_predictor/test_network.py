@@ -12,12 +12,11 @@ from sd_mini.noise_predictor.presets import SIZES, preset
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.stages.contract import load_stage
 from tests.support.launching import launch, prepared
-from tests.support.networks import UNET
+from tests.support.networks import DIM, SHAPE, UNET, inputs, tiny
 from training.engine.task import TrainConfig
 from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective
 from training.noise_predictor.network import NetworkConfig, description
 
-SHAPE, DIM = (4, 8, 8), 24
 SANA = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
@@ -27,21 +26,6 @@ SANA = {
     "cross_attention_dim": 16,
     "patch_size": 2,
 }
-
-
-def tiny(**more):
-    torch.manual_seed(0)
-    fields = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 2, "mlp_ratio": 2.0}
-    made = noise_predictor.build("prx", fields | more, SHAPE, DIM)
-    for parameter in made.parameters():  # a fresh PRX says nothing
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return made
-
-
-def inputs():
-    draws = torch.Generator().manual_seed(1)
-    latents, tokens = torch.randn(2, *SHAPE, generator=draws), torch.randn(2, 6, DIM, generator=draws)
-    return latents, torch.tensor([200.0, 800.0]), tokens, torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
 
 
 @pytest.mark.parametrize("kind", ["prx", "pixart", "unet"])
