@@ -1,8 +1,9 @@
-"""The C kernels between PRX's matrix products: compiled once a process and head shape, and called with tensors."""
+"""The C kernels between PRX's matrix products: compiled once a machine and head shape, and called with tensors."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,26 +33,51 @@ def compiler() -> str | None:
 
 @lru_cache(maxsize=16)
 def compiled(heads: int, head_dim: int, half: bool = False) -> ctypes.CDLL | None:
-    """The library for that many heads of so many columns; `half`: around products in bfloat16. Takes a second or two.
+    """The library for that many heads of so many columns; `half`: around products in bfloat16.
 
-    None without a C compiler, where it fails (with a remark), and for a `head_dim` that 16 does not divide.
+    The first time takes a second or two; the library is kept in `cache_folder()`. None without a C compiler, where it
+    fails (with a remark), and for a `head_dim` that 16 does not divide.
     """
     command = compiler()
     if command is None or head_dim % 16:
         return None
     defines = [f"-DH={heads}", f"-DD={head_dim}", *(["-DHALF"] if half else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kernels.so"
-        try:
-            arguments = [command, *defines, *_FLAGS, str(_SOURCE), "-o", str(target), "-lm"]
-            subprocess.run(arguments, check=True, capture_output=True, timeout=60)
-            library = ctypes.CDLL(str(target))
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").splitlines()[0]
-            remark(f"{command} cannot compile {_SOURCE.name} ({reason}); the network runs without it")
-            return None
+    try:
+        library = _library([command, *defines, *_FLAGS, str(_SOURCE)])
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").splitlines()[0]
+        remark(f"{command} cannot compile {_SOURCE.name} ({reason}); the network runs without it")
+        return None
     library.scratch_size.restype = ctypes.c_long
     return library
+
+
+def cache_folder() -> Path:
+    """The user's folder of compiled kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd_mini" / "kernels"
+
+
+def _library(command: list[str]) -> ctypes.CDLL:
+    """What `command` compiles, from the cache if this compiler made it of this source for this kind of processor."""
+    # the macros that -march=native defines name the processor's features, and those of the compiler its version
+    describe = [command[0], *_FLAGS, "-dM", "-E", "-x", "c", "-"]
+    macros = subprocess.run(describe, input=b"", check=True, capture_output=True, timeout=60).stdout
+    key = hashlib.sha256(b"\0".join([macros, _SOURCE.read_bytes(), *map(str.encode, command[:-1])])).hexdigest()
+    target = cache_folder() / f"{key[:24]}.so"
+    if target.exists():
+        return ctypes.CDLL(str(target))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        where = target.parent if os.access(target.parent, os.W_OK) else None
+    except OSError:  # a home that cannot be written: compiled for this process alone
+        where = None
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        fresh = Path(folder) / "kernels.so"
+        subprocess.run([*command, "-o", str(fresh), "-lm"], check=True, capture_output=True, timeout=60)
+        if where is None:
+            return ctypes.CDLL(str(fresh))
+        os.replace(fresh, target)  # whole, or not there
+    return ctypes.CDLL(str(target))
 
 
 class Kernels:

@@ -132,6 +132,22 @@ def checkpointed(network):
     network.enable_gradient_checkpointing()
 
 
+def test_kernels_are_compiled_once_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.cache_clear()
+    try:
+        assert compiled(2, 16) is not None
+        (library,) = (tmp_path / "sd_mini" / "kernels").iterdir()
+        written = library.stat()
+        compiled.cache_clear()  # as in another process
+        assert compiled(2, 16) is not None
+        assert library.stat().st_mtime_ns == written.st_mtime_ns
+        assert compiled(1, 16) is not None  # another shape is another library
+        assert len(list(library.parent.iterdir())) == 2
+    finally:
+        compiled.cache_clear()
+
+
 def block_compiled(network):
     network.blocks[1].compile(backend="eager")
 
