@@ -115,9 +115,9 @@ def _main(argv: Sequence[str]) -> None:
 
 def _question(options: argparse.Namespace, source: PictureSource | GeneratedFolder, data: DataConfig) -> Question:
     if isinstance(source, GeneratedFolder):
-        return folder_question(data, source.prompts, options.seed or 0, options.reference)
+        return folder_question(data, source.prompts, options.seed or 0, options.reference, _pictures_cache(options))
     if options.data != SHAPES:
-        return captions_question(data, options.prompts, options.reference)
+        return captions_question(data, options.prompts, options.reference, _pictures_cache(options))
     if source.resolution < MIN_SIDE:
         raise UserError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
     return shapes_question(options.prompts, options.seed or 0, source.resolution, options.reference)
@@ -126,6 +126,11 @@ def _question(options: argparse.Namespace, source: PictureSource | GeneratedFold
 def _cache(options: argparse.Namespace) -> Path:
     """The folder for the features of reference pictures."""
     return options.cache or options.out.parent / "cache" / "features"
+
+
+def _pictures_cache(options: argparse.Namespace) -> Path:
+    """The folder for the data's decoded pictures; beside a run's pipeline that of its trainings."""
+    return (options.cache or options.out.parent / "cache") / "pictures"
 
 
 def _scene_seed(options: argparse.Namespace) -> int:
@@ -149,13 +154,15 @@ def _tools(
     device: str,
 ) -> Tools:
     run = report.run_of(options.pipeline)
+    knows_training = options.training == "run" and "noise_predictor" in stages
     return Tools(
         networks=open_all(options.features, device),
         cache=_cache(options),
+        pictures=_pictures_cache(options),
         batch=options.batch or BATCH,
         clip=Clip(options.clip, device) if options.clip is not None else None,
         probe=TextProbe(stages["text_encoder"]) if "text_encoder" in stages else None,
-        training=training_data(run) if options.training == "run" and "noise_predictor" in stages else None,
+        training=training_data(run, _pictures_cache(options)) if knows_training else None,
         data=data.model_copy(update={"seed": _scene_seed(options)}) if data.source == SHAPES else data,
         blame=options.blame == "all",
     )

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sd_mini.config import check, read_yaml
-from sd_mini.data.captioned import DataConfig
+from sd_mini.data.captioned import DataConfig, ValidConfig
+from sd_mini.data.parts import resolved
 from sd_mini.errors import UserError
 
 SHAPES = "shapes"
@@ -36,7 +37,11 @@ def recorded_data(stage: Path) -> dict[str, DataConfig]:
     """
     path = stage / "config.yaml"
     values = read_yaml(path) if path.is_file() else {}
-    return {part: check(DataConfig, values[part], str(path)) for part in ("data", "valid") if part in values}
+    if "data" not in values:
+        return {}
+    train = check(DataConfig, values["data"], str(path))
+    valid = check(ValidConfig, values.get("valid", {}), str(path))
+    return dict(zip(("data", "valid"), resolved(train, valid), strict=True))
 
 
 def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], part: str, split: str) -> DataConfig:

@@ -84,12 +84,12 @@ def _text_scores(
     wanted = {"split": asked.split, "resolution": probe.resolution}
     if asked.scenes is not None:
         wanted["count"] = len(asked.captions)
-    data = load(tools.data.model_copy(update=wanted))
+    data = load(tools.data.model_copy(update=wanted), folder=tools.pictures)
     if not all(data.captions):
         return None
     _put(scores, "text", asked.split, probe.scores(data))
     rows = list(range(len(asked.captions))) if asked.rows is None else asked.rows
-    return CaptionedPictures(data.pictures[rows], [data.captions[row] for row in rows], data.name, data.scenes)
+    return data.select(rows)
 
 
 def _sets(

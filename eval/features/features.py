@@ -31,6 +31,7 @@ from tqdm import tqdm
 from eval.features import mini
 from eval.features.inception import load_inception
 from sd_mini import images
+from sd_mini.data.arrays import Pictures
 from sd_mini.errors import UserError
 from sd_mini.stages.contract import model_hash
 from sd_mini.text_encoder.loading import load_open_clip
@@ -59,7 +60,7 @@ class Extractor:
     is_pinned: bool = True
 
     @torch.inference_mode()
-    def __call__(self, pictures: np.ndarray) -> np.ndarray:
+    def __call__(self, pictures: Pictures) -> np.ndarray:
         """(N, 3, H, W) uint8 => (N, D) float32. Raises ValueError where the network gives NaN, or no vector each."""
         parts = []
         for start in tqdm(range(0, len(pictures), _BATCH), desc=f"features ({self.name})", unit="batch", delay=2):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from eval.features.features import Extractor
 from eval.features.moments import statistics
 from eval.metrics.fid import frechet_distance
+from sd_mini.data.arrays import Pictures, pieces
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, sync, usual_modes, written_to
 
@@ -35,14 +36,15 @@ class FeatureSet:
         return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
 
 
-def pictures_hash(pictures: np.ndarray) -> str:
+def pictures_hash(pictures: Pictures) -> str:
     """SHA-256 of (N, 3, H, W) uint8 and its shape."""
     digest = hashlib.sha256(str(pictures.shape).encode())
-    digest.update(np.ascontiguousarray(pictures).data)
+    for piece in pieces(pictures):
+        digest.update(np.ascontiguousarray(piece).data)
     return digest.hexdigest()
 
 
-def reference(extractor: Extractor, pictures: np.ndarray, cache: Path) -> FeatureSet:
+def reference(extractor: Extractor, pictures: Pictures, cache: Path) -> FeatureSet:
     """What `extractor` sees in `pictures`, from `cache` where it has seen them before and its hash says all of it.
 
     Raises ValueError, the file named, where what lies there is damaged.

@@ -12,6 +12,7 @@ import numpy as np
 from eval.data_options import SHAPES, recorded_data
 from eval.metrics.reconstruction import FIRST_SCENE_SEED, PROMPTS
 from sd_mini import shapes
+from sd_mini.data.arrays import Pictures, taken
 from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT
@@ -44,7 +45,7 @@ class Question:
     """
 
     splits: list[PromptSet]
-    reference: np.ndarray
+    reference: Pictures
     is_apart: bool
     name: str
     fingerprint: str
@@ -68,7 +69,9 @@ def shapes_question(prompts: int | None, seed: int, resolution: int, most: int |
     return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
 
 
-def captions_question(data: DataConfig, prompts: int | None, most: int | None = None) -> Question:
+def captions_question(
+    data: DataConfig, prompts: int | None, most: int | None = None, folder: Path | None = None
+) -> Question:
     """Captions of other data, and true pictures to compare with, both from all of its rows, however those are sorted.
 
     PromptSet are the captions of half of the rows, MOST at most, or of `prompts`: one row of each of so many equal
@@ -76,9 +79,10 @@ def captions_question(data: DataConfig, prompts: int | None, most: int | None = 
     reference is the other rows, or `most` of them, chosen alike; where fewer than two are left, it is chosen from all
     rows.
 
-    Raises UserError for what `data` cannot be read as, pictures without captions, and fewer rows than `prompts`.
+    `folder` takes the cache of decoded pictures. Raises UserError for what `data` cannot be read as, pictures without
+    captions, and fewer rows than `prompts`.
     """
-    rows = load(data)
+    rows = load(data, folder=folder)
     captions = [several[0] for several in rows.captions if several]
     if not captions:
         raise UserError(f"--data {data.source}: its pictures have no captions; give --text_column")
@@ -93,7 +97,9 @@ def captions_question(data: DataConfig, prompts: int | None, most: int | None = 
     return Question([asked], _reference(rows, others, most), is_apart, rows.name, rows.fingerprint)
 
 
-def folder_question(data: DataConfig, prompts: list[str], seed: int, most: int | None = None) -> Question:
+def folder_question(
+    data: DataConfig, prompts: list[str], seed: int, most: int | None = None, folder: Path | None = None
+) -> Question:
     """Pictures that lie there, compared with all of `data`, or `most` of it, evenly spread. Where they are asked what
     the shapes' test split asks, the judge knows their scenes."""
     if data.source == SHAPES:
@@ -101,7 +107,7 @@ def folder_question(data: DataConfig, prompts: list[str], seed: int, most: int |
         test = whole.splits[0]
         asked = test if test.captions == prompts else PromptSet(test.split, prompts)
         return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
-    rows = load(data, pictures_only=True)
+    rows = load(data, pictures_only=True, folder=folder)
     reference = _reference(rows, range(len(rows)), most)
     return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
 
@@ -116,13 +122,13 @@ def _spread(count: int, most: int) -> list[int]:
     return [low + int((i * _GOLDEN) % 1 * (high - low)) for i, (low, high) in enumerate(pairwise(edges))]
 
 
-def _reference(data: CaptionedPictures, rows: Sequence[int], most: int | None) -> np.ndarray:
+def _reference(data: CaptionedPictures, rows: Sequence[int], most: int | None) -> Pictures:
     """The pictures of these rows, or of `most` of them, evenly spread."""
     chosen = rows if most is None or most >= len(rows) else [rows[i] for i in _spread(len(rows), most)]
-    return data.pictures if len(chosen) == len(data) else data.pictures[chosen]
+    return data.pictures if len(chosen) == len(data) else taken(data.pictures, chosen)
 
 
-def training_data(run: Path | None) -> CaptionedPictures | None:
+def training_data(run: Path | None, cache: Path | None = None) -> CaptionedPictures | None:
     """What stage 3 of a run was trained on, read by the config that lies in it; none where that is not there.
 
     Raises ValueError where it cannot be read, or is no longer what was trained on.
@@ -131,7 +137,7 @@ def training_data(run: Path | None) -> CaptionedPictures | None:
     if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
         return None
     try:
-        data = load(recorded_data(folder)["data"])
+        data = load(recorded_data(folder)["data"], folder=cache)
     except UserError as error:
         raise UserError(
             f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"

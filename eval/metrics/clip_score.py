@@ -15,6 +15,7 @@ from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.cmmd import cmmd
 from eval.metrics.registry import Metric, Row, Sample, percent_row
 from sd_mini import images
+from sd_mini.data.arrays import Pictures
 from sd_mini.stages.contract import model_hash
 from sd_mini.text_encoder.loading import load_open_clip
 
@@ -45,7 +46,7 @@ class Clip:
         return Path(self.name.partition("=")[0]).name
 
     @torch.inference_mode()
-    def pictures(self, pictures: np.ndarray) -> np.ndarray:
+    def pictures(self, pictures: Pictures) -> np.ndarray:
         """(N, 3, H, W) uint8 => (N, D) float32 of length 1."""
         parts = []
         for start in range(0, len(pictures), _BATCH):
@@ -107,7 +108,7 @@ def r_precision(pictures: np.ndarray, texts: np.ndarray, prompts: Sequence[str],
 
 
 def clip_part(
-    clip: Clip, made: np.ndarray, prompts: Sequence[str], real: np.ndarray, encoders: Sequence[nn.Module]
+    clip: Clip, made: np.ndarray, prompts: Sequence[str], real: Pictures, encoders: Sequence[nn.Module]
 ) -> dict[str, Any]:
     """Everything by one CLIP model, for report.json: each mean with its 95 % interval over prompts, R-precision with
     Wilson's, CMMD against the `real` pictures. `encoders`: what the pictures were conditioned by."""

@@ -17,13 +17,14 @@ from eval.metrics.bootstrap import bootstrap_rows, prompt_interval
 from eval.metrics.fid import distance_to, fewest_for_a_line, frechet_infinity, null_bias
 from eval.metrics.prdc import NEIGHBOURS, each_picture
 from eval.metrics.registry import Metric, Row, Sample
+from sd_mini.data.arrays import Pictures
 
 _DRAWS = 200  # of prompts, for the distance's interval
 _WIDEST = 256  # features; wider ones take too long for an interval
 
 
 def compare(
-    extractor: Extractor, made: np.ndarray, real: np.ndarray, prompts: Sequence[str], cache: Path
+    extractor: Extractor, made: np.ndarray, real: Pictures, prompts: Sequence[str], cache: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Two (N, 3, R, R) uint8 => every distance by this network, and what is to be said about them, a line each.
 

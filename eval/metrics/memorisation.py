@@ -15,6 +15,7 @@ from eval.features.reference import pictures_hash, reference
 from eval.judge.judge import wilson
 from eval.metrics.pairs import check_pair, squared_distances, strips
 from eval.metrics.registry import Metric, Row, Sample, percent_row
+from sd_mini.data.arrays import Pictures, pieces, taken
 
 QUANTILE = 0.05  # of the held-out pictures' distances, below which a picture is closer than is to be expected
 SIDE = 16  # px at which pixels are compared
@@ -28,9 +29,9 @@ class Nearest:
     numbers: np.ndarray
 
 
-def small_pixels(pictures: np.ndarray) -> np.ndarray:
+def small_pixels(pictures: Pictures) -> np.ndarray:
     """(N, 3, H, W) uint8 => (N, 3 * 16 * 16) float32 in [0, 255], each cell the mean of its pixels."""
-    parts = torch.from_numpy(np.ascontiguousarray(pictures)).split(512)
+    parts = (part for piece in pieces(pictures) for part in torch.from_numpy(np.ascontiguousarray(piece)).split(512))
     small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), SIDE).flatten(1) for part in parts]
     return torch.cat(small).numpy()
 
@@ -107,7 +108,8 @@ def _measure(sample: Sample) -> dict[str, Any] | None:
         return None
     if trained_on:
         sample.remarks.append(f"{remark}; only the others stand for held-out ones")
-    part = {"pixels": audit(sample.nearest, nearest(small_pixels(question.reference[held_out]), small))}
+    apart = taken(question.reference, np.flatnonzero(held_out))
+    part = {"pixels": audit(sample.nearest, nearest(small_pixels(apart), small))}
     known = reference(extractor, training.pictures, cache).features
     held_out_features = reference(extractor, question.reference, cache).features[held_out]
     part[extractor.name] = audit(nearest(extractor(pictures), known), nearest(held_out_features, known))

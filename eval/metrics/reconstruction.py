@@ -177,7 +177,8 @@ def _main(argv: Sequence[str]) -> None:
     seed = FIRST_SCENE_SEED + options.seed if options.data == SHAPES else 0
     asked = {"count": count, "resolution": options.resolution, "seed": seed}
     data = load(config.model_copy(update=asked), pictures_only=True)
-    scores, made = measure(autoencoder, data.pictures, options)
+    pictures = np.asarray(data.pictures)
+    scores, made = measure(autoencoder, pictures, options)
     scores["protocol"] = {
         "data": data.name,
         "fingerprint": data.fingerprint,
@@ -188,7 +189,7 @@ def _main(argv: Sequence[str]) -> None:
         "scene_seed": seed,
     }
     print(table(scores), flush=True)  # first, as writing may fail
-    write(options.out, scores, data.pictures, made)
+    write(options.out, scores, pictures, made)
     print(options.out / REPORT)
 
 

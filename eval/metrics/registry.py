@@ -39,6 +39,8 @@ class Tools:
     """feature networks, each with distances of its own"""
     cache: Path
     """folder for the features of reference pictures"""
+    pictures: Path | None = None
+    """folder for the data's decoded pictures, which are in memory without it"""
     batch: int = 64
     clip: Clip | None = None
     probe: TextProbe | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Annotated
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -15,18 +16,18 @@ from pydantic import Field
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
-from sd_mini.data.rows import BadRows, read_rows, why_no_captions
+from sd_mini.data import cache
+from sd_mini.data.arrays import Pictures, pieces, taken
+from sd_mini.data.rows import Rejected, read_rows, sides
 from sd_mini.data.sources import Part, asked_splits, open_source, source_name
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
+from sd_mini.files import combined_hash, file_hash
 from sd_mini.memory import check_room
-from sd_mini.remarks import remark
 
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
-HELD_OUT_MOST = 1_000  # rows of `valid` that a training scores when `count` is not given
 
 _Level = Annotated[int, Field(ge=0, le=255)]
-_KEY_SIDE = 8  # cells a side by which pictures are first compared
 
 
 class DataConfig(Config):
@@ -54,20 +55,51 @@ class DataConfig(Config):
     """A column of lists of further captions of the same picture."""
     background: tuple[_Level, _Level, _Level] = images.WHITE
     """sRGB colour, 0 to 255, put behind transparent pictures."""
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """The share of rows that may be unusable: they are left out, and named in the stage's rejected.jsonl. With more the
+    launch stops; with 0, at the first."""
+    side: Literal["all", "train", "valid"] = "all"
+    """Which rows, by what their pictures show: all, those to train on, or those held out. A row never changes sides,
+    however the data grow."""
+    share: float = Field(default=0.05, gt=0, lt=1)
+    """The share of the rows that is held out, where `side` is not "all"."""
+
+
+class ValidConfig(Config):
+    """Which pictures and captions are held out. What is left out is as in `data`."""
+
+    source: str | None = None
+    """As data.source. Left out, a share of the data's own rows is held out; of shapes, the split test."""
+    split: str | None = None
+    """One of the splits of valid.source."""
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """The share of the data's rows that is held out, where no source is given; 0.05 if left out."""
+    count: int | None = Field(default=None, ge=1)
+    """At most so many rows, evenly spread where a share of the data is held out, else the first; 1000, evenly spread,
+    if left out."""
+    resolution: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0)
+    image_column: str | None = None
+    text_column: str | None = None
+    aliases_column: str | None = None
+    background: tuple[_Level, _Level, _Level] | None = None
+    max_bad: float | None = Field(default=None, ge=0, le=1)
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionedPictures:
-    """N square pictures in memory, each with its captions."""
+    """N square pictures, each with its captions."""
 
-    pictures: np.ndarray = field(repr=False)
-    """(N, 3, R, R) uint8 sRGB."""
+    pictures: Pictures = field(repr=False)
+    """(N, 3, R, R) uint8 sRGB: in memory, or in a cache on disk."""
     captions: list[list[str]] = field(repr=False)
     """Each picture's captions, the main one first, no two alike. All N lists are empty for pictures without text."""
     name: str
     """Where they came from, for reports: "shapes:train"."""
     scenes: list[shapes.Scene] | None = field(default=None, repr=False)
     """The scene graphs behind the pictures, for the shapes world only."""
+    rejected: list[Rejected] = field(default_factory=list, repr=False)
+    """The rows that were left out."""
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -77,115 +109,49 @@ class CaptionedPictures:
         """SHA-256, in hex, of the pictures, their resolution and captions in order; the same wherever they lie."""
         header = json.dumps({"shape": self.pictures.shape, "captions": self.captions})
         digest = hashlib.sha256(header.encode())
-        digest.update(np.ascontiguousarray(self.pictures).data)
+        for piece in pieces(self.pictures):
+            digest.update(np.ascontiguousarray(piece).data)
         return digest.hexdigest()
 
     @cached_property
     def pictures_fingerprint(self) -> str:
         """The fingerprint of the pictures alone, which is that of the same ones read without captions."""
+        if not any(self.captions):
+            return self.fingerprint
         return replace(self, captions=[[] for _ in self.captions]).fingerprint
 
     def pixels(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """(B,) row numbers => (B, 3, R, R) float32 in [-1, 1]."""
         return images.to_pixels(self.pictures[np.asarray(ids, dtype=np.int64)])
 
+    def select(self, rows: Sequence[int] | np.ndarray) -> CaptionedPictures:
+        """These rows alone, in this order; pictures on disk stay there."""
+        return CaptionedPictures(
+            taken(self.pictures, rows),
+            [self.captions[row] for row in rows],
+            self.name,
+            None if self.scenes is None else [self.scenes[row] for row in rows],
+            self.rejected,
+        )
 
-def load(config: DataConfig, part: Part = "data", pictures_only: bool = False) -> CaptionedPictures:
+
+def load(
+    config: DataConfig, part: Part = "data", pictures_only: bool = False, folder: Path | None = None
+) -> CaptionedPictures:
     """Read or draw the pictures that `config` names; `part` is the field that messages call it by.
 
-    Of a folder of pictures with metadata, those that the metadata lists are read; what is left out is remarked.
+    `folder` takes the cache of decoded pictures, which then stay on disk; without it they are in memory. Of a folder of
+    pictures with metadata, those that the metadata lists are read; what is left out is remarked.
     `pictures_only`: nothing is read of captions, nor complained of (those of shapes cost nothing and stay).
 
     Raises UserError, one line, for: an unknown split or column (naming those there are), a missing or unreadable
-    source, an empty one, fewer rows than `count`, more pictures than memory holds, and, all rows together, pictures
-    that cannot be decoded, are missing or listed twice, and captions that are not a text with something in it.
+    source, an empty one, fewer rows than `count`, more pictures than the disk or memory holds, and a larger share than
+    `max_bad` of rows with pictures that cannot be decoded, are missing or listed twice, or captions that are not a text
+    with something in it.
     """
     if config.source == "shapes":
-        return _load_shapes(config, part)
-    return _read(_rows(config, part), config, part, pictures_only)
-
-
-def load_captioned(train: DataConfig, valid: DataConfig) -> tuple[CaptionedPictures, CaptionedPictures]:
-    """`load` for both parts of a training on captions. Raises UserError also where one has no captions."""
-    check_alike(train, valid)
-    parts = _load_both(train, valid, pictures_only=False)
-    for name, part in zip(("data", "valid"), parts, strict=True):
-        if not all(part.captions):
-            raise UserError(
-                f"{name}: {part.name} has no captions, expected a text for each picture; see {name}.text_column"
-            )
-    return parts
-
-
-def load_pictures(train: DataConfig, valid: DataConfig) -> tuple[CaptionedPictures, CaptionedPictures]:
-    """`load` for both parts of a training on pictures alone, whose captions are not read.
-
-    If they have none, that is remarked: the stages that come later will ask for them.
-    """
-    check_alike(train, valid)
-    return _load_both(train, valid, pictures_only=True)
-
-
-def _load_both(
-    train: DataConfig, valid: DataConfig, pictures_only: bool
-) -> tuple[CaptionedPictures, CaptionedPictures]:
-    loaded, bad_rows, lacking = [], [], []
-    for part, config in (("data", train), ("valid", valid)):
-        try:
-            if config.source == "shapes":
-                most = HELD_OUT_MOST if part == "valid" else SHAPES_COUNT
-                drawn = config if config.count is not None else config.model_copy(update={"count": most})
-                loaded.append(load(drawn, part, pictures_only))
-                continue
-            table = _rows(config, part)
-            if part == "valid" and config.count is None:
-                table = _at_most(table, HELD_OUT_MOST, config)
-            if pictures_only and (reason := why_no_captions(table, config, part)) is not None:
-                lacking.append(reason)
-            loaded.append(_read(table, config, part, pictures_only))
-        except BadRows as error:  # those of the other part are to be said with them
-            bad_rows.append(str(error))
-    if bad_rows:
-        raise UserError("; ".join(bad_rows))
-    if lacking:
-        remark(f"{'; '.join(lacking)}; this stage needs none, the text encoder and the noise predictor will refuse it")
-    shared = _shared(*loaded)
-    if shared:
-        remark(
-            f"valid: {shared:,} of {len(loaded[1]):,} pictures of {loaded[1].name} are training pictures, so that what "
-            "is measured on them says little of others; give a part that is not trained on"
-        )
-    return tuple(loaded)
-
-
-def _shared(train: CaptionedPictures, valid: CaptionedPictures) -> int:
-    """How many held-out pictures are training pictures, to the last pixel; 0 where that is less than a tenth."""
-    step = -(-train.pictures.shape[-1] // _KEY_SIDE)
-
-    def cells(pictures: np.ndarray) -> Iterator[bytes]:
-        return (picture[:, ::step, ::step].tobytes() for picture in pictures)
-
-    # whole pictures are compared only where a few of their pixels are alike, and by digests, which take no room
-    alike = set(cells(valid.pictures))
-    known = {_digest(train.pictures[i]) for i, key in enumerate(cells(train.pictures)) if key in alike}
-    shared = sum(_digest(picture) in known for picture in valid.pictures) if known else 0
-    return shared if 10 * shared >= len(valid) else 0
-
-
-def _digest(picture: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(picture).data).digest()
-
-
-def check_alike(train: DataConfig, valid: DataConfig) -> None:
-    """Raises ValueError where the pictures measured on could not stand for those trained on."""
-    if train.resolution != valid.resolution:
-        raise UserError(
-            f"data.resolution is {train.resolution}, valid.resolution {valid.resolution}; give both the same"
-        )
-    if (train.source == "shapes") != (valid.source == "shapes"):
-        raise UserError(
-            f"data.source is {train.source!r}, valid.source {valid.source!r}; give both, from the same data"
-        )
+        return _load_shapes(config, part, folder)
+    return read_table(rows_of(config, part), config, part, pictures_only, folder)
 
 
 def unique_captions(captions: Iterable[Iterable[str]]) -> list[str]:
@@ -193,20 +159,35 @@ def unique_captions(captions: Iterable[Iterable[str]]) -> list[str]:
     return list(dict.fromkeys(caption for several in captions for caption in several))
 
 
-def _load_shapes(config: DataConfig, part: Part) -> CaptionedPictures:
+def _load_shapes(config: DataConfig, part: Part, folder: Path | None) -> CaptionedPictures:
     (split,) = asked_splits(config, part, shapes.SPLITS)
     count = SHAPES_COUNT if config.count is None else config.count
-    check_room(part, count, config.resolution)
+    if folder is None:
+        check_room(part, count, config.resolution)
     scenes = shapes.sample_scenes(count, split, config.seed)
-    return CaptionedPictures(
-        pictures=shapes.draw_batch(scenes, config.resolution),
-        captions=[shapes.captions(scene) for scene in scenes],
-        name=f"shapes:{split}",
-        scenes=scenes,
-    )
+    if folder is None:
+        pictures: Pictures = shapes.draw_batch(scenes, config.resolution)
+    else:
+        key = {"world": _world(), "split": split, "seed": config.seed, "count": count, "resolution": config.resolution}
+        drawn = cache.encode(
+            folder,
+            key,
+            count,
+            lambda rows: {"pictures": shapes.draw_batch(scenes[rows], config.resolution)},
+            f"{part}: pictures of shapes",
+        )
+        pictures = drawn["pictures"]
+    captions = [shapes.captions(scene) for scene in scenes]
+    return CaptionedPictures(pictures, captions, f"shapes:{split}", scenes)
 
 
-def _rows(config: DataConfig, part: Part) -> Table:
+@lru_cache(maxsize=1)
+def _world() -> str:
+    """A hash of the code that draws the scenes."""
+    return combined_hash([file_hash(path) for path in sorted(Path(shapes.__file__).parent.glob("*.py"))])
+
+
+def rows_of(config: DataConfig, part: Part) -> Table:
     """The rows that are asked for, pictures not yet decoded."""
     table = open_source(config, part)
     if not len(table):
@@ -221,17 +202,12 @@ def _rows(config: DataConfig, part: Part) -> Table:
     return table.select(range(config.count))
 
 
-def _at_most(table: Table, most: int, config: DataConfig) -> Table:
-    """`most` rows, evenly from the whole: what is scored again and again while a stage trains."""
-    if len(table) <= most:
-        return table
-    remark(
-        f"valid: {most:,} of the {len(table):,} rows of {source_name(config)}, evenly spread, are scored while "
-        "training; give valid.count for its first rows instead"
-    )
-    return table.select([i * len(table) // most for i in range(most)])
-
-
-def _read(table: Table, config: DataConfig, part: Part, pictures_only: bool) -> CaptionedPictures:
-    pictures, captions = read_rows(table, config, part, pictures_only)
-    return CaptionedPictures(pictures, captions, source_name(config))
+def read_table(
+    table: Table, config: DataConfig, part: Part, pictures_only: bool, folder: Path | None
+) -> CaptionedPictures:
+    read = read_rows(table, config, part, pictures_only, folder)
+    whole = CaptionedPictures(read.pictures, read.captions, source_name(config), rejected=read.rejected)
+    if config.side == "all":
+        return whole
+    own, held_out = sides(read, config.share)
+    return replace(whole.select(own if config.side == "train" else held_out), name=f"{whole.name} ({config.side})")

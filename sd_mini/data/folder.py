@@ -17,6 +17,7 @@ from typing import Any
 
 from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
 from sd_mini.errors import UserError
+from sd_mini.files import combined_hash
 from sd_mini.images import is_picture
 from sd_mini.texts import read_lines
 
@@ -137,6 +138,18 @@ class FolderTable:
     def fault(self, row: int) -> str | None:
         return self.rows[row].fault
 
+    def id(self, row: int) -> str:
+        return Path(os.path.relpath(self.rows[row].path, self.folder)).as_posix()
+
+    def picture(self, row: int, column: str) -> Path:
+        return self.rows[row].path
+
+    def source_state(self) -> str:
+        return combined_hash([[self.id(row), *_state(self.rows[row].path)] for row in range(len(self))])
+
+    def check_unchanged(self) -> None:
+        pass
+
     def text(self, row: int, column: str) -> Any:
         own = self.rows[row]
         if column != TEXT or column in own.fields:
@@ -256,6 +269,14 @@ class PictureFolder:
         total = sum(suffixes.total() for suffixes in counts.values())
         kinds = "; ".join(f"{kind}: {_numbers(suffixes)}" for kind, suffixes in sorted(counts.items()))
         return f"{total:,} {'files' if total > 1 else 'file'} ({kinds})" if total else ""
+
+
+def _state(path: Path) -> list[int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _stem_key(path: Path) -> str:

@@ -43,6 +43,22 @@ class Table(Protocol):
         """Why a row cannot be used, whatever is read of it."""
         ...
 
+    def id(self, row: int) -> str:
+        """A row's name in its source: the same on every machine, whatever is selected."""
+        ...
+
+    def picture(self, row: int, column: str) -> bytes | Path | str | None:
+        """A row's encoded picture or its path, None where there is none; from any thread."""
+        ...
+
+    def source_state(self) -> str:
+        """A hash of what tells one state of the source from another, cheaply: names, sizes and times of its files."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where the source is no longer as it was when it was opened."""
+        ...
+
     def text(self, row: int, column: str) -> Any:
         """A cell of any column but the pictures'. Raises UserError where its file cannot be read."""
         ...
@@ -61,6 +77,7 @@ class DatasetTable:
         self.columns = rows.column_names
         self.text_columns = [name for name, feature in rows.features.items() if _holds_text(feature)]
         self._column = cache(self._read_column)
+        self._encoded = cache(self._encoded_column)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,6 +93,22 @@ class DatasetTable:
 
     def fault(self, row: int) -> str | None:
         return None
+
+    def id(self, row: int) -> str:
+        return str(self._numbers[row])
+
+    def picture(self, row: int, column: str) -> bytes | str | None:
+        return _picture(self._encoded(column)[row][column])
+
+    def _encoded_column(self, column: str) -> datasets.Dataset:
+        with reading(f"column {column!r} of {self.source} as pictures (it holds {self.rows.features[column]})"):
+            return self.rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+
+    def source_state(self) -> str:
+        return self.rows._fingerprint
+
+    def check_unchanged(self) -> None:
+        pass
 
     def text(self, row: int, column: str) -> Any:
         return self._column(column)[row]

@@ -11,8 +11,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from sd_mini import images, memory, shapes
-from sd_mini.data import captioned
-from sd_mini.data.captioned import CaptionedPictures, DataConfig, load, load_captioned, load_pictures, unique_captions
+from sd_mini.data import parts as data_parts
+from sd_mini.data.captioned import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini.data.parts import load_captioned, load_pictures
 from sd_mini.data.stored import READERS
 from sd_mini.errors import UserError
 from sd_mini.memory import available
@@ -444,7 +445,7 @@ def test_a_container_s_limit_counts_as_the_machine_s_memory(tmp_path, monkeypatc
 
 def test_a_large_held_out_part_is_scored_in_an_even_sample(tmp_path, monkeypatch, capsys):
     """A cap of 10 of 25 rows, said, unless a count is given; `load` itself, as evaluations use it, reads all."""
-    monkeypatch.setattr(captioned, "HELD_OUT_MOST", 10)
+    monkeypatch.setattr(data_parts, "HELD_OUT_MOST", 10)
     for part, count in (("train", 4), ("test", 25)):
         (tmp_path / part).mkdir()
         for number in range(count):
@@ -459,7 +460,7 @@ def test_a_large_held_out_part_is_scored_in_an_even_sample(tmp_path, monkeypatch
 
 
 def test_rows_of_a_sample_keep_their_numbers_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(captioned, "HELD_OUT_MOST", 2)
+    monkeypatch.setattr(data_parts, "HELD_OUT_MOST", 2)
     table(tmp_path, ["red", "green", "", "dark"]).to_parquet(tmp_path / "a.parquet")
     folder_of_pictures(tmp_path / "b", [{"file_name": f"{i}.png", "text": text} for i, text in enumerate("ab d")])
     for name in ("a.parquet", "b"):

@@ -227,7 +227,9 @@ def test_everything_that_is_wrong_with_a_folder_is_said_at_once(tmp_path):
         assert f"({name}): " in said and reason in said
     rows += [{"file_name": f"lost{i}.png", "text": "lost"} for i in range(3)]
     metadata(tmp_path, rows)
-    assert "8 of 13 rows" in refused(config(tmp_path), "(lost.png)", "and 3 more")
+    assert "8 of 13 rows" in refused(config(tmp_path, max_bad=0), "(lost.png)", "and 3 more")
+    by_reason = refused(config(tmp_path), "8 of 13 rows", "data.max_bad allows 1.00%", "4 x cannot decode")
+    assert "no such file" in by_reason and "(row 9, lost.png)" in by_reason
 
 
 def test_a_picture_without_a_text_file_among_others_is_named(tmp_path):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from training.distributed.processes import is_distributed
+from sd_mini.processes import is_distributed
 from training.engine.learner import Others, fixed
 from training.optim.optimizer import OptimizerConfig
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from sd_mini import images, stages
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.config import Config
-from sd_mini.data.captioned import DataConfig, check_alike, load_pictures
+from sd_mini.data.captioned import DataConfig, ValidConfig
+from sd_mini.data.parts import check_alike, load_pictures, resolved
 from sd_mini.errors import UserError
 from sd_mini.remarks import remark
 from sd_mini.stages.start import load_autoencoder
@@ -63,7 +64,7 @@ class ModelConfig(Config):
 class AutoencoderConfig(Config):
     data: DataConfig = DataConfig()
     """pictures to train on"""
-    valid: DataConfig = DataConfig(split="test", count=256)
+    valid: ValidConfig = ValidConfig(count=256)
     """pictures to measure on"""
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -101,9 +102,9 @@ class AutoencoderConfig(Config):
 class AutoencoderTask:
     evaluate_every = None  # its held-out scores are what an evaluation would measure
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: AutoencoderConfig, cache: Path | None = None):
         self.config, loss = config, config.loss
-        check_alike(config.data, config.valid)
+        check_alike(*resolved(config.data, config.valid))
         torch.manual_seed(config.train.seed)
         autoencoder, self.started_from = _built(config.model)
         self.latent_shape = autoencoder.latent_shape(config.data.resolution, config.data.resolution)
@@ -122,7 +123,8 @@ class AutoencoderTask:
             discriminator = Discriminator(config.adversary.width, config.adversary.layers)
             discriminator.to(memory_format=torch.channels_last)
         _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
-        self.train, self.valid = load_pictures(config.data, config.valid)
+        self.train, self.valid = load_pictures(config.data, config.valid, cache and cache / "pictures")
+        self.rejected = [*self.train.rejected, *self.valid.rejected]
         if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
             remark(coarse)
         self.count, self.valid_count = len(self.train), len(self.valid)
@@ -293,4 +295,6 @@ def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
     return autoencoder.decode_raw(raw).float().cpu()
 
 
-main = launch.Program(AutoencoderConfig, "autoencoder", lambda launched: AutoencoderTask(launched.config))
+main = launch.Program(
+    AutoencoderConfig, "autoencoder", lambda launched: AutoencoderTask(launched.config, launched.run / "cache")
+)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from sd_mini import shapes
+from sd_mini.data import cache
 from sd_mini.errors import UserError
 from sd_mini.stages.contract import KINDS, load_stage
 from sd_mini.text_encoder.adapter import TextStage
@@ -22,7 +23,7 @@ from sd_mini.timing import Case, Spread
 from training.benchmarks.loops import logged_updates, open_loop
 from training.distributed.processes import join_processes, tune_cpu
 from training.engine.launch import parse
-from training.storage import cache, checkpoint
+from training.storage import checkpoint
 from training.text_encoder.data import CHUNK
 
 

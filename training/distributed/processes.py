@@ -7,14 +7,11 @@ import os
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -27,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sd_mini.errors import UserError
 from sd_mini.memory import keep_freed_memory
+from sd_mini.processes import is_distributed, patient_group, process_device
 
 
 def join_processes() -> PartialState:
@@ -35,32 +33,6 @@ def join_processes() -> PartialState:
     if is_distributed():
         patient_group()
     return state
-
-
-def process_device() -> torch.device:
-    """The device of this process, by Accelerate."""
-    device = PartialState().device
-    assert device is not None  # set by the state's first instance
-    return device
-
-
-def patient_group() -> dist.ProcessGroup:
-    """A gloo group of all processes with no practical timeout, for waits while one process works alone."""
-    return _patient_group(dist.group.WORLD)
-
-
-@lru_cache(maxsize=1)
-def _patient_group(of: dist.ProcessGroup) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-    assert isinstance(group, dist.ProcessGroup)  # every process is a member
-    return group
-
-
-def wait_for_everyone() -> None:
-    """A barrier without a practical timeout: the main process may evaluate or encode for hours, and NCCL's collectives
-    give up after ten minutes, gloo's after thirty."""
-    if is_distributed():
-        dist.barrier(group=patient_group())
 
 
 def make_accelerator(mixed_precision: str | None, folder: Path, log_with: list[str]) -> Accelerator:
@@ -146,11 +118,6 @@ def follow_launcher() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def is_distributed() -> bool:
-    """Whether the batch is distributed over several processes."""
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
 def rows_of_process(count: int, processes: int, rank: int) -> slice:
     """The rows of `count` that process `rank` works on: contiguous, disjoint, and together all of them."""
     return slice(count * rank // processes, count * (rank + 1) // processes)
@@ -199,25 +166,3 @@ def _users_environment() -> dict[str, str]:
     except OSError:  # no /proc, or another user's process
         pass
     return dict(os.environ)
-
-
-@contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Generator[None]:
-    """Lock `folder` for this process, as two trainings in one folder would overwrite each other's files.
-
-    If another process holds the lock, wait for it with `wait`, else raise UserError. The kernel releases the lock when
-    the process ends.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is training here; wait for it, stop it, or give another --run"
-            ) from None
-        yield

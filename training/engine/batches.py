@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,55 +164,3 @@ def _leave_stopping_to_the_loop(worker: int) -> None:
     # a scheduler signals all processes of a job at once; a worker ends when its parent does
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class Rounding(NamedTuple):
-    """What the float format on disk cost an array: the largest absolute error, and both root mean squares."""
-
-    largest: float
-    rms_error: float
-    rms: float
-
-    @property
-    def relative(self) -> float:
-        return self.rms_error / self.rms if self.rms else 0.0
-
-    def __str__(self) -> str:
-        return f"at most {self.largest:.2g}, rms {self.relative:.2g} of the values' rms"
-
-
-class Stored(NamedTuple):
-    """One array of one shard, memory-mapped, and what its float format cost."""
-
-    array: np.ndarray
-    rounding: Rounding | None
-
-
-class Rows:
-    """One cached array, memory-mapped from its shards. `rounding`: measured while encoding; None for whole numbers."""
-
-    def __init__(self, parts: list[Stored]):
-        self.shards, self.rounding = [part.array for part in parts], None
-        self.edges = np.cumsum([0, *map(len, self.shards)])
-        if parts[0].rounding is not None:
-            errors, weights = np.array([part.rounding for part in parts]), np.diff(self.edges) / len(self)
-            self.rounding = Rounding(float(errors[:, 0].max()), *np.sqrt(weights @ errors[:, 1:] ** 2).tolist())
-
-    def __len__(self) -> int:
-        return int(self.edges[-1])
-
-    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
-        """(B,) row numbers => (B, ...), copied out. Raises IndexError where one is not in 0..len - 1."""
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise IndexError(f"expected a list of row numbers, got {ids.dtype} of shape {ids.shape}")
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
-            raise IndexError(f"row numbers {ids.min()}..{ids.max()}, expected them in 0..{len(self) - 1}")
-        order = np.argsort(ids)  # shard by shard, in the order on disk
-        ordered = ids[order].astype(np.int64)
-        cuts = np.searchsorted(ordered, self.edges)
-        out = np.empty((len(ids), *self.shards[0].shape[1:]), self.shards[0].dtype)
-        for number in np.flatnonzero(np.diff(cuts)):
-            here = slice(cuts[number], cuts[number + 1])
-            out[order[here]] = self.shards[number][ordered[here] - self.edges[number]]
-        return out

@@ -18,7 +18,7 @@ from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
-from training.distributed.processes import process_device
+from sd_mini.processes import process_device
 
 Scores = dict[str, float]
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
@@ -46,8 +46,8 @@ class Evaluator:
     """Scores of a pipeline, bit for bit those of `python -m eval` of the same pipeline saved to a folder.
 
     With `config.every`, the main process opens the data and the networks here, so that what is wrong with them is
-    reported before the first update: raises UserError of one line. `cache`: folder for the features of reference
-    pictures.
+    reported before the first update: raises UserError of one line. `cache`: the run's folder
+    of caches.
     """
 
     def __init__(self, config: EvaluateConfig, data: DataConfig, cache: Path):
@@ -77,7 +77,8 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
     device = process_device().type
     networks = open_all(config.features, device)
     clip = Clip(config.clip, device) if config.clip is not None else None
-    tools, question = Tools(networks, cache, config.batch, clip), open_prompts(config.prompts, data)
+    tools = Tools(networks, cache / "features", batch=config.batch, clip=clip)
+    question = open_prompts(config.prompts, data)
     (asked,) = question.splits
 
     def evaluate(pipeline: Pipeline) -> Scores:

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from training.distributed.processes import joined_rows, rows_of_process, wait_for_everyone
+from sd_mini.processes import wait_for_everyone
+from training.distributed.processes import joined_rows, rows_of_process
 from training.engine.learner import Learner
 from training.engine.metrics import EVALUATION, FiniteCheck, Watch, is_due
 from training.engine.task import EvaluatedTask, Task, TrainConfig, export_record, mean_scores

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,10 +17,12 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from sd_mini.config import Config, read, read_yaml
+from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, atomic_text
+from sd_mini.processes import only_writer, wait_for_everyone
 from sd_mini.stages.contract import KINDS, read_contract
-from training.distributed.processes import follow_launcher, join_processes, only_writer, wait_for_everyone
+from training.distributed.processes import follow_launcher, join_processes
 from training.engine.evaluation import EvaluateConfig
 from training.engine.loop import Loop
 from training.engine.metrics import check_trackers
@@ -28,7 +31,11 @@ from training.engine.task import Origin, Task
 from training.storage import checkpoint
 
 C = TypeVar("C", bound=Config)
+REJECTED = "rejected.jsonl"  # in a stage's folder
 DATA = "data.yaml"  # in a run: the data options of its first stage
+
+# options of the data that change pixels, or how many are scored; what else they change, the data's hash tells
+_OF_PIXELS = {"resolution", "count", "seed", "background"}
 
 # What may change when a training is resumed: intervals of logging and saving; how the same sums are computed; paths of
 # the data and the other stages, whose hashes a checkpoint holds.
@@ -37,8 +44,8 @@ _FREE = {
     *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
     *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
     *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
-    *(f"{part}.{name}" for part in ("data", "valid") for name in ("source", "split", "image_column", "text_column")),
-    *("data.aliases_column", "valid.aliases_column", "resident", "text_encoder", "autoencoder"),
+    *(f"{part}.{name}" for part in ("data", "valid") for name in DataConfig.model_fields.keys() - _OF_PIXELS),
+    *("resident", "text_encoder", "autoencoder"),
 }
 
 # errors of the disk or its permissions
@@ -94,6 +101,7 @@ class Program(Generic[C]):
                 if processes.is_main_process:
                     _save_data_options(launched)
                     atomic_text(launched.folder / "config.yaml", launched.config.to_yaml())
+                    _save_rejected(launched.folder / REJECTED, task)
                 wait_for_everyone()
                 loop.run()
         except OSError as error:
@@ -160,6 +168,12 @@ def _save_data_options(launched: Launch[C]) -> None:
     if launched.data_options and is_first:
         pairs = (option.removeprefix("--").split("=", 1) for option in launched.data_options)
         atomic_text(launched.run / DATA, yaml.safe_dump(dict(pairs), sort_keys=False))
+
+
+def _save_rejected(path: Path, task: Task) -> None:
+    """The rows that this stage leaves out, one a line: part, source, id, reason."""
+    if task.rejected or path.exists():
+        atomic_text(path, "".join(f"{json.dumps(asdict(one), ensure_ascii=False)}\n" for one in task.rejected))
 
 
 def _check_resume(config: Config, folder: Path, stage: str, path: Path) -> Path | None:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sd_mini.errors import UserError
-from training.distributed.processes import make_accelerator, patient_group, rounded_products, wait_for_everyone
+from sd_mini.processes import patient_group, wait_for_everyone
+from training.distributed.processes import make_accelerator, rounded_products
 from training.engine.batches import Pass, StepInputs, Steps, generator, iterate, row_slices, seed_network_draws
 from training.engine.inspection import Inspection
 from training.engine.learner import Learner, Speed

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from sd_mini.data.rows import Rejected
 from sd_mini.errors import UserError
 from training.engine.batches import Batch, Pass
 from training.engine.learner import Player
@@ -91,6 +92,8 @@ class Task(Protocol):
     """held-out samples"""
     identity: dict[str, str]
     """hashes of the data and the other stages; a checkpoint with others is refused"""
+    rejected: list[Rejected]
+    """rows of the data that are left out"""
     evaluate_every: int | None
     """steps between two calls of `EvaluatedTask.evaluate`; none: never"""
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sd_mini.config import Config
-from sd_mini.data.captioned import DataConfig
+from sd_mini.data.captioned import DataConfig, ValidConfig
 from sd_mini.errors import UserError
 from sd_mini.sampling import samplers
 from sd_mini.sampling.loop import Guidance
@@ -36,7 +36,7 @@ class SamplingConfig(Config):
 class PredictorConfig(Config):
     data: DataConfig = DataConfig()
     """captioned pictures to train on"""
-    valid: DataConfig = DataConfig(split="test", count=256)
+    valid: ValidConfig = ValidConfig(count=256)
     """captioned pictures for the held-out loss and the previews"""
     captions_per_picture: int = Field(2, ge=1)
     """captions a picture at most that are encoded and drawn from"""

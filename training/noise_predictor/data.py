@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from sd_mini import files, stages
+from sd_mini.data import cache
+from sd_mini.data.arrays import Rows
 from sd_mini.data.captioned import CaptionedPictures, unique_captions
 from sd_mini.errors import UserError
+from sd_mini.processes import process_device
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
-from training.distributed.processes import process_device
-from training.storage import cache
 from training.text_encoder.data import CHUNK, report_cuts
 
 STD = (0.97, 1.03)  # of latents that are standardised by their own statistics
@@ -26,9 +27,9 @@ class EncodedRows(NamedTuple):
 
     captions: np.ndarray
     counts: np.ndarray
-    latents: cache.Rows
-    tokens: cache.Rows
-    mask: cache.Rows
+    latents: Rows
+    tokens: Rows
+    mask: Rows
 
 
 def encode(
@@ -82,7 +83,7 @@ def _some(captions: list[str], at_most: int, number: int) -> list[str]:
     return (captions[start:] + captions[:start])[:at_most]
 
 
-def check_scale(latents: cache.Rows, pictures: CaptionedPictures, contract: dict[str, Any]) -> None:
+def check_scale(latents: Rows, pictures: CaptionedPictures, contract: dict[str, Any]) -> None:
     """Check the std of each channel over up to 4,096 latents: noise of unit variance needs it to be 1.
 
     Outside STD a warning, if the autoencoder's statistics were measured on other pictures or are another

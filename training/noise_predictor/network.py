@@ -19,7 +19,7 @@ from sd_mini.errors import UserError
 from sd_mini.lora import LoraConfig
 from sd_mini.noise_predictor.loading import check_process, load_network
 from sd_mini.noise_predictor.presets import preset
-from training.distributed.processes import process_device
+from sd_mini.processes import process_device
 from training.engine.flops import count_flops
 from training.engine.task import TrainConfig
 from training.noise_predictor.losses import PredictorObjective

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpolate
 
 from sd_mini.config import Config
+from sd_mini.data import cache
+from sd_mini.data.arrays import Rows
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.errors import UserError
 from sd_mini.stages.contract import Stage, model_hash
 from sd_mini.vision.towers import VisionTower, load_tower, matcher_tower
-from training.storage import cache
 
 OWN = "text_encoder"  # the picture tower trained with stage 1
 
@@ -52,9 +53,7 @@ def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
     return matcher_tower(text.parts["matcher"])
 
 
-def features(
-    pictures: CaptionedPictures, tower: VisionTower, grid: tuple[int, int], folder: Path, dtype: str
-) -> cache.Rows:
+def features(pictures: CaptionedPictures, tower: VisionTower, grid: tuple[int, int], folder: Path, dtype: str) -> Rows:
     """The teacher's features of every picture, (n, K, rows, columns) at the noise predictor's own grid, cached."""
     device = PartialState().device
     tower.module.to(device)

@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sd_mini import diffusion, images, lora, stages
-from sd_mini.data.captioned import CaptionedPictures, load_captioned
+from sd_mini.data import cache
+from sd_mini.data.captioned import CaptionedPictures
+from sd_mini.data.parts import load_captioned, resolved
 from sd_mini.pipelines.text_to_image import Pipeline
+from sd_mini.processes import process_device
 from sd_mini.stages.contract import Stage
-from training.distributed.processes import process_device
 from training.engine import launch
 from training.engine.batches import Batch, generator
 from training.engine.evaluation import Evaluator
@@ -28,7 +30,6 @@ from training.noise_predictor.data import encode, text_stage
 from training.noise_predictor.losses import PredictorObjective, answer_and_target
 from training.noise_predictor.network import description, exported, make_network, token_grid
 from training.noise_predictor.representation import Alignment, features, load_teacher, weights_at
-from training.storage import cache
 
 VALID_TIMESTEPS = [(level + 0.5) / 10 for level in range(10)]  # where the held-out loss is measured
 
@@ -84,7 +85,8 @@ class PredictorTask:
         network = make_network(config.network, self.latent_shape, dim, config.objective.process)
         repa = config.objective.repa
         teacher = load_teacher(repa, self.text) if repa.weight else None
-        pictures, valid = load_captioned(config.data, config.valid)
+        pictures, valid = load_captioned(config.data, config.valid, run / "cache" / "pictures")
+        self.rejected = [*pictures.rejected, *valid.rejected]
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
         how = (self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
@@ -110,7 +112,7 @@ class PredictorTask:
             null = text_stage(self.text, "cpu").null(1)
         self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
         self.evaluate_every = config.evaluate.every
-        self.evaluator = Evaluator(config.evaluate, config.valid, run / "cache" / "features")
+        self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1], run / "cache")
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """A batch's latents and noise (b, C, h, w), timesteps (b,), prompt_embeds (b, L, D), prompt_mask (b, L)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sd_mini.files import atomic_folder
-from training.distributed.processes import wait_for_everyone
+from sd_mini.processes import wait_for_everyone
 from training.engine.learner import gathered
 from training.optim.ema import WIDTHS, posthoc_coefficients
 from training.storage import checkpoint

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sd_mini.config import Config
-from sd_mini.data.captioned import DataConfig
+from sd_mini.data.captioned import DataConfig, ValidConfig
 from sd_mini.errors import UserError
 from training.engine.augment import AugmentConfig
 from training.engine.task import TrainConfig
@@ -85,7 +85,7 @@ class TowerConfig(Config):
 class TextConfig(Config):
     data: DataConfig = DataConfig()
     """captioned pictures to train on"""
-    valid: DataConfig = DataConfig(split="test", count=500)
+    valid: ValidConfig = ValidConfig(count=500)
     """captioned pictures to measure retrieval and binding on"""
     augment: AugmentConfig = AugmentConfig()
     encoder: EncoderConfig = EncoderConfig()

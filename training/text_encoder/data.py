@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd_mini import images
+from sd_mini.data import cache
+from sd_mini.data.arrays import Rows
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash
@@ -23,7 +25,6 @@ from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.encoder import Encoder, Hidden, Tokens, buckets
 from sd_mini.text_encoder.loading import load_open_clip
 from sd_mini.texts import shown
-from training.storage import cache
 
 CHUNK = 1024  # texts encoded at a time, similar lengths together
 
@@ -75,12 +76,12 @@ class Texts:
         self.rows = [encoder.token_rows(texts)[0] for encoder in self.stage.encoders]
         # word vectors of frozen encoders: the encoder itself may move to a device that no worker has
         self.words = [Words(encoder, rows) for encoder, rows in zip(self.stage.encoders, self.rows, strict=True)]
-        self.caches: dict[int, dict[str, cache.Rows]] = {}
+        self.caches: dict[int, dict[str, Rows]] = {}
         for i, encoder in enumerate(self.stage.encoders):
             if i not in self.trained:
                 self.caches[i] = self._encode(encoder, self.rows[i], folder, dtype)
 
-    def _encode(self, encoder: Encoder, rows: list[list[int]], folder: Path, dtype: str) -> dict[str, cache.Rows]:
+    def _encode(self, encoder: Encoder, rows: list[list[int]], folder: Path, dtype: str) -> dict[str, Rows]:
         device = PartialState().device
         encoder.model.to(device)
 

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import normalize, pad
 
 from sd_mini.config import Config
+from sd_mini.processes import is_distributed
 from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.encoder import Encoder, Hidden, Tokens
 from sd_mini.text_encoder.matcher import Matcher, late_scores
-from training.distributed.processes import is_distributed
 from training.engine.side_by_side import parts_of, side_by_side
 
 # Adam's step does not depend on a loss's weight; one so small leaves the gradient's norm to the other terms

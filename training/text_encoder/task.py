@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_mini import images, lora, stages
-from sd_mini.data.captioned import load_captioned, unique_captions
+from sd_mini.data.captioned import unique_captions
+from sd_mini.data.parts import load_captioned
 from sd_mini.errors import UserError
 from sd_mini.text_encoder.adapter import TextAdapter, TextStage
 from sd_mini.text_encoder.encoder import Encoder
@@ -49,7 +50,8 @@ class TextTask:
 
     def __init__(self, config: TextConfig, cache: Path):
         self.config = config
-        self.train, self.valid = load_captioned(config.data, config.valid)
+        self.train, self.valid = load_captioned(config.data, config.valid, cache / "pictures")
+        self.rejected = [*self.train.rejected, *self.valid.rejected]
         self.identity = {"data": self.train.fingerprint}
         self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sd_mini import stages
+from sd_mini.processes import wait_for_everyone
 from tests.support.faults import Fsdp2, KillAt, RaiseAt, StopAt
 from tests.support.launching import (
     ROOT,
@@ -29,7 +30,7 @@ from tests.support.launching import (
     weights,
 )
 from tests.training.engine.test_players import Game, gradients, made_loop
-from training.distributed.processes import join_processes, wait_for_everyone
+from training.distributed.processes import join_processes
 from training.engine.loop import Stop
 from training.storage import checkpoint
 

@@ -149,7 +149,7 @@ def test_a_training_with_a_teacher(smoke_run, dino, tmp_path):
     config = read(PredictorConfig, str(SMOKE / "noise_predictor.yaml"), more)
     task = PredictorTask(config, run)
     assert task.features[np.arange(64)].shape == (64, 16, 4, 4)
-    from sd_mini.data.captioned import load_captioned
+    from sd_mini.data.parts import load_captioned
 
     pictures, _ = load_captioned(config.data, config.valid)
     expected = load_tower(f"transformers:{dino}").grid(pictures.pixels([5, 9]))

@@ -7,7 +7,7 @@ BESIDE = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from training.storage import cache
+from sd_mini.data import cache
 cache.MIN_SHARD_ROWS, folder, own, other = 4, *map(Path, sys.argv[1:])
 def encode_rows(rows):
     own.touch()

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from sd_mini.config import check_choice
+from sd_mini.data.arrays import Rounding, Rows, Stored
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, combined_hash, file_hash
-from training.distributed.processes import only_writer, wait_for_everyone
-from training.engine.batches import Rounding, Rows, Stored
+from sd_mini.processes import only_writer, rank_and_ranks, wait_for_everyone
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch reads from all of them, at some microseconds each
@@ -63,12 +62,12 @@ def encode(
     check_choice("cache_dtype", dtype, ("float16", "float32"))
     assert count > 0
     key = {**key, "dtype": dtype, "version": VERSION}
-    home, processes = folder / combined_hash(key)[:24], PartialState()
-    is_main = processes.is_main_process
+    home, (rank, ranks) = folder / combined_hash(key)[:24], rank_and_ranks()
+    is_main = rank == 0
     step = max(MIN_SHARD_ROWS, ceil(count / MAX_SHARDS))
     shards = {home / f"{i:05d}": range(a, min(a + step, count)) for i, a in enumerate(range(0, count, step))}
     missing = _missing(shards, title)
-    local = dict(list(missing.items())[processes.process_index :: processes.num_processes])
+    local = dict(list(missing.items())[rank::ranks])
     done: set[Path] = set()  # written by another training meanwhile
     undone = ((path, rows) for path, rows in local.items() if path not in done)
     work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in undone for a in r[::chunk])
@@ -108,14 +107,14 @@ def _alone(home: Path, key: Mapping[str, object]) -> Generator[None]:
 
 
 def message(line: str) -> None:
-    if PartialState().is_main_process:
+    if rank_and_ranks()[0] == 0:
         tqdm.write(line, file=sys.stderr)
 
 
 def _missing(shards: Shards, title: str) -> Shards:
     """The shards that are missing or damaged; damaged ones are named on stderr."""
     there = [path for path in shards if path.exists()]
-    bar = {"desc": f"checking {title}", "unit": "shard", "delay": 2, "disable": not PartialState().is_main_process}
+    bar = {"desc": f"checking {title}", "unit": "shard", "delay": 2, "disable": rank_and_ranks()[0] != 0}
     with ThreadPoolExecutor() as pool:  # hashing frees the GIL
         checks = tqdm(pool.map(lambda path: _complaint(path, shards[path]), there), total=len(there), **bar)
         complaints = dict(zip(there, checks, strict=True))

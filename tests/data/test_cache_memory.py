@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.storage import cache
+from sd_mini.data import cache
 
 
 def anonymous_mb() -> float:

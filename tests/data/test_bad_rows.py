@@ -1,0 +1,122 @@
+"""Rows that cannot be used: left out by name up to a share, refused above it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_mini.data.captioned import DataConfig, load
+from sd_mini.data.parts import load_captioned, load_pictures
+from sd_mini.errors import UserError
+from tests.support.launching import launch
+
+COUNT = 120
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """120 pictures, each of its own grey, and their captions; 17.png is no picture, 40.png has no caption."""
+    lines = []
+    for i in range(COUNT):
+        Image.new("RGB", (16, 12), (i, i, i)).save(tmp_path / f"{i:03}.png")
+        lines.append({"file_name": f"{i:03}.png", "text": f"grey {i}" if i != 40 else " "})
+    (tmp_path / "017.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def config(folder, **fields) -> DataConfig:
+    return DataConfig(source=str(folder), resolution=8, **fields)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_bad_rows_are_left_out_by_name_and_the_others_keep_their_captions(folder, tmp_path_factory, capsys, is_cached):
+    cache = tmp_path_factory.mktemp("cache") if is_cached else None
+    for _ in range(2):  # the second time from the cache
+        read = load(config(folder, max_bad=0.02), folder=cache)
+        assert len(read) == COUNT - 2 and [one.id for one in read.rejected] == ["017.png", "040.png"]
+        assert "cannot decode" in read.rejected[0].reason and "is empty" in read.rejected[1].reason
+        greys = [int(picture[0, 0, 0]) for picture in read.pictures]
+        assert greys == [i for i in range(COUNT) if i not in (17, 40)]
+        assert read.captions == [[f"grey {grey}"] for grey in greys]
+        remarked = " ".join(capsys.readouterr().err.split())
+        assert "data: left out 2 of 120 rows" in remarked and "(row 17, 017.png)" in remarked
+
+
+def test_pictures_alone_have_one_bad_row_and_share_the_cache(folder, tmp_path_factory, capsys):
+    cache = tmp_path_factory.mktemp("cache")
+    alone = load(config(folder, max_bad=0.02), pictures_only=True, folder=cache)
+    assert [one.id for one in alone.rejected] == ["017.png"] and len(list(cache.iterdir())) == 1
+    both = load(config(folder, max_bad=0.02), folder=cache)
+    assert len(list(cache.iterdir())) == 1  # what is wrong with captions changes no picture
+    assert alone.pictures_fingerprint != both.pictures_fingerprint  # they hold different rows
+
+
+def test_above_the_allowed_share_the_most_common_reasons_are_named(folder):
+    for i in range(8):
+        (folder / f"{i:03}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"10 of 120 rows .*max_bad allows 1.00%.*9 x cannot decode .*row 0, 000.png"):
+        load(config(folder))
+    with pytest.raises(UserError, match=r"row 0 \(000.png\).*and 5 more"):
+        load(config(folder, max_bad=0))
+    assert len(load(config(folder, max_bad=0.1))) == COUNT - 10
+
+
+def test_no_share_allows_a_source_without_a_single_good_row(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="3 of 3 rows"):
+        load(config(tmp_path, max_bad=1))
+
+
+def test_fingerprints_are_the_same_in_memory_and_on_disk(folder, tmp_path_factory):
+    options = config(folder, max_bad=0.5)
+    on_disk = load(options, folder=tmp_path_factory.mktemp("cache"))
+    in_memory = load(options)
+    assert on_disk.fingerprint == in_memory.fingerprint
+    assert on_disk.pictures_fingerprint == in_memory.pictures_fingerprint
+    ids = np.array([5, 0, 5, 99])
+    assert np.array_equal(on_disk.pixels(ids), in_memory.pixels(ids))
+    assert np.array_equal(np.asarray(on_disk.pictures), in_memory.pictures)
+
+
+def test_an_edited_picture_is_decoded_again(folder, tmp_path_factory):
+    cache, options = tmp_path_factory.mktemp("cache"), config(folder, max_bad=0.5)
+    before = load(options, folder=cache)
+    Image.new("RGB", (16, 12), (0, 255, 0)).save(folder / "000.png")
+    after = load(options, folder=cache)
+    assert before.pictures[0][1, 0, 0] == 0 and after.pictures[0][1, 0, 0] == 255
+
+
+def test_both_parts_of_a_training_are_reported_together(folder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    train, valid = load_captioned(config(folder, max_bad=0.5), config(folder, max_bad=0.5, count=60), cache)
+    assert [(one.part, one.id) for one in [*train.rejected, *valid.rejected]] == [
+        ("data", "017.png"),
+        ("data", "040.png"),
+        ("valid", "017.png"),
+        ("valid", "040.png"),
+    ]
+    with pytest.raises(UserError, match=r"data: 2 of 120 rows.*; valid: 2 of 60 rows"):
+        load_captioned(config(folder, max_bad=0), config(folder, max_bad=0, count=60), cache)
+    assert len(load_pictures(config(folder), config(folder), cache)[0]) == COUNT - 1  # 0.83 %
+
+
+def test_a_stage_names_the_rows_it_leaves_out_in_its_folder(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    options = [
+        "--data.source",
+        str(folder),
+        "--valid.source",
+        str(folder),
+        "--valid.split",
+        "train",
+        "--valid.count",
+        "16",
+    ]
+    assert launch("autoencoder", run, *options, "--train.steps", "1", "--data.max_bad", "0.02") == 0
+    lines = (run / "autoencoder" / "rejected.jsonl").read_text().splitlines()
+    (first,) = map(json.loads, lines)
+    assert (first["part"], first["source"], first["id"]) == ("data", str(folder), "017.png")
+    assert "cannot decode" in first["reason"]
