@@ -1,9 +1,9 @@
-"""Models kept elsewhere by Accelerate or by diffusers' group offloading, and brought in when they are called."""
+"""Models that are on the device only while they compute: by Accelerate, by diffusers' group offloading, or by us."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,21 @@ def device_of(model: nn.Module) -> torch.device:
         if group is not None:
             return torch.device(group.config.onload_device)
     return next(model.parameters()).device
+
+
+@contextmanager
+def on_device(models: Iterable[nn.Module], device: torch.device) -> Generator[None]:
+    """In which models compute on `device`; afterwards they are on the CPU, and the device has its memory back."""
+    models = list(models)
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        if device.type != "cpu":
+            for model in models:
+                model.to("cpu")
+            torch.cuda.empty_cache()
 
 
 @contextmanager

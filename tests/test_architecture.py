@@ -12,8 +12,21 @@ ROOT = Path(__file__).parent.parent
 ROOTS = {"sd_mini": {"sd_mini"}, "training": {"training", "sd_mini"}, "eval": {"eval", "sd_mini"}}
 # inside sd_mini a room may import only rooms of a lower floor, or itself; single files stand on the ground floor
 FLOORS = [
-    {"errors", "openmp", "remarks", "memory", "offload", "texts", "files", "config", "images", "weights", "lora"}
-    | {"timing"},
+    {
+        "errors",
+        "openmp",
+        "remarks",
+        "processes",
+        "memory",
+        "offload",
+        "texts",
+        "files",
+        "config",
+        "images",
+        "weights",
+        "lora",
+    }
+    | {"weights", "lora", "timing"},
     {"shapes", "data", "cpu"},
     {"diffusion", "autoencoder", "text_encoder"},
     {"noise_predictor", "vision"},

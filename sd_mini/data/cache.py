@@ -14,7 +14,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, groupby
@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from torch import nn
 from tqdm.auto import tqdm
 
 from sd_mini.config import check_choice
 from sd_mini.data.arrays import Rounding, Rows, Stored
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, combined_hash, file_hash
-from sd_mini.processes import only_writer, rank_and_ranks, wait_for_everyone
+from sd_mini.offload import on_device
+from sd_mini.processes import only_writer, process_device, rank_and_ranks, wait_for_everyone
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch reads from all of them, at some microseconds each
@@ -50,12 +52,14 @@ def encode(
     title: str,
     dtype: str = "float16",
     chunk: int = 256,
+    models: Sequence[nn.Module] = (),
 ) -> dict[str, Rows]:
     """Rows 0..count of each array of `encode_rows(slice)`, from `folder/HASH_OF_KEY`; missing ones are encoded.
 
     `encode_rows` returns float32 arrays, stored as `dtype` ("float16" or "float32"), or bools or whole numbers, stored
     as they are. `chunk` rows are encoded and written at a time; at most two chunks are in memory. `key`: all that the
-    rows depend on; `dtype` and VERSION are added.
+    rows depend on; `dtype` and VERSION are added. `models`: what encodes; on the device only while rows are encoded,
+    and not at all where none is missing.
     A collective: each process encodes a part of the missing shards and opens all. Raises UserError for a value that is
     not finite or does not fit `dtype`, and for a disk without enough space.
     """
@@ -72,23 +76,24 @@ def encode(
     undone = ((path, rows) for path, rows in local.items() if path not in done)
     work = ((path, a, encode_rows(slice(a, min(a + chunk, r.stop)))) for path, r in undone for a in r[::chunk])
 
-    # Encode the first chunk before anything is written: it tells the size of a row.
-    first = next(work, None)
-    if first is not None:
-        message(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
-
-    # Write, once every process knows what is missing and that it fits.
-    wait_for_everyone()
-    with _alone(home, key) if missing and is_main else nullcontext():
-        wait_for_everyone()
+    with on_device(models, process_device()) if models and local else nullcontext():
+        # Encode the first chunk before anything is written: it tells the size of a row.
+        first = next(work, None)
         if first is not None:
-            done |= {path for path, rows in local.items() if path.exists() and not _complaint(path, rows)}
-            total = sum(len(rows) for path, rows in local.items() if path not in done)
-            with tqdm(total=total, desc=title, unit="row", disable=not is_main, mininterval=1) as bar:
-                for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
-                    if path not in done:
-                        _write_shard(path, shards[path], pieces, title, dtype, bar)
+            message(_room(home, sum(map(len, missing.values())), count, first[2], title, dtype))
+
+        # Write, once every process knows what is missing and that it fits.
         wait_for_everyone()
+        with _alone(home, key) if missing and is_main else nullcontext():
+            wait_for_everyone()
+            if first is not None:
+                done |= {path for path, rows in local.items() if path.exists() and not _complaint(path, rows)}
+                total = sum(len(rows) for path, rows in local.items() if path not in done)
+                with tqdm(total=total, desc=title, unit="row", disable=not is_main, mininterval=1) as bar:
+                    for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
+                        if path not in done:
+                            _write_shard(path, shards[path], pieces, title, dtype, bar)
+            wait_for_everyone()
     opened = _open(shards)
     if missing:
         errors = "; ".join(f"{name} {rows.rounding}" for name, rows in opened.items() if rows.rounding is not None)
@@ -169,7 +174,8 @@ def _room(home: Path, rows: int, count: int, first: Arrays, title: str, dtype: s
     if needed > free:
         raise UserError(f"{title}: {home.parent} needs {needs}, and has {has} free: make room, or give another --run")
     some = f"{rows:,} rows" if rows == count else f"the missing {rows:,} of {count:,} rows"
-    return f"{title}: {some} of {row_bytes:,} bytes, {needs} in {dtype}, to {home} ({has} free)"
+    as_floats = f" in {dtype}" if any(x.dtype.kind == "f" for x in first.values()) else ""
+    return f"{title}: {some} of {row_bytes:,} bytes, {needs}{as_floats}, to {home} ({has} free)"
 
 
 def _stored_dtype(values: np.ndarray, dtype: str) -> np.dtype:

@@ -62,6 +62,15 @@ def resolved(train: DataConfig, valid: DataConfig | ValidConfig) -> tuple[DataCo
     return train.model_copy(update={"side": "train", "share": held_out.share}), held_out
 
 
+def filled(train: DataConfig, valid: ValidConfig) -> ValidConfig:
+    """`valid` with every field that it takes from `train`, so that a saved config says all."""
+    _, whole = resolved(train, valid)
+    values = {name: getattr(whole, name) for name in ValidConfig.model_fields}
+    if whole.side == "valid":  # a share of the data has no source of its own
+        values |= {"source": None, "split": None, "count": valid.count}
+    return ValidConfig(**values)
+
+
 def check_alike(train: DataConfig, valid: DataConfig) -> None:
     """Raises ValueError where the pictures measured on could not stand for those trained on."""
     if train.resolution != valid.resolution:

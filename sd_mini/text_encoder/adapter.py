@@ -212,6 +212,11 @@ class TextStage:
             named |= {f"tokenizer{suffix}": encoder.tokenizer, f"text_encoder{suffix}": encoder.model}
         return {**named, "text_adapter": self.adapter}
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """All its networks."""
+        return [*(encoder.model for encoder in self.encoders), self.adapter]
+
     def tokenize(self, prompts: Sequence[str], strict: bool = False, warn: bool = True) -> list[Tokens]:
         """Prompts => each encoder's Tokens; see `Encoder.tokenize`."""
         return [encoder.tokenize(prompts, strict, warn) for encoder in self.encoders]

@@ -18,6 +18,7 @@ from sd_mini.cpu.threads import one_thread
 from sd_mini.data.parts import load_captioned
 from sd_mini.errors import UserError
 from sd_mini.processes import process_device
+from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.timing import Case, Spread
 from training.benchmarks.loops import Rows, decoded_pictures, logged_updates, open_loop, plain_loop, processes
 from training.distributed.processes import chosen_precision, join_processes
@@ -27,7 +28,6 @@ from training.engine.flops import count_flops, measured_peak
 from training.engine.launch import Launch
 from training.engine.loop import Loop
 from training.noise_predictor import task as noise_predictor
-from training.noise_predictor.data import text_stage
 from training.noise_predictor.losses import PredictorObjective
 
 BLOCK, ROUNDS, WARM_UP = 10, 9, 5  # updates a turn, rounds of turns, updates before the first
@@ -115,7 +115,9 @@ def _plain_loop(
 def _encoded_each_step(task: noise_predictor.PredictorTask, device: torch.device) -> Source:
     pictures, _ = load_captioned(task.config.data, task.config.valid)
     decode = decoded_pictures(pictures.pictures, task.config.data.resolution)
-    autoencoder, text = task.vae.parts["autoencoder"].to(device), text_stage(task.text, device)
+    autoencoder, text = task.vae.parts["autoencoder"].to(device), TextStage.from_parts(task.text.parts)
+    for model in text.models:
+        model.to(device)
 
     @torch.no_grad()
     def encode(batch: tuple[Tensor, Sequence[str]]) -> dict[str, Tensor]:

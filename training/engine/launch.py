@@ -18,6 +18,7 @@ import yaml
 
 from sd_mini.config import Config, read, read_yaml
 from sd_mini.data.captioned import DataConfig
+from sd_mini.data.parts import filled
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, atomic_text
 from sd_mini.processes import only_writer, wait_for_everyone
@@ -129,6 +130,8 @@ def parse(cls: type[C], stage: str, argv: Sequence[str]) -> Launch[C] | None:
     data_options = _data_options(argv)
     is_new = not (Path(run) / stage / "config.yaml").is_file()  # else its own config holds the data options
     config = read(cls, config_file, [*(_inherited_data(Path(run), data_options) if is_new else ()), *argv])
+    parts: Any = config
+    config = config.model_copy(update={"valid": filled(parts.data, parts.valid)})
     nearest = next(path for path in (Path(run), *Path(run).absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(

@@ -43,7 +43,7 @@ def encode(
     texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
     unique = unique_captions(texts)
     device = process_device()
-    autoencoder, stage = vae.parts["autoencoder"].to(device), text_stage(text, device)
+    autoencoder, stage = vae.parts["autoencoder"], TextStage.from_parts(text.parts)
     report_cuts(stage.encoders, texts, pictures.name, strict=False)
 
     def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
@@ -58,12 +58,13 @@ def encode(
 
     key = {"stage": stages.encoder_of(vae.contract), "data": pictures.pictures_fingerprint}
     title = f"latents of {pictures.name}"
-    latents = cache.encode(folder / "latents", key, len(pictures), encode_pictures, title, dtype)["latents"]
+    where, count = folder / "latents", len(pictures)
+    latents = cache.encode(where, key, count, encode_pictures, title, dtype, models=[autoencoder])["latents"]
     if not is_held_out:
         check_scale(latents, pictures, vae.contract)
     key = {"stage": text.hash, "texts": files.combined_hash(unique)}
     title = f"prompts of {pictures.name}"
-    prompts = cache.encode(folder / "prompts", key, len(unique), encode_texts, title, dtype, chunk=CHUNK)
+    prompts = cache.encode(folder / "prompts", key, len(unique), encode_texts, title, dtype, CHUNK, stage.models)
     return EncodedRows(*_numbered(texts, unique), latents, prompts["tokens"], prompts["mask"])
 
 
@@ -102,10 +103,3 @@ def check_scale(latents: Rows, pictures: CaptionedPictures, contract: dict[str, 
     if is_same and "latents_of" not in contract:
         raise UserError(f"{finding}; train the autoencoder again, with a larger statistics_count if that was small")
     cache.message(f"{finding}: the autoencoder was measured on other pictures; train it on these if much is missing")
-
-
-def text_stage(text: Stage, device: torch.device | str) -> TextStage:
-    stage = TextStage.from_parts(text.parts)
-    for part in (stage.adapter, *(encoder.model for encoder in stage.encoders)):
-        part.to(device)
-    return stage

@@ -56,7 +56,6 @@ def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
 def features(pictures: CaptionedPictures, tower: VisionTower, grid: tuple[int, int], folder: Path, dtype: str) -> Rows:
     """The teacher's features of every picture, (n, K, rows, columns) at the noise predictor's own grid, cached."""
     device = PartialState().device
-    tower.module.to(device)
 
     def encode(rows: slice) -> dict[str, np.ndarray]:
         grid_features = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
@@ -69,7 +68,7 @@ def features(pictures: CaptionedPictures, tower: VisionTower, grid: tuple[int, i
 
     key = {"tower": model_hash(tower.module), "data": pictures.pictures_fingerprint, "grid": list(grid)}
     what = f"teacher features of {pictures.name}"
-    return cache.encode(folder / "features", key, len(pictures), encode, what, dtype)["features"]
+    return cache.encode(folder / "features", key, len(pictures), encode, what, dtype, models=[tower.module])["features"]
 
 
 class Alignment(nn.Module):

@@ -5,7 +5,8 @@ accelerate launch -m training.noise_predictor --config training/configs/shapes/n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from sd_mini import diffusion, images, lora, stages
 from sd_mini.data import cache
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.data.parts import load_captioned, resolved
+from sd_mini.offload import on_device
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.processes import process_device
 from sd_mini.stages.contract import Stage
+from sd_mini.text_encoder.adapter import TextStage
 from training.engine import launch
 from training.engine.batches import Batch, generator
 from training.engine.evaluation import Evaluator
 from training.engine.learner import Player
 from training.noise_predictor.config import PredictorConfig
-from training.noise_predictor.data import encode, text_stage
+from training.noise_predictor.data import encode
 from training.noise_predictor.losses import PredictorObjective, answer_and_target
 from training.noise_predictor.network import description, exported, make_network, token_grid
 from training.noise_predictor.representation import Alignment, features, load_teacher, weights_at
@@ -109,7 +112,7 @@ class PredictorTask:
         self.players = {"noise_predictor": Player(objective, config.train)}
         cache.message(description(objective, self.latent_shape, (length, dim), config.train))
         with torch.no_grad():
-            null = text_stage(self.text, "cpu").null(1)
+            null = TextStage.from_parts(self.text.parts).null(1)
         self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
         self.evaluate_every = config.evaluate.every
         self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1], run / "cache")
@@ -163,19 +166,24 @@ class PredictorTask:
     def preview(self, objective: PredictorObjective) -> Image.Image:
         """Pictures of the first eight held-out captions, each from its fixed seed, by the pipeline."""
         captions = self.valid_captions[:8]
-        pictures = self._pipeline(objective.network)(
-            captions, generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))]
-        )
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+        with self._pipeline(objective.network) as pipeline:
+            pictures = pipeline(captions, generator=seeds)
         return images.grid(pictures.images, columns=4, labels=captions, scale=2)
 
     def evaluate(self, objective: PredictorObjective) -> dict[str, float]:
-        return self.evaluator.scores(self._pipeline(objective.network))
+        with self._pipeline(objective.network) as pipeline:
+            return self.evaluator.scores(pipeline)
 
-    def _pipeline(self, network: nn.Module) -> Pipeline:
+    @contextmanager
+    def _pipeline(self, network: nn.Module) -> Generator[Pipeline]:
+        """The pipeline of the network as it is; the two other stages are on its device meanwhile."""
         predictor = Stage(Path(), self._contract({}), {"noise_predictor": lora.merged(network)})
-        pipeline = Pipeline.from_stages(self.text, self.vae, predictor).to(network.device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        others = [*TextStage.from_parts(self.text.parts).models, self.vae.parts["autoencoder"]]
+        with on_device(others, next(network.parameters()).device):
+            pipeline = Pipeline.from_stages(self.text, self.vae, predictor)
+            pipeline.set_progress_bar_config(disable=True)
+            yield pipeline
 
     def _contract(self, record: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -83,7 +83,6 @@ class Texts:
 
     def _encode(self, encoder: Encoder, rows: list[list[int]], folder: Path, dtype: str) -> dict[str, Rows]:
         device = PartialState().device
-        encoder.model.to(device)
 
         def encode_rows(part: slice) -> dict[str, np.ndarray]:
             chunk = rows[part]
@@ -100,9 +99,7 @@ class Texts:
         name, (width, _, pooled_width) = type(encoder.model).__name__, encoder.widths
         key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": combined_hash(rows)}
         title = f"texts by {name}"
-        encoded = cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, chunk=CHUNK)
-        encoder.model.to("cpu")
-        return encoded
+        return cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, CHUNK, [encoder.model])
 
     def take(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """(T,) numbers => ids_0, mask_0 of encoder 0 if it is trained, else states_0, words_0, mask_0, pooled_0; ..."""
@@ -138,7 +135,6 @@ def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, 
     """A frozen open_clip picture tower's features of every picture, (N, F); `folder` takes their cache."""
     model, transform = load_open_clip(name, weights)
     device = PartialState().device
-    model.to(device)
 
     def encode_rows(rows: slice) -> dict[str, np.ndarray]:
         batch = torch.stack([transform(picture) for picture in images.to_pil(pictures.pictures[rows])])
@@ -147,8 +143,9 @@ def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, 
 
     key = {"tower": model_hash(model), "transform": str(transform), "data": pictures.pictures_fingerprint}
     title = f"features of {pictures.name}"
-    stored = cache.encode(folder / "picture_features", key, len(pictures), encode_rows, title, "float32")["features"]
-    return torch.from_numpy(stored[np.arange(len(pictures))])
+    where = folder / "picture_features"
+    stored = cache.encode(where, key, len(pictures), encode_rows, title, "float32", models=[model])["features"]
+    return torch.from_numpy(stored[:])
 
 
 def read_features(path: Path, pictures: CaptionedPictures) -> Tensor:
