@@ -40,7 +40,7 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool) 
     return pictures, captions
 
 
-def _said(table: Table, source: str, faults: dict[int, str]) -> str:
+def _said(table: Table, source: object, faults: dict[int, str]) -> str:
     files = {row: f" ({file})" if (file := table.file(row)) is not None else "" for row in faults}
     if len(faults) == 1:
         ((row, fault),) = faults.items()
