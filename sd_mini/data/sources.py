@@ -79,10 +79,12 @@ def _open(source: str, config: DataConfig, part: Part) -> Rows:
 
 
 def _template(rows: Rows, config: DataConfig, part: Part) -> Template | None:
-    """The template on the column of captions, or on the class folders' `label` where that column is not there."""
+    """The template on the column of captions; where that is left at `text` and not there, on `label`."""
     if config.template is None or config.text_column is None:
         return None
-    labels = config.text_column if config.text_column in rows.columns else folder.LABEL
+    labels = config.text_column
+    if labels == folder.TEXT and labels not in rows.columns:
+        labels = folder.LABEL
     if labels not in rows.columns:
         raise FieldError(
             f"{part}.template: {config.source!r} has no column {config.text_column!r} of labels; there are "

@@ -52,7 +52,7 @@ class Tar:
                 for entry in archive:
                     self._check(entry)
                     end = entry.offset_data + -(-entry.size // _BLOCK) * _BLOCK
-                    archive.members = []  # ty: ignore[unresolved-attribute]  # the library would keep them all
+                    archive.members = []  # ty: ignore[missing-attribute]  # the library would keep them all
                     if entry.isfile() and not any(map(is_hidden, PurePosixPath(entry.name).parts)):
                         yield Member(entry.name, entry.offset_data, entry.size)
         except tarfile.TarError as error:

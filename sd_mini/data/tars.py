@@ -191,7 +191,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _samples(tar: Tar) -> tuple[list[Sample], int]:
-    """The samples of a tar that have a picture, by the order of their keys, and how many other members there are."""
+    """The samples of a tar that have a picture, in their order in it, and how many other members there are."""
     groups: dict[str, dict[str, Member]] = {}
     for member in tar.members():
         folder, _, name = member.path.rpartition("/")
@@ -201,6 +201,6 @@ def _samples(tar: Tar) -> tuple[list[Sample], int]:
         members = groups.setdefault(key, {})
         if members.setdefault(ending.lower(), member) is not member:
             raise UserError(f"{tar.path}: holds {key}.{ending.lower()} twice; write the tar anew with one of them")
-    samples = [Sample(tar, key, members) for key, members in sorted(groups.items())]
+    samples = [Sample(tar, key, members) for key, members in groups.items()]
     complete = [sample for sample in samples if sample.pictures()]
     return complete, sum(len(sample.members) for sample in samples if not sample.pictures())
