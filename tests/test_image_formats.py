@@ -124,7 +124,11 @@ def srgb_of_lab(lightness: float, a: float, b: float) -> list[int]:
         return t**3 if t > 6 / 29 else 3 * (6 / 29) ** 2 * (t - 4 / 29)
 
     xyz = np.array([0.9642, 1, 0.8249]) * [inverse(y + a / 500), inverse(y), inverse(y - b / 200)]
-    to_rgb = [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    to_rgb = [
+        [3.1338561, -1.6168667, -0.4906146],
+        [-0.9787684, 1.9161415, 0.0334540],
+        [0.0719453, -0.2289914, 1.4052427],
+    ]
     linear = np.clip(to_rgb @ xyz, 0, 1)
     return np.rint(255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)).tolist()
 
@@ -141,7 +145,10 @@ def test_cmyk_goes_through_its_embedded_profile(kind):
 
 def test_cmyk_with_a_profile_of_another_space_is_refused():
     picture = Image.new("CMYK", (4, 4))
-    for profile, says in ((cmyk_profile(b"RGB "), "its colour profile is of RGB, its pixels are CMYK"), (b"x" * 200, "")):
+    for profile, says in (
+        (cmyk_profile(b"RGB "), "its colour profile is of RGB, its pixels are CMYK"),
+        (b"x" * 200, ""),
+    ):
         with pytest.raises(UserError, match=f"^cannot decode a picture of .*{says}.*; replace it or leave it out$"):
             images.decode(encoded(picture, "TIFF", icc_profile=profile))
 
@@ -167,7 +174,9 @@ def bombs() -> dict[str, bytes]:
     jpeg = bytearray(encoded(Image.new("RGB", (1, 1)), "JPEG"))
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = struct.pack(">2H", side, side)
-    tiff = encoded(Image.new("L", (1, 1)), "TIFF").replace(b"\0\1\4\0\1\0\0\0\1\0\0\0", b"\0\1\4\0\1\0\0\0" + b"\0\0\1\0")
+    tiff = encoded(Image.new("L", (1, 1)), "TIFF").replace(
+        b"\0\1\4\0\1\0\0\0\1\0\0\0", b"\0\1\4\0\1\0\0\0" + b"\0\0\1\0"
+    )
     text = b"a\0\0" + zlib.compress(bytes(2**26))  # 64 MB of text behind a picture of one pixel
     plain = encoded(Image.new("RGB", (1, 1)))
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))

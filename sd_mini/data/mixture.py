@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, groupby
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,14 +100,6 @@ class MixedRows(Rows):
     def picture(self, row: int, column: str) -> bytes | Path | None:
         source, inner = self._place(row)
         return self._tables[source].picture(inner, self._configs[source].image_column)
-
-    def pictures(self, column: str, rows: Sequence[int]) -> Iterator[bytes | Path | None]:
-        if not self.is_streamed:
-            yield from super().pictures(column, rows)
-            return
-        for source, places in groupby(map(self._place, rows), key=lambda place: place[0]):
-            table = self._tables[source].select([inner for _, inner in places])
-            yield from table.pictures(self._configs[source].image_column)
 
     def weights(self) -> np.ndarray:
         return np.repeat(np.asarray(self._weights, dtype=np.float64), [len(table) for table in self._tables])

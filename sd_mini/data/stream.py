@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -21,9 +22,35 @@ from sd_mini.errors import UserError
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
 
+_KEPT = 512  # pictures behind the last one read, as threads ask for them in about their order
+
+
+class _Cursor:
+    """A place in a stream of pictures, for several threads, with the last ones read; `start(n)` reads from number n."""
+
+    def __init__(self, start: Callable[[int], Iterator[bytes | Path | None]]):
+        self._start, self._lock = start, Lock()
+        self._stream: Iterator[bytes | Path | None] | None = None
+        self._next = 0
+        self._kept: dict[int, bytes | Path | None] = {}
+
+    def picture(self, number: int) -> bytes | Path | None:
+        with self._lock:
+            if number in self._kept:
+                return self._kept[number]
+            if self._stream is None or number < self._next:
+                self._stream, self._next, self._kept = self._start(number), number, {}
+            stream, self._stream = self._stream, None  # after an error it is of no use
+            while self._next <= number:
+                self._kept[self._next] = next(stream)
+                self._kept.pop(self._next - _KEPT, None)
+                self._next += 1
+            self._stream = stream
+            return self._kept[number]
+
 
 class StreamedRows(Rows):
-    """`count` rows of a stream. Texts are read in a pass of their own and kept; pictures are read by `pictures`.
+    """`count` rows of a stream. Texts are read in a pass of their own and kept, pictures as they are asked for.
 
     `load(columns)` gives the stream of these columns, or of all (None).
     """
@@ -41,6 +68,7 @@ class StreamedRows(Rows):
         self._load, self._count, self._source = load, count, source
         self.files, self._place = files, place
         self._features = with_retries(lambda: _features(load(None)), repr(source))
+        self._cursors: dict[tuple[int, str], _Cursor] = {}
         self.columns = list(self._features)
         self.text_columns = [name for name, feature in self._features.items() if holds_text(feature)]
 
@@ -61,34 +89,29 @@ class StreamedRows(Rows):
         return [{name: named_classes(self._features[name], row[name]) for name in names} for row in cells]
 
     def picture(self, row: int, column: str) -> bytes | Path | None:
-        raise UserError(
-            f"{self._source!r} is read as a stream, once and in order, and this needs its pictures in any order; leave "
-            "out data.streaming"
-        )
-
-    def pictures(self, column: str, rows: Sequence[int]) -> Iterator[bytes | Path | None]:
-        assert all(a < b for a, b in pairwise(rows))  # as a stream cannot go back
+        """Quick where rows are asked for in about their order; an earlier one reads the stream anew."""
         with reading(f"column {column!r} of {self._source!r} as pictures (it holds {self._features[column]})"):
-            wanted = iter(rows)
-            row = next(wanted, None)
-            for number, cells in enumerate(self._read([column], None)):
-                if row is None:
-                    return
-                if number == row:
-                    yield encoded_picture(cells[column])
-                    row = next(wanted, None)
+            return self._cursor(column).picture(row)
 
-    def _read(self, columns: list[str], loaded: list[str] | None) -> Iterator[dict[str, Any]]:
-        """The first `count` rows. Raises UserError where the stream ends before."""
+    def _cursor(self, column: str) -> _Cursor:
+        # a forked process reads for itself: it can share neither a lock nor a connection
+        key = (os.getpid(), column)
+        return self._cursors.setdefault(key, _Cursor(lambda first: self._pictures(column, first)))
 
-        def start(number: int) -> Iterator[dict[str, Any]]:
+    def _pictures(self, column: str, first: int) -> Iterator[bytes | Path | None]:
+        return (encoded_picture(cells[column]) for cells in self._read([column], None, first))
+
+    def _read(self, columns: list[str], loaded: list[str] | None, first: int = 0) -> Iterator[dict[str, Any]]:
+        """The rows from `first` to the last of `count`. Raises UserError where the stream ends before."""
+
+        def start(read: int) -> Iterator[dict[str, Any]]:
             stream = self._load(loaded).select_columns(columns)
             for name in set(columns) - set(self.text_columns):
                 if not _has_classes(self._features[name]):
                     stream = stream.cast_column(name, datasets.Image(decode=False))
-            return iter(stream.skip(number).take(self._count - number))
+            return iter(stream.skip(first + read).take(self._count - first - read))
 
-        read = 0
+        read = first
         for row in iterate_with_retries(start, repr(self._source)):
             read += 1
             yield row

@@ -26,7 +26,7 @@ class Rows(ABC):
     files: FileStates
     """What the rows are read from, as it was before the first of it was read."""
     is_streamed = False
-    """Whether the pictures are read by `pictures` alone, once and in order."""
+    """Whether pictures are quickly read in about their order alone."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -42,9 +42,6 @@ class Rows(ABC):
     @abstractmethod
     def picture(self, row: int, column: str) -> bytes | Path | None:
         """The encoded picture or its path, None where there is none. Raises UserError for a column of no pictures."""
-
-    def pictures(self, column: str, rows: Sequence[int]) -> Iterator[bytes | Path | None]:
-        return (self.picture(row, column) for row in rows)
 
     def file(self, row: int) -> str | None:
         """The file that a row's picture lies in, relative to the source, if it lies in one."""
@@ -111,13 +108,13 @@ class Table:
     def picture(self, row: int, column: str) -> bytes | Path | None:
         """The row's encoded picture or its path, None where there is none; from any thread or forked process.
 
-        Raises UserError for a column of no pictures, and for a source that is read as a stream.
+        Raises UserError for a column of no pictures, and for a tar or a stream that can no longer be read.
         """
         return self._rows.picture(self._numbers[row], column)
 
     def pictures(self, column: str) -> Iterator[bytes | Path | None]:
-        """`picture` of every row in order: the only way to read a stream."""
-        return self._rows.pictures(column, self._numbers)
+        """`picture` of every row in order."""
+        return (self.picture(row, column) for row in range(len(self)))
 
     @property
     def weights(self) -> np.ndarray | None:

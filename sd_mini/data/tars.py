@@ -67,6 +67,7 @@ class TarRows(Rows):
 
     def __init__(self, samples: list[Sample], config: DataConfig, files: FileStates):
         self._samples, self.files = samples, files
+        self._image_column, self._text_column = config.image_column, config.text_column
         self._names = {sample.tar: relative_id(sample.tar.path, files.root) for sample in samples}
         check_unique(map(self.id, range(len(samples))), str(files.root))
         described = islice((sample for sample in samples if "json" in sample.members), _SAMPLED)
@@ -88,9 +89,20 @@ class TarRows(Rows):
     def file(self, row: int) -> str | None:
         return self.id(row)
 
+    def fault(self, row: int) -> str | None:
+        endings = self._samples[row].pictures()
+        if self._image_column != IMAGE or len(endings) < 2:
+            return None
+        return f"it has {len(endings)} pictures, .{', .'.join(endings)}; name one as the image_column, as {endings[0]}"
+
     def text(self, row: int, column: str) -> Any:
-        """The column of KEY.json, else, of `text`, KEY.txt, else the field `caption` of KEY.json."""
+        """The column of KEY.json, else, of captions, KEY.txt as `text`, else the field `caption` of KEY.json."""
         sample = self._samples[row]
+        if column not in (self._text_column, TEXT):
+            try:
+                return sample.fields().get(column)
+            except UserError:  # which the row's caption is refused for
+                return None
         fields = sample.fields()
         if column in fields:
             return fields[column]
@@ -107,15 +119,7 @@ class TarRows(Rows):
         sample = self._samples[row]
         if column in sample.members:
             return sample.content(column)
-        endings = sample.pictures()
-        if column != IMAGE:
-            return None
-        if len(endings) > 1:
-            raise UserError(
-                f"{self.id(row)} has {len(endings)} pictures, .{', .'.join(endings)}; name one, as in image_column "
-                f"{endings[0]}"
-            )
-        return sample.content(endings[0])
+        return sample.content(sample.pictures()[0]) if column == IMAGE else None
 
 
 def _typical_fields(samples: Iterator[Sample]) -> dict[str, Any]:

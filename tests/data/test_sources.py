@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from pydantic import ValidationError
 
 from sd_mini import images
@@ -214,7 +213,9 @@ def test_a_column_of_classes_becomes_captions_by_a_template(tmp_path):
     assert load(config(tmp_path, **asked)).captions == [plane, lion, plane]
     rows.save_to_disk(tmp_path / "saved")
     refused(config(tmp_path / "saved", **asked), "row 2 of .*a caption is a NoneType")
-    refused(config(tmp_path, **asked | {"text_column": "name"}), "^data.template: .* no column 'name' of labels; .* img, l")
+    refused(
+        config(tmp_path, **asked | {"text_column": "name"}), "^data.template: .* no column 'name' of labels; .* img, l"
+    )
 
 
 def test_labels_that_are_no_texts_are_not_made_captions(tmp_path):

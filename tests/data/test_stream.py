@@ -1,7 +1,9 @@
 """Sources that are read as a stream, and connections that are lost while they are read."""
 
 import http.client
+import multiprocessing
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sd_mini import images
+from sd_mini.data import stream
 from sd_mini.data.captioned import DataConfig, load
 from sd_mini.data.retries import iterate_with_retries, with_retries
 from sd_mini.data.sources import open_source
@@ -55,8 +58,27 @@ def test_a_stream_of_parquet_is_what_is_read_otherwise(shards, tmp_path):
     assert labelled.captions == [["a cat"], ["a dog"], ["a dog"]]
     with pytest.raises(UserError, match="row 3 of .*a caption is a NoneType"):
         load(config(shards, text_column="label"))
-    with pytest.raises(UserError, match="read as a stream, once and in order.*leave out data.streaming"):
-        table.picture(0, "image")
+
+
+def test_pictures_of_a_stream_are_read_in_any_order(shards, monkeypatch):
+    """By threads in about their order from one reading, going back from another, and in a forked process."""
+    monkeypatch.setattr(stream, "_KEPT", 3)
+    table = open_source(config(shards), "data")
+    starts, read = [], table._rows._pictures
+    monkeypatch.setattr(table._rows, "_pictures", lambda column, first: (starts.append(first), read(column, first))[1])
+
+    def shade(row):
+        return int(images.decode(table.picture(row, "image"))[0, 0, 0])
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(shade, range(6))) == list(range(6))
+    assert len(starts) <= 2 and (shade(5), shade(1), shade(2)) == (5, 1, 2) and starts[-1] == 1
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=lambda: queue.put([shade(0), shade(4)]))
+    process.start()
+    assert queue.get(timeout=60) == [0, 4]
+    process.join()
 
 
 def test_a_stream_writes_no_copy_of_the_data(shards, tmp_path):
@@ -87,7 +109,9 @@ def on_the_hub(shards, monkeypatch):
 
 
 def test_a_hub_name_is_streamed_where_the_count_is_known_or_given(on_the_hub):
-    with pytest.raises(UserError, match="^data.count: 'owner/name' does not tell how many rows it has.*give data.count"):
+    with pytest.raises(
+        UserError, match="^data.count: 'owner/name' does not tell how many rows it has.*give data.count"
+    ):
         load(config("owner/name"))
     loaded = load(config("owner/name", count=5))
     assert shades(loaded) == list(range(5)) and loaded.captions == [[str(i)] for i in range(5)]

@@ -55,7 +55,9 @@ def refused(settings, pattern) -> None:
 
 def four(folder):
     """Two shards of two samples: captions in .txt, in .json's `caption` and `text`."""
-    write_tar(folder / "00000.tar", [("a.png", encoded(1)), ("a.txt", b"one"), ("b.txt", b"two"), ("b.png", encoded(2))])
+    write_tar(
+        folder / "00000.tar", [("a.png", encoded(1)), ("a.txt", b"one"), ("b.txt", b"two"), ("b.png", encoded(2))]
+    )
     third, fourth = json.dumps({"caption": "three", "width": 8}), json.dumps({"text": "four", "caption": "no"})
     write_tar(folder / "00001.tar", [("c.webp", encoded(3, "WEBP")), ("c.json", third.encode()),
                                      ("d.jpg", encoded(4, "JPEG")), ("d.json", fourth.encode())])  # fmt: skip
@@ -96,7 +98,7 @@ def test_a_sample_with_two_pictures_asks_which_is_meant(tmp_path, capsys):
     path = write_tar(tmp_path / "x.tar", [*members, ("b.txt", b"no picture"), ("._a.png", b"junk")])
     assert shades(load(config(path, image_column="png"))) == [3]
     assert "left out 1 members without a picture" in capsys.readouterr().err
-    refused(config(path), r"x.tar/a has 2 pictures, \.jpg, \.png; name one")
+    refused(config(path), r"\(x.tar/a\): it has 2 pictures, \.jpg, \.png; name one as the image_column, as jpg")
 
 
 def test_rows_are_read_in_any_order_by_threads_and_by_a_forked_process(tmp_path):
@@ -161,7 +163,9 @@ def test_what_cannot_be_read_at_random_is_refused(tmp_path, monkeypatch):
 
 def test_captions_that_cannot_be_read_are_named_by_their_key(tmp_path):
     bad = {"a.json": b"[1]", "b.json": b"{", "c.txt": b"caf\xe9", "d.json": b'{"width": 3}', "e.json": b'{"text": 5}'}
-    members = [(f"{key}.png", encoded(1)) for key in "abcdefg"] + list(bad.items()) + [("f.txt", b""), ("g.txt", b"fine")]
+    members = (
+        [(f"{key}.png", encoded(1)) for key in "abcdefg"] + list(bad.items()) + [("f.txt", b""), ("g.txt", b"fine")]
+    )
     path = write_tar(tmp_path / "x.tar", members)
     with pytest.raises(UserError) as caught:
         load(config(path))
