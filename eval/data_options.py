@@ -68,7 +68,7 @@ def _is_same(recorded: object, given: object) -> bool:
     return recorded == given or (Path(given).exists() and Path(recorded).resolve() == Path(given).resolve())
 
 
-def check_columns(options: argparse.Namespace, source: str) -> None:
+def check_columns(options: argparse.Namespace, source: object) -> None:
     """Raises UserError for a column of data that have none."""
     for name in COLUMNS if source == SHAPES else ():
         if getattr(options, name, None) is not None:

@@ -56,7 +56,7 @@ def test_a_stream_of_parquet_is_what_is_read_otherwise(shards, tmp_path):
     assert load(config(shards, aliases_column="aliases", count=4)).captions == whole.captions[:4]
     labelled = load(config(shards, text_column="label", template="{article} {label}", count=3))
     assert labelled.captions == [["a cat"], ["a dog"], ["a dog"]]
-    with pytest.raises(UserError, match="row 3 of .*a caption is a NoneType"):
+    with pytest.raises(UserError, match=r"row 3 of .*a caption is a NoneType"):
         load(config(shards, text_column="label"))
 
 
@@ -83,11 +83,11 @@ def test_pictures_of_a_stream_are_read_in_any_order(shards, monkeypatch):
 
 def test_a_stream_writes_no_copy_of_the_data(shards, tmp_path):
     load(config(shards))
-    assert not [path for path in (tmp_path / "cache").rglob("*.arrow")]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
 def test_a_column_of_no_pictures_is_refused(shards):
-    with pytest.raises(UserError, match="column 'label' of .* as pictures"):
+    with pytest.raises(UserError, match=r"column 'label' of .* as pictures"):
         load(config(shards, image_column="label"))
     with pytest.raises(UserError, match="no column 'picture'; there are image, text"):
         load(config(shards, image_column="picture"))
@@ -109,15 +109,13 @@ def on_the_hub(shards, monkeypatch):
 
 
 def test_a_hub_name_is_streamed_where_the_count_is_known_or_given(on_the_hub):
-    with pytest.raises(
-        UserError, match="^data.count: 'owner/name' does not tell how many rows it has.*give data.count"
-    ):
+    with pytest.raises(UserError, match=r"^data.count: 'owner/name' does not tell how many rows .*give data.count"):
         load(config("owner/name"))
     loaded = load(config("owner/name", count=5))
     assert shades(loaded) == list(range(5)) and loaded.captions == [[str(i)] for i in range(5)]
     table = open_source(config("owner/name", count=5), "data")
     assert table.id(3) == "train/3" and len(table.source_state()) == 64
-    with pytest.raises(UserError, match="'owner/name' ended after 6 of 9 rows; give data.count 6"):
+    with pytest.raises(UserError, match=r"'owner/name' ended after 6 of 9 rows; give data.count 6"):
         load(config("owner/name", count=9))
     plain = load(config("owner/name").model_copy(update={"streaming": False}))
     assert shades(plain) == list(range(6))
@@ -127,7 +125,7 @@ def test_a_hub_name_is_streamed_where_the_count_is_known_or_given(on_the_hub):
 
 
 class Flaky:
-    """An iterator over 0 to 9 whose connection is lost before the given items, each once for every time it is listed."""
+    """An iterator over 0 to 9 whose connection is lost before the given items, as often as each is listed."""
 
     def __init__(self, *lost, error=ConnectionResetError):
         self.lost, self.error, self.starts = list(lost), error, []

@@ -55,9 +55,8 @@ def refused(settings, pattern) -> None:
 
 def four(folder):
     """Two shards of two samples: captions in .txt, in .json's `caption` and `text`."""
-    write_tar(
-        folder / "00000.tar", [("a.png", encoded(1)), ("a.txt", b"one"), ("b.txt", b"two"), ("b.png", encoded(2))]
-    )
+    first, second = [("a.png", encoded(1)), ("a.txt", b"one")], [("b.txt", b"two"), ("b.png", encoded(2))]
+    write_tar(folder / "00000.tar", [*first, *second])
     third, fourth = json.dumps({"caption": "three", "width": 8}), json.dumps({"text": "four", "caption": "no"})
     write_tar(folder / "00001.tar", [("c.webp", encoded(3, "WEBP")), ("c.json", third.encode()),
                                      ("d.jpg", encoded(4, "JPEG")), ("d.json", fourth.encode())])  # fmt: skip
