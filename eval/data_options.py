@@ -67,11 +67,13 @@ def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], 
     return own.model_copy(update=changes)
 
 
-def _is_same(recorded: str, given: str) -> bool:
+def _is_same(recorded: object, given: object) -> bool:
+    if not isinstance(recorded, str) or not isinstance(given, str):  # several sources as one
+        return recorded == given
     return recorded == given or (Path(given).exists() and Path(recorded).resolve() == Path(given).resolve())
 
 
-def check_columns(options: argparse.Namespace, source: str) -> None:
+def check_columns(options: argparse.Namespace, source: object) -> None:
     """Raises UserError for a column of data that have none."""
     for name in COLUMNS if source == SHAPES else ():
         if getattr(options, name, None) is not None:

@@ -1,18 +1,21 @@
 """Pictures in and out: files and PIL images <=> (3, H, W) uint8 sRGB <=> float32 pixels in [-1, 1].
 
-The only module that knows the value ranges. Colour profiles are not applied: the stored numbers are taken as sRGB.
+The only module that knows the value ranges. The numbers of RGB and grey pictures are taken as sRGB, whatever profile
+they carry; CMYK, whose numbers mean nothing without one, is converted through its embedded profile.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from sd_mini.errors import UserError
 
@@ -21,6 +24,9 @@ WHITE = (255, 255, 255)
 MAX_SIDE = 20_000  # px; beyond it a picture is a mistake or an attack, not training data
 MAX_PIXELS = 2**28 // 3  # a quarter GiB of RGB, the size at which Pillow warns of a decompression bomb
 
+_HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # ISO/IEC 23008-12, annex B
+
 _GAP = 4  # px around every tile of a grid
 _LABEL_SIZE = 11  # px; the smallest at which Pillow's own font reads well
 _LABEL_WIDTH = 96  # px; a labelled column is at least this wide, so that words keep whole
@@ -28,12 +34,13 @@ _LABEL_WIDTH = 96  # px; a labelled column is at least this wide, so that words 
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """Endings, in lower case, of the files that Pillow decodes: ".png", ".jpg", ".avif", ...
+    """Endings, in lower case, of the files that `decode` reads: ".png", ".jpg", ".avif", ".heic", ...
 
     Left out are the formats that it knows without being able to read a pixel: its stubs (HDF5, GRIB, ...) and MPEG.
     """
     known = Image.registered_extensions()  # which also loads every plugin of Pillow's
-    return frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and _reads_pixels(name))
+    pixels = frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and _reads_pixels(name))
+    return pixels | _HEIF_SUFFIXES
 
 
 def _reads_pixels(name: str) -> bool:
@@ -51,21 +58,48 @@ def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int,
     """An encoded picture, its path, or a PIL image => (3, H, W) uint8 sRGB.
 
     EXIF orientation is applied, transparency is blended onto `background` (0 to 255 each), 16-bit grey is scaled by
-    1 / 257, and an animation gives its first frame (a PIL image the frame it stands at).
+    1 / 257, 16-bit colour keeps its high bytes, CMYK goes through its embedded profile, and an animation gives its
+    first frame (a PIL image the frame it stands at). HEIC and HEIF need the extra `heic`.
 
     Raises ValueError, one line with the source and the reason: missing, truncated or not a picture, float pixels, more
     than MAX_SIDE a side or MAX_PIXELS in all.
     """
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(io.BytesIO(source if isinstance(source, bytes) else Path(source).read_bytes()))
-        _check_size(image)
-        rgb = _flatten(ImageOps.exif_transpose(image), background)
+        with _opened(source) as image:
+            _check_size(image)
+            rgb = _flatten(ImageOps.exif_transpose(image), background)
     except Exception as error:  # on damaged bytes Pillow's decoders raise anything, from SyntaxError to struct.error
         raise UserError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
     return np.asarray(rgb).transpose(2, 0, 1).copy()  # (H, W, 3) => (3, H, W); writable, and not PIL's memory
+
+
+@contextmanager
+def _opened(source: bytes | str | Path | Image.Image) -> Generator[Image.Image]:
+    """A picture of which the header alone has been read."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    if not isinstance(source, bytes) and (path := Path(source)).exists() and not (path.is_file() or path.is_dir()):
+        raise UserError("it is a pipe or a device, expected a file")  # either may never end
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        yield _identified(file)
+
+
+def _identified(file: IO[bytes]) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:] not in _HEIF_BRANDS:
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise UserError("HEIC and HEIF need the package pillow-heif: pip install 'sd-mini[heic]'") from None
+    register_heif_opener()
+    file.seek(0)
+    return Image.open(file)
 
 
 def _describe(source: object) -> str:
@@ -99,10 +133,30 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Imag
         raise UserError("float pixels (mode F) have no agreed range, expected 8 or 16 bits a channel")
     if image.mode.startswith("I"):
         image = _narrow(image)
+    if image.mode == "CMYK" and image.info.get("icc_profile"):
+        return _through_profile(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
+
+
+def _through_profile(image: Image.Image) -> Image.Image:
+    """CMYK => RGB by the embedded ICC profile, relative colorimetric with black point compensation."""
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+    space = profile.profile.xcolor_space.strip()
+    if space != "CMYK":
+        raise UserError(f"its colour profile is of {space}, its pixels are CMYK")
+    converted = ImageCms.profileToProfile(
+        image,
+        profile,
+        ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        outputMode="RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    assert converted is not None  # as nothing is converted in place
+    return converted
 
 
 def _narrow(image: Image.Image) -> Image.Image:

@@ -12,15 +12,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
 from sd_mini.data import cache
 from sd_mini.data.arrays import Pictures, pieces, taken
+from sd_mini.data.mixture import WeightedSource
 from sd_mini.data.rows import Rejected, read_rows, sides
-from sd_mini.data.sources import Part, asked_splits, open_source, source_name
+from sd_mini.data.sources import open_source, source_name
+from sd_mini.data.splits import Part, asked_splits
 from sd_mini.data.table import Table
+from sd_mini.data.template import check_template
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, file_hash
 from sd_mini.memory import check_room
@@ -28,14 +31,17 @@ from sd_mini.memory import check_room
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
 
 _Level = Annotated[int, Field(ge=0, le=255)]
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataConfig(Config):
     """Which pictures and captions to read, and at which size."""
 
-    source: str = "shapes"
-    """"shapes", a .parquet file, a folder (of parquet files; of pictures, with metadata.jsonl, .csv, .tsv or .parquet,
-    or NAME.txt beside NAME.png; or written by `save_to_disk`), or the name of a data set on the Hugging Face hub."""
+    source: str | tuple[WeightedSource, ...] = "shapes"
+    """"shapes"; a folder of pictures (with metadata.jsonl, .csv, .tsv or .parquet, with NAME.txt beside NAME.png, or
+    one folder a class), of parquet files, of WebDataset tars, or written by `save_to_disk`; a .parquet, .tar, .csv or
+    .tsv file; a pattern of tars such as "shard-{000..099}.tar"; the name of a data set on the Hugging Face hub; or a
+    list of {source, weight} that are mixed. See docs/data.md."""
     split: str = "train"
     """One of the source's splits: of a folder of pictures, a folder named for it or the metadata's field `split`, else
     all are "train". A single file has "train", which is also called by the file's own name."""
@@ -53,6 +59,14 @@ class DataConfig(Config):
     read alone too."""
     aliases_column: str | None = None
     """A column of lists of further captions of the same picture."""
+    caption_weights: tuple[_Weight, ...] | None = Field(default=None, min_length=1)
+    """How often the first, second, ... caption of a picture is drawn, against its others; those beyond the list are
+    not drawn. All alike if not given."""
+    template: Annotated[str | None, AfterValidator(check_template)] = None
+    """Makes captions of labels, which are `text_column` or, without that, the names of class folders: "a photo of
+    {article} {label}"; {article} is "an" before a vowel, and underscores become spaces."""
+    streaming: bool = False
+    """Parquet and the hub: read rows once and in order, without a copy of the data set on this disk."""
     background: tuple[_Level, _Level, _Level] = images.WHITE
     """sRGB colour, 0 to 255, put behind transparent pictures."""
     max_bad: float = Field(default=0.01, ge=0, le=1)
@@ -68,7 +82,7 @@ class DataConfig(Config):
 class ValidConfig(Config):
     """Which pictures and captions are held out. What is left out is as in `data`."""
 
-    source: str | None = None
+    source: str | tuple[WeightedSource, ...] | None = None
     """As data.source. Left out, a share of the data's own rows is held out; of shapes, the split test."""
     split: str | None = None
     """One of the splits of valid.source."""
@@ -82,6 +96,9 @@ class ValidConfig(Config):
     image_column: str | None = None
     text_column: str | None = None
     aliases_column: str | None = None
+    caption_weights: tuple[_Weight, ...] | None = Field(default=None, min_length=1)
+    template: Annotated[str | None, AfterValidator(check_template)] = None
+    streaming: bool | None = None
     background: tuple[_Level, _Level, _Level] | None = None
     max_bad: float | None = Field(default=None, ge=0, le=1)
 

@@ -10,44 +10,30 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sd_mini.data.file_states import FileStates, check_unique, relative_id
 from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
+from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
+from sd_mini.data.table import Rows
 from sd_mini.errors import UserError
-from sd_mini.files import combined_hash
 from sd_mini.images import is_picture
+from sd_mini.remarks import remark
 from sd_mini.texts import read_lines
 
+if TYPE_CHECKING:
+    from sd_mini.data.captioned import DataConfig
+
 IMAGE, TEXT, SPLIT, LABEL = "image", "text", "split", "label"
-TRAIN = "train"
-ALIASES = (  # names of one split, whichever of them a folder has and whichever is asked for
-    (TRAIN, "training"),
-    ("validation", "valid", "val", "dev"),
-    ("test", "testing", "eval", "evaluation"),
-)
-_NAMES = {name for names in ALIASES for name in names}
 _JUNK = {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "lost+found"}  # which systems leave behind
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's data: .ipynb_checkpoints, ._1.png, __MACOSX, Thumbs.db, ..."""
     return name.startswith(".") or name.lower() in _JUNK
-
-
-def is_split(name: str) -> bool:
-    return name.lower() in _NAMES
-
-
-def chosen_splits(asked: str, known: Iterable[str]) -> list[str]:
-    """Those of the `known` splits that are asked for: that of this very name, else those of another name for it."""
-    known = sorted(set(known))
-    if asked in known:
-        return [asked]
-    names = next((names for names in ALIASES if asked.lower() in names), ())
-    return [name for name in known if name.lower() in names]
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -113,42 +99,24 @@ class PictureFile:
     """Whether metadata lists it."""
 
 
-@dataclass(frozen=True)
-class FolderTable:
-    """The pictures of one split of a folder: see `data_table.Table`."""
+class FolderRows(Rows):
+    """The pictures of one split of a folder; `metadata` are the files that list them."""
 
-    folder: Path
-    rows: list[PictureFile]
-    columns: list[str]
-    text_columns: list[str]
-    numbers: Sequence[int]
+    def __init__(self, folder: Path, rows: list[PictureFile], columns: list[str], texts: list[str], files: FileStates):
+        self.folder, self.rows, self.columns, self.text_columns, self.files = folder, rows, columns, texts, files
+        check_unique((self.id(i) for i, row in enumerate(rows) if row.fault is None), str(folder))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, rows: Sequence[int]) -> FolderTable:
-        return replace(self, rows=[self.rows[row] for row in rows], numbers=[self.numbers[row] for row in rows])
-
-    def number(self, row: int) -> int:
-        return self.numbers[row]
+    def id(self, row: int) -> str:
+        return relative_id(self.rows[row].path, self.folder)
 
     def file(self, row: int) -> str | None:
         return os.path.relpath(self.rows[row].path, self.folder)
 
     def fault(self, row: int) -> str | None:
         return self.rows[row].fault
-
-    def id(self, row: int) -> str:
-        return Path(os.path.relpath(self.rows[row].path, self.folder)).as_posix()
-
-    def picture(self, row: int, column: str) -> Path:
-        return self.rows[row].path
-
-    def source_state(self) -> str:
-        return combined_hash([[self.id(row), *_state(self.rows[row].path)] for row in range(len(self))])
-
-    def check_unchanged(self) -> None:
-        pass
 
     def text(self, row: int, column: str) -> Any:
         own = self.rows[row]
@@ -159,11 +127,16 @@ class FolderTable:
             if own.is_listed:
                 raise UserError(f"the metadata gives it no {TEXT!r}, and {no_file}")
             raise UserError(f"{no_file}, as there is beside others")
-        lines = [line.strip() for line in read_lines(own.caption_file) if line.strip()]
-        return lines if len(lines) > 1 else "".join(lines)
+        return caption_lines(read_lines(own.caption_file))
 
-    def pictures(self, column: str) -> Iterator[Path]:
-        return (row.path for row in self.rows)
+    def picture(self, row: int, column: str) -> Path:
+        return self.rows[row].path
+
+
+def caption_lines(lines: Iterable[str]) -> str | list[str]:
+    """Lines of a caption file => its captions, one a line; of one line, or none, a text."""
+    filled = [line.strip() for line in lines if line.strip()]
+    return filled if len(filled) > 1 else "".join(filled)
 
 
 class PictureFolder:
@@ -180,6 +153,7 @@ class PictureFolder:
         # 0.txt or 0.TXT; of both, the former, which sorts last
         self._texts = {_stem_key(path): path for path in self.files if path.suffix.lower() == ".txt"}
         self.split_folders = self._split_folders()
+        self._states = FileStates.of(folder, self.metadata)  # before they are read
         self.listed = self._listed()
 
     def _top(self, path: Path) -> str | None:
@@ -228,7 +202,7 @@ class PictureFolder:
             return listed | self.split_folders
         return listed or ({TRAIN} if self.files else set())
 
-    def table(self, names: Sequence[str]) -> tuple[FolderTable, str]:
+    def table(self, names: Sequence[str]) -> tuple[FolderRows, str]:
         """The pictures of these splits, and what is left out of what else lies there, in words."""
         listed = [row for row in self.listed if row.split in names]
         is_described = any(self._split_of(file) in (None, *names) or listed for file in self.metadata)
@@ -236,9 +210,13 @@ class PictureFolder:
         fields = list(dict.fromkeys(name for row in rows for name in row.fields))
         texts = [TEXT] if any(row.caption_file is not None for row in rows) else []
         if is_described:
-            texts += [name for name in fields if name != SPLIT and any(_is_text(row.fields.get(name)) for row in rows)]
+            texts += [
+                name for name in fields if name != SPLIT and any(is_caption(row.fields.get(name)) for row in rows)
+            ]
         columns = [IMAGE, *(name for name in dict.fromkeys([*texts, *fields]) if name != IMAGE)]
-        table = FolderTable(self.folder, rows, columns, list(dict.fromkeys(texts)), range(len(rows)))
+        read = [path for row in rows for path in (row.path, row.caption_file) if path is not None]
+        states = FileStates(self.folder, self._states.states | FileStates.of(self.folder, read).states)
+        table = FolderRows(self.folder, rows, columns, list(dict.fromkeys(texts)), states)
         return table, self._left_out(rows, names)
 
     def _plain(self, names: Sequence[str]) -> list[PictureFile]:
@@ -271,14 +249,6 @@ class PictureFolder:
         return f"{total:,} {'files' if total > 1 else 'file'} ({kinds})" if total else ""
 
 
-def _state(path: Path) -> list[int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def _stem_key(path: Path) -> str:
     """What a picture and its caption file have in common."""
     return os.path.splitext(path_key(path))[0]
@@ -300,12 +270,26 @@ def _split_fault(value: object) -> str | None:
     return f"its field {SPLIT!r} is {value!r}, expected the name of a split"
 
 
-def _is_text(value: Any) -> bool:
+def is_caption(value: Any) -> bool:
     """Whether a cell may be a caption; CSV has every number as a text."""
     if isinstance(value, list):
-        return any(map(_is_text, value))
+        return any(map(is_caption, value))
     try:
         float(value)
     except (TypeError, ValueError):
         return isinstance(value, str)
     return False
+
+
+def is_folder(source: str, config: DataConfig) -> bool:
+    return Path(source).is_dir()
+
+
+def open_folder(source: str, config: DataConfig, part: Part) -> FolderRows:
+    folder = PictureFolder(Path(source))
+    if not folder.pictures and not folder.metadata:
+        raise UserError(f"cannot read {source!r}: it holds no pictures, parquet files or tars")
+    rows, left_out = folder.table(asked_splits(config, part, sorted(folder.splits)))
+    if left_out:
+        remark(f"{part}.source: {source!r}: left out {left_out}")
+    return rows

@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> list[MetadataRow]:
     that name no picture.
     """
     rows, faults = [], []
-    for place, fields in _READERS[path.suffix.lower()](path):
+    for place, fields in read_table(path):
         name = fields.get(FILE_NAME)
         if isinstance(name, str) and name.strip():
             rest = {key: value for key, value in fields.items() if key != FILE_NAME}
@@ -65,6 +65,11 @@ def read_metadata(path: Path) -> list[MetadataRow]:
             f"{some(faults)}"
         )
     return rows
+
+
+def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each row of a .jsonl, .csv, .tsv or .parquet file, with its place: "line 3". Raises UserError as said above."""
+    return _READERS[path.suffix.lower()](path)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -20,7 +20,6 @@ from sd_mini.data.metadata import some
 from sd_mini.data.near import is_near, near_pairs, picture_hashes, uniform_of
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
-from sd_mini.files import combined_hash
 from sd_mini.memory import check_room
 from sd_mini.remarks import remark
 from sd_mini.texts import check_text
@@ -75,7 +74,7 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, 
     pictures, is_read, hashes = _decoded(table, config, part, folder)
     for row in np.flatnonzero(~is_read).tolist():
         faults.setdefault(row, _fault_of_picture(table, config, row))
-    rejected = [Rejected(part, config.source, table.id(row), faults[row]) for row in sorted(faults)]
+    rejected = [Rejected(part, str(config.source), table.id(row), faults[row]) for row in sorted(faults)]
     if faults:
         _check_faults(table, config, part, faults)
         kept = np.array([row for row in range(len(table)) if row not in faults])
@@ -117,7 +116,7 @@ def _reasons(table: Table, faults: dict[int, str]) -> str:
         for kind, number in Counter(kinds.values()).most_common(_REASONS)
     ]
     more = len(set(kinds.values())) - len(parts)
-    return "; ".join(parts) + (f"; and {more} reasons more" if more > 0 else "")
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
 
 
 def _kind(fault: str) -> str:
@@ -165,7 +164,6 @@ def _decoded(
         return arrays["pictures"], arrays["is_read"], arrays["hashes"]
     key = {
         "source": table.source_state(),
-        "rows": combined_hash([table.id(row) for row in range(count)]),
         "column": config.image_column,
         "resolution": side,
         "background": config.background,

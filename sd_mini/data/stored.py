@@ -1,139 +1,111 @@
-"""Sources that `datasets` reads: parquet files, sets written by `save_to_disk`, and the Hugging Face hub."""
+"""Rows that `datasets` reads from memory-mapped Arrow files: those of parquet files, of saved sets and of the hub."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from sd_mini.data.folder import TRAIN, is_hidden, is_split
-from sd_mini.data.metadata import is_metadata
-from sd_mini.data.table import reading
+from sd_mini.data.file_states import FileStates
+from sd_mini.data.table import Rows
 from sd_mini.errors import UserError
 
-# train-00000-of-00002.parquet is a part of the split train, with or without the hash that older hub sets have behind it
-_SHARD = re.compile(r"-\d{5,}-of-\d{5,}(-[0-9a-f]+)?$")
-# 00000.parquet (img2dataset), 0000.parquet (the hub's conversion), part-00000-HASH-c000.snappy.parquet (Spark)
-_UNNAMED = re.compile(
-    r"\d+|(part|shard|chunk|data|file)[-_.]?\d+(-of-\d+)?([-_][0-9a-f-]{8,})?([-_.]c\d+)?(\.[a-z0-9]+)?", re.IGNORECASE
-)
-_NUMBERED = re.compile(r"(.+?)[-_.](\d+)")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# names under which `datasets` has a reader of files, which it would take for a data set
-READERS = frozenset({
-    "csv", "json", "pandas", "parquet", "arrow", "text", "conll", "imagefolder", "audiofolder", "videofolder",
-    "meshfolder", "pdffolder", "niftifolder", "webdataset", "xml", "hdf5", "eval", "lance", "tsfile", "iceberg",
-    "vortex", "mmcif", "pdb", "genbank", "fasta", "fastq", "harbor", "spark", "sql", "generator", "cache",
-})  # fmt: skip
-_NO_ROWS = datasets.Dataset.from_dict({})  # `datasets` itself fails on empty sources, with an unrelated message
+NO_ROWS = datasets.Dataset.from_dict({})  # `datasets` itself fails on empty sources, with an unrelated message
+_ID_COLUMNS = ("id", "key", "__key__")
+_BLOCK = 1024  # rows of a text column that are read at once, as each call of `datasets` costs as much as many rows
 
 
-def is_saved(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+class DatasetRows(Rows):
+    """Rows of a data set. `source` is how messages name it, `place` the id of a row where no column has ids."""
+
+    def __init__(self, rows: datasets.Dataset, source: str, files: FileStates, place: Callable[[int], str]):
+        self._set, self._source, self.files = rows, source, files
+        self.columns = rows.column_names
+        self.text_columns = [name for name, feature in rows.features.items() if holds_text(feature)]
+        ids = _id_column(rows)
+        self._place = place if ids is None else lambda row: str(self.text(row, ids))
+        self._block = lru_cache(maxsize=8)(self._read_block)
+        self._pictures = lru_cache(maxsize=8)(self._encoded)
+
+    def __len__(self) -> int:
+        return len(self._set)
+
+    def id(self, row: int) -> str:
+        return self._place(row)
+
+    def text(self, row: int, column: str) -> Any:
+        return self._block(column, row // _BLOCK)[row % _BLOCK]
+
+    def _read_block(self, column: str, number: int) -> list[Any]:
+        with reading(f"column {column!r} of {self._source}"):
+            values = self._set.select_columns(column)[number * _BLOCK : (number + 1) * _BLOCK][column]
+        return [named_classes(self._set.features[column], value) for value in values]
+
+    def picture(self, row: int, column: str) -> bytes | Path | None:
+        return encoded_picture(self._pictures(column)[row][column])
+
+    def _encoded(self, column: str) -> datasets.Dataset:
+        with reading(f"column {column!r} of {self._source} as pictures (it holds {self._set.features[column]})"):
+            return self._set.select_columns(column).cast_column(column, datasets.Image(decode=False))
 
 
-def saved_splits(folder: Path) -> dict[str, Path]:
-    """The splits of a set written by `save_to_disk`, each in a folder."""
-    with reading(repr(str(folder))):
-        if (folder / "dataset_dict.json").exists():
-            names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            return {name: folder / name for name in names}
-        return {json.loads((folder / "state.json").read_text(encoding="utf-8"))["_split"] or TRAIN: folder}
+def _id_column(rows: datasets.Dataset) -> str | None:
+    """The first column of ids whose values are texts or integers, all there and no two alike."""
+    for name in _ID_COLUMNS:
+        if name not in rows.column_names or not len(rows):
+            continue
+        values = rows.with_format("arrow").select_columns(name)[:][name]
+        is_name = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        is_name = is_name or pa.types.is_integer(values.type)
+        if is_name and not values.null_count and len(values.unique()) == len(rows):
+            return name
+    return None
 
 
-def read_saved(folder: Path) -> datasets.Dataset:
-    with reading(repr(str(folder))):
-        if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
-            return _NO_ROWS
-        rows = datasets.load_from_disk(folder)
-    assert isinstance(rows, datasets.Dataset)  # as the folder has a state.json
-    return rows
+def named_classes(feature: Any, value: Any) -> Any:
+    """A class by its name; of a number that stands for no class (-1 is usual), nothing. Other cells as they are."""
+    inner = getattr(feature, "feature", None)
+    if isinstance(value, list) and inner is not None:
+        return [named_classes(inner, one) for one in value]
+    if not isinstance(feature, datasets.ClassLabel):
+        return value
+    return feature.names[value] if value is not None and 0 <= value < len(feature.names) else None
 
 
-def parquet_splits(path: Path) -> dict[str, list[Path]]:
-    """The parquet files of a folder, by split; of a single file, TRAIN and its own name. Empty where there are none.
-
-    They lie in the folder itself or in `data/`, named for their splits or, as parts of one set, by number alone; or in
-    folders that are named for the splits. Metadata of pictures is no such file.
-    """
-    if path.is_file():
-        return {TRAIN: [path], _base(path.stem): [path]}
-    files = _parquet_files(path) or _parquet_files(path / "data")
-    if not files:
-        tops = [top for folder in (path, path / "data") if folder.is_dir() for top in sorted(folder.iterdir())]
-        found = {top.name: _parquet_files(top) for top in tops if is_split(top.name)}
-        return {name: parts for name, parts in found.items() if parts}
-    splits = _grouped(files)
-    if len(splits) == 1 and not is_split(*splits):
-        splits[TRAIN] = next(iter(splits.values()))
-    return splits
+def encoded_picture(cell: dict[str, Any] | None) -> bytes | Path | None:
+    """A cell of `datasets.Image(decode=False)` => the picture's bytes, or its path."""
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        return None
+    return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    there = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in there if p.suffix.lower() == ".parquet" and not is_hidden(p.name) and not is_metadata(p)]
-
-
-def _grouped(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """Parquet files, by the split that each is a part of."""
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for match in (_NUMBERED.fullmatch(file.stem) for file in files):
-        if match is not None:
-            numbers[match[1]].append(int(match[2]))
-    splits: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        name, match = _base(file.stem), _NUMBERED.fullmatch(file.stem)
-        # faces_0, faces_1 are parts of one set; faces_2020, faces_2021 two sets
-        if match is not None and (is_split(match[1]) or _is_count(numbers[match[1]])):
-            name = match[1]
-        splits[TRAIN if _UNNAMED.fullmatch(file.stem) else name].append(file)
-    return dict(splits)
-
-
-def _is_count(numbers: list[int]) -> bool:
-    return len(numbers) > 1 and sorted(numbers) in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
-
-
-def _base(stem: str) -> str:
-    return _SHARD.sub("", stem)
-
-
-def may_hold_pictures(file: Path, column: str) -> bool:
-    """Whether a parquet file has that column, or another of bytes. img2dataset writes some that only describe files."""
-    with reading(repr(str(file))):
-        schema = pq.read_schema(file)
-    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_struct)
-    return column in schema.names or any(is_kind(one.type) for one in schema for is_kind in kinds)
-
-
-def read_parquet(files: Sequence[Path], source: str) -> datasets.Dataset:
-    with reading(repr(source)), _silent():
-        if not sum(pq.read_metadata(file).num_rows for file in files):
-            return _NO_ROWS
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-
-
-def read_hub(name: str, split: str) -> datasets.Dataset:
-    if name.lower() in READERS:
-        raise UserError(
-            f"{name!r} is a reader of files in `datasets`, not a data set; give the folder of the files, or OWNER/NAME "
-            "of a set on the Hugging Face hub"
-        )
-    if name.endswith(".parquet") or not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name!r}: no such file or folder; mend the path, or give 'shapes'")
-    with reading(f"{name!r}, which is no file or folder here, from the Hugging Face hub"):
-        return datasets.load_dataset(name, split=split)
+def holds_text(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # lists of captions count too
+    return getattr(inner, "dtype", None) in ("string", "large_string")
 
 
 @contextmanager
-def _silent() -> Generator[None]:
+def reading(what: str) -> Generator[None]:
+    """The many ways in which `datasets` fails on a user's source => UserError, one line that begins with `what`."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, DatasetsError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = error
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+            reason = error.__cause__  # the outer text only says that something went wrong
+        raise UserError(f"cannot read {what}: {' '.join(str(reason).split())}") from error
+
+
+@contextmanager
+def without_bars() -> Generator[None]:
     """Without the bars of `datasets`, which say "Downloading data" of files that lie here."""
     if datasets.are_progress_bars_disabled():
         yield

@@ -1,157 +1,137 @@
-"""The rows of one split, pictures not yet decoded: what every kind of source gives, and those that `datasets` reads."""
+"""The rows of one split, pictures not yet decoded: `Rows` is what a source gives, `Table` the rows to be read."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import datasets
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+import numpy as np
 
-from sd_mini.errors import UserError
+from sd_mini.data.file_states import FileStates
+from sd_mini.data.template import Template
 
 
-class Table(Protocol):
-    """N rows, in an order that is the same on every machine."""
+class Rows(ABC):
+    """All N rows of one split, numbered from 0 in an order that is the same on every machine.
 
-    @property
-    def columns(self) -> list[str]: ...
+    `text` and `picture` read one row, hold nothing of it, and may be called by several threads and forked processes.
+    """
 
-    @property
-    def text_columns(self) -> list[str]:
-        """Of these, the ones that hold texts or lists of texts, whoever wrote them meant them as captions or not."""
-        ...
+    columns: list[str]
+    text_columns: list[str]
+    """Of these, the ones that hold texts or lists of texts, whoever wrote them meant them as captions or not."""
+    files: FileStates
+    """What the rows are read from, as it was before the first of it was read."""
+    is_streamed = False
+    """Whether pictures are quickly read in about their order alone."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def select(self, rows: Sequence[int]) -> Table:
-        """These rows alone, in this order."""
-        ...
+    @abstractmethod
+    def id(self, row: int) -> str:
+        """What the row is called in every process and on every machine, whatever rows are read with it."""
 
-    def number(self, row: int) -> int:
-        """Which row of the whole split it is, from 0, whatever was selected since."""
-        ...
+    @abstractmethod
+    def text(self, row: int, column: str) -> Any:
+        """A cell of any column but the pictures'. Raises UserError where its file cannot be read."""
+
+    @abstractmethod
+    def picture(self, row: int, column: str) -> bytes | Path | None:
+        """The encoded picture or its path, None where there is none. Raises UserError for a column of no pictures."""
 
     def file(self, row: int) -> str | None:
-        """The file that a row's picture lies in, relative to the folder, if it lies in one."""
-        ...
+        """The file that a row's picture lies in, relative to the source, if it lies in one."""
+        return None
 
     def fault(self, row: int) -> str | None:
         """Why a row cannot be used, whatever is read of it."""
-        ...
+        return None
 
-    def id(self, row: int) -> str:
-        """A row's name in its source: the same on every machine, whatever is selected."""
-        ...
+    def weights(self) -> np.ndarray | None:
+        """(N,) float64: how often each row is to be drawn; None where all are drawn alike."""
+        return None
 
-    def picture(self, row: int, column: str) -> bytes | Path | str | None:
-        """A row's encoded picture or its path, None where there is none; from any thread."""
-        ...
-
-    def source_state(self) -> str:
-        """A hash of what tells one state of the source from another, cheaply: names, sizes and times of its files."""
-        ...
+    def state(self) -> str:
+        return self.files.digest()
 
     def check_unchanged(self) -> None:
-        """Raises UserError where the source is no longer as it was when it was opened."""
-        ...
+        self.files.check_unchanged()
+
+
+class Table:
+    """Rows of a source that are to be read, all of them or a selection. `template` makes captions of labels."""
+
+    def __init__(self, rows: Rows, template: Template | None = None, numbers: Sequence[int] | None = None):
+        self._rows, self._template = rows, template
+        self._numbers = range(len(rows)) if numbers is None else numbers
+        made = [template.column] if template is not None else []
+        self.columns = list(dict.fromkeys([*rows.columns, *made]))
+        self.text_columns = list(dict.fromkeys([*rows.text_columns, *made]))
+        self.is_streamed = rows.is_streamed
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def select(self, rows: Sequence[int]) -> Table:
+        """These rows alone, in this order."""
+        numbers = self._numbers
+        # the first rows of a range are a range, which takes no memory
+        chosen = numbers[: len(rows)] if rows == range(len(rows)) else [numbers[row] for row in rows]
+        return Table(self._rows, self._template, chosen)
+
+    def number(self, row: int) -> int:
+        """Which row of the whole split it is, from 0, whatever was selected since."""
+        return self._numbers[row]
+
+    def id(self, row: int) -> str:
+        """The row's path or key: unique, and the same in every process and on every machine."""
+        return self._rows.id(self._numbers[row])
+
+    def file(self, row: int) -> str | None:
+        """The file that a row's picture lies in, relative to the source, if it lies in one."""
+        return self._rows.file(self._numbers[row])
+
+    def fault(self, row: int) -> str | None:
+        """Why a row cannot be used, whatever is read of it."""
+        return self._rows.fault(self._numbers[row])
 
     def text(self, row: int, column: str) -> Any:
         """A cell of any column but the pictures'. Raises UserError where its file cannot be read."""
-        ...
+        if self._template is None or column != self._template.column:
+            return self._rows.text(self._numbers[row], column)
+        return self._template.captions(self._rows.text(self._numbers[row], self._template.label_column))
 
-    def pictures(self, column: str) -> Iterator[bytes | Path | str | None]:
-        """Each row's encoded picture or its path, or None where there is none. Raises UserError for another column."""
-        ...
+    def picture(self, row: int, column: str) -> bytes | Path | None:
+        """The row's encoded picture or its path, None where there is none; from any thread or forked process.
 
+        Raises UserError for a column of no pictures, and for a tar or a stream that can no longer be read.
+        """
+        return self._rows.picture(self._numbers[row], column)
 
-class DatasetTable:
-    """Rows of parquet files, of a saved data set or of the hub. `source` is how messages name it."""
+    def pictures(self, column: str) -> Iterator[bytes | Path | None]:
+        """`picture` of every row in order."""
+        return (self.picture(row, column) for row in range(len(self)))
 
-    def __init__(self, rows: datasets.Dataset, source: str, numbers: Sequence[int] | None = None):
-        self.rows, self.source = rows, source
-        self._numbers = range(len(rows)) if numbers is None else numbers
-        self.columns = rows.column_names
-        self.text_columns = [name for name, feature in rows.features.items() if _holds_text(feature)]
-        self._column = cache(self._read_column)
-        self._encoded = cache(self._encoded_column)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def select(self, rows: Sequence[int]) -> DatasetTable:
-        return DatasetTable(self.rows.select(rows), self.source, [self._numbers[row] for row in rows])
-
-    def number(self, row: int) -> int:
-        return self._numbers[row]
-
-    def file(self, row: int) -> str | None:
-        return None
-
-    def fault(self, row: int) -> str | None:
-        return None
-
-    def id(self, row: int) -> str:
-        return str(self._numbers[row])
-
-    def picture(self, row: int, column: str) -> bytes | str | None:
-        return _picture(self._encoded(column)[row][column])
-
-    def _encoded_column(self, column: str) -> datasets.Dataset:
-        with reading(f"column {column!r} of {self.source} as pictures (it holds {self.rows.features[column]})"):
-            return self.rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    @property
+    def weights(self) -> np.ndarray | None:
+        """(N,) float64: how often each row is to be drawn, 1 being as in a plain concatenation; None: all alike."""
+        weights = self._rows.weights()
+        return None if weights is None else weights[np.asarray(self._numbers)]
 
     def source_state(self) -> str:
-        return self.rows._fingerprint
+        """SHA-256, in hex, of what identifies the rows' content without reading it, for the key of a cache: paths,
+        sizes and times of change of the files when the source was opened, the fingerprint of `datasets`, and which
+        rows were selected."""
+        digest = hashlib.sha256(self._rows.state().encode())
+        if self._numbers != range(len(self._rows)):
+            digest.update(np.asarray(self._numbers, dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
-        pass
-
-    def text(self, row: int, column: str) -> Any:
-        return self._column(column)[row]
-
-    def _read_column(self, column: str) -> list[Any]:
-        feature = self.rows.features[column]
-        values = self.rows[column][:]
-        of_lists = getattr(feature, "feature", None)
-        if isinstance(feature, datasets.ClassLabel):
-            return [_class_name(feature, value) for value in values]
-        if isinstance(of_lists, datasets.ClassLabel):
-            return [several and [_class_name(of_lists, value) for value in several] for several in values]
-        return values
-
-    def pictures(self, column: str) -> Iterator[bytes | str | None]:
-        with reading(f"column {column!r} of {self.source} as pictures (it holds {self.rows.features[column]})"):
-            rows = self.rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
-        return (_picture(row[column]) for row in rows)
-
-
-def _class_name(feature: datasets.ClassLabel, number: int | None) -> str | None:
-    """A class by its name; of a number that stands for no class (-1 is usual), nothing."""
-    return feature.names[number] if number is not None and 0 <= number < len(feature.names) else None
-
-
-def _picture(cell: dict[str, Any] | None) -> bytes | str | None:
-    return None if cell is None else cell["path"] if cell["bytes"] is None else cell["bytes"]
-
-
-def _holds_text(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)  # lists of captions count too
-    return getattr(inner, "dtype", None) in ("string", "large_string")
-
-
-@contextmanager
-def reading(what: str) -> Generator[None]:
-    """The many ways in which `datasets` fails on a user's source => UserError, one line that begins with `what`."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = error
-        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-            reason = error.__cause__  # the outer text only says that something went wrong
-        raise UserError(f"cannot read {what}: {' '.join(str(reason).split())}") from error
+        """Raises UserError, naming the files, where one changed since the source was opened: what was read may be of
+        two versions."""
+        self._rows.check_unchanged()

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from sd_mini import images, memory, shapes
 from sd_mini.data import parts as data_parts
 from sd_mini.data.captioned import CaptionedPictures, DataConfig, load, unique_captions
+from sd_mini.data.hub import READERS
 from sd_mini.data.parts import load_captioned, load_pictures
-from sd_mini.data.stored import READERS
 from sd_mini.errors import UserError
 from sd_mini.memory import available
 
@@ -259,7 +259,7 @@ def test_empty_missing_and_broken_sources_are_refused(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"hello")
     refused(config(tmp_path / "broken.parquet"), r"cannot read .*broken\.parquet': Parquet")
     (tmp_path / "notes.txt").write_text("hello")
-    refused(config(tmp_path / "notes.txt"), "neither a folder nor a .parquet file")
+    refused(config(tmp_path / "notes.txt"), "neither a folder nor a .parquet, .csv, .tsv or .tar file")
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused():

@@ -33,14 +33,23 @@ class EncodedRows(NamedTuple):
 
 
 def encode(
-    pictures: CaptionedPictures, text: Stage, vae: Stage, captions: int, folder: Path, dtype: str, is_held_out: bool
+    pictures: CaptionedPictures,
+    text: Stage,
+    vae: Stage,
+    captions: int,
+    folder: Path,
+    dtype: str,
+    is_held_out: bool,
+    in_order: bool = False,
 ) -> EncodedRows:
-    """At most `captions` texts of each picture; `folder` takes the caches, floats as `dtype`.
+    """At most `captions` texts of each picture, the first ones if `in_order`; `folder` takes the caches, floats as
+    `dtype`.
 
     Raises UserError for latents that are not standardised, unless `is_held_out`: their statistics are the training
     pictures'.
     """
-    texts = [_some(several, captions, number) for number, several in enumerate(pictures.captions)]
+    starts = range(len(pictures)) if not in_order else [0] * len(pictures)
+    texts = [_some(several, captions, start) for start, several in zip(starts, pictures.captions, strict=True)]
     unique = unique_captions(texts)
     device = process_device()
     autoencoder, stage = vae.parts["autoencoder"], TextStage.from_parts(text.parts)

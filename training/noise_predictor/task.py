@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sd_mini import diffusion, images, lora, stages
 from sd_mini.data import cache
+from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.data.parts import load_captioned, resolved
 from sd_mini.offload import on_device
@@ -49,8 +50,10 @@ class Encoded:
         folder: Path,
         dtype: str,
         is_held_out: bool = False,
+        weights: Sequence[float] | None = None,
     ):
-        rows = encode(pictures, text, vae, captions, folder, dtype, is_held_out)
+        rows = encode(pictures, text, vae, captions, folder, dtype, is_held_out, weights is not None)
+        self.weights = weights
         self.captions, self.counts, self.latents, self.tokens, self.mask = rows
         self.resident: tuple[Tensor, ...] | None = None
 
@@ -59,7 +62,7 @@ class Encoded:
 
     def take(self, ids: np.ndarray, draw: Sequence[float]) -> dict[str, Tensor]:
         """Sample numbers (b,), U[0, 1) draws that pick a caption of each => latents, prompt_embeds, prompt_mask."""
-        texts = self.captions[ids, (np.asarray(draw) * self.counts[ids]).astype(np.int64)]
+        texts = self.captions[ids, drawn_captions(np.asarray(draw), self.counts[ids], self.weights)]
         if self.resident is not None:
             latents, tokens, mask = self.resident
             at, words = (torch.from_numpy(x).to(latents.device, non_blocking=True) for x in (ids, texts))
@@ -93,7 +96,8 @@ class PredictorTask:
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
         how = (self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
-        self.train, self.valid = Encoded(pictures, *how), Encoded(valid, *how, is_held_out=True)
+        self.train = Encoded(pictures, *how, weights=config.data.caption_weights)
+        self.valid = Encoded(valid, *how, is_held_out=True)
         self.count, self.valid_count = len(self.train), len(self.valid)
         self.device = process_device() if config.resident else torch.device("cpu")
         if config.resident:

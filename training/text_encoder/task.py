@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_mini import images, lora, stages
+from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import unique_captions
 from sd_mini.data.parts import load_captioned
 from sd_mini.errors import UserError
@@ -119,7 +120,8 @@ class TextTask:
         """Each picture with one of its captions, drawn anew. This process encodes its part of the global batch's
         captions and twins, and the captions of its own pictures."""
         caption_draws, twin_draws = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
-        which = [int(u * len(self.captions[i])) for i, u in zip(batch.ids, caption_draws, strict=True)]
+        counts = np.array([len(self.captions[i]) for i in batch.ids])
+        which = drawn_captions(np.array(caption_draws), counts, self.config.data.caption_weights).tolist()
         chosen = [self.captions[i][c] for i, c in zip(batch.ids, which, strict=True)]
         candidates = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
         twins_chosen = [several[int(u * len(several))] for several, u in zip(candidates, twin_draws, strict=True)]
