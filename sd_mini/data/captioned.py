@@ -19,7 +19,7 @@ from sd_mini.config import Config
 from sd_mini.data import cache
 from sd_mini.data.arrays import Pictures, pieces, taken
 from sd_mini.data.mixture import WeightedSource
-from sd_mini.data.rows import Rejected, read_rows, sides
+from sd_mini.data.rows import ReadRows, Rejected, read_rows, sides
 from sd_mini.data.sources import open_source, source_name
 from sd_mini.data.splits import Part, asked_splits
 from sd_mini.data.table import Table
@@ -117,6 +117,15 @@ class CaptionedPictures:
     """The scene graphs behind the pictures, for the shapes world only."""
     rejected: list[Rejected] = field(default_factory=list, repr=False)
     """The rows that were left out."""
+    weights: np.ndarray | None = field(default=None, repr=False)
+    """(N,) how often each is drawn an epoch, on average; of a mixture alone."""
+    sources: list[str] | None = field(default=None, repr=False)
+    """The name of the source that each comes from; of a mixture alone."""
+
+    @classmethod
+    def of(cls, read: ReadRows, name: str) -> CaptionedPictures:
+        """What was read, under a name for reports."""
+        return cls(read.pictures, read.captions, name, None, read.rejected, read.weights, read.sources)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -149,6 +158,8 @@ class CaptionedPictures:
             self.name,
             None if self.scenes is None else [self.scenes[row] for row in rows],
             self.rejected,
+            None if self.weights is None else self.weights[np.asarray(rows)],
+            None if self.sources is None else [self.sources[row] for row in rows],
         )
 
 
@@ -223,7 +234,7 @@ def read_table(
     table: Table, config: DataConfig, part: Part, pictures_only: bool, folder: Path | None
 ) -> CaptionedPictures:
     read = read_rows(table, config, part, pictures_only, folder)
-    whole = CaptionedPictures(read.pictures, read.captions, source_name(config), rejected=read.rejected)
+    whole = CaptionedPictures.of(read, source_name(config))
     if config.side == "all":
         return whole
     own, held_out = sides(read, config.share)

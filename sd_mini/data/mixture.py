@@ -80,6 +80,9 @@ class MixedRows(Rows):
     def file(self, row: int) -> str | None:
         return self.id(row)
 
+    def source_of(self, row: int) -> str:
+        return self._names[self._place(row)[0]]
+
     def fault(self, row: int) -> str | None:
         source, inner = self._place(row)
         return self._tables[source].fault(inner)

@@ -133,7 +133,7 @@ def _load_sides(
             f"valid.share {train.share:g}: of {len(read.captions):,} rows of {train.source!r} {len(held_out)} are held "
             "out; give another valid.share, or held-out pictures of their own as valid.source"
         )
-    whole = CaptionedPictures(read.pictures, read.captions, source_name(train), rejected=read.rejected)
+    whole = CaptionedPictures.of(read, source_name(train))
     chosen = held_out if len(held_out) <= most else held_out[[i * len(held_out) // most for i in range(most)]]
     scored = f", {len(chosen):,} of them, evenly spread, scored while training" if len(chosen) < len(held_out) else ""
     remark(

@@ -49,12 +49,17 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ReadRows:
-    """N rows that can be used: `pictures` (N, 3, R, R) uint8, `captions`, and `hashes` (N, 2) uint64 (`near`)."""
+    """N rows that can be used: `pictures` (N, 3, R, R) uint8, `captions`, and `hashes` (N, 2) uint64 (`near`).
+
+    Of a mixture `weights` (N,) and the name of each row's source.
+    """
 
     pictures: Pictures
     captions: list[list[str]]
     hashes: np.ndarray
     rejected: list[Rejected]
+    weights: np.ndarray | None = None
+    sources: list[str] | None = None
 
 
 def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, folder: Path | None = None) -> ReadRows:
@@ -75,11 +80,14 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, 
     for row in np.flatnonzero(~is_read).tolist():
         faults.setdefault(row, _fault_of_picture(table, config, row))
     rejected = [Rejected(part, str(config.source), table.id(row), faults[row]) for row in sorted(faults)]
+    weights, sources = table.weights, table.sources
     if faults:
         _check_faults(table, config, part, faults)
         kept = np.array([row for row in range(len(table)) if row not in faults])
         pictures, captions, hashes = taken(pictures, kept), [captions[row] for row in kept], hashes[kept]
-    return ReadRows(pictures, captions, hashes, rejected)
+        weights = None if weights is None else weights[kept]
+        sources = None if sources is None else [sources[row] for row in kept]
+    return ReadRows(pictures, captions, hashes, rejected, weights, sources)
 
 
 def _check_faults(table: Table, config: DataConfig, part: str, faults: dict[int, str]) -> None:

@@ -55,6 +55,10 @@ class Rows(ABC):
         """(N,) float64: how often each row is to be drawn; None where all are drawn alike."""
         return None
 
+    def source_of(self, row: int) -> str | None:
+        """Of a mixture, the name of the source that a row comes from."""
+        return None
+
     def state(self) -> str:
         return self.files.digest()
 
@@ -121,6 +125,12 @@ class Table:
         """(N,) float64: how often each row is to be drawn, 1 being as in a plain concatenation; None: all alike."""
         weights = self._rows.weights()
         return None if weights is None else weights[np.asarray(self._numbers)]
+
+    @property
+    def sources(self) -> list[str] | None:
+        """Of a mixture, the name of each row's source."""
+        names = [self._rows.source_of(number) for number in self._numbers[:1]]
+        return None if names in ([], [None]) else [str(self._rows.source_of(number)) for number in self._numbers]
 
     def source_state(self) -> str:
         """SHA-256, in hex, of what identifies the rows' content without reading it, for the key of a cache: paths,

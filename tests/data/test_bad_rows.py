@@ -9,7 +9,7 @@ from PIL import Image
 from sd_mini.data.captioned import DataConfig, load
 from sd_mini.data.parts import load_captioned, load_pictures
 from sd_mini.errors import UserError
-from tests.support.launching import launch
+from tests.support.launching import launch, lines, trace
 
 COUNT = 120
 
@@ -120,3 +120,21 @@ def test_a_stage_names_the_rows_it_leaves_out_in_its_folder(folder, tmp_path_fac
     (first,) = map(json.loads, lines)
     assert (first["part"], first["source"], first["id"]) == ("data", str(folder), "017.png")
     assert "cannot decode" in first["reason"]
+
+
+def test_a_mixture_is_drawn_by_weight_and_each_source_is_scored_apart(tmp_path):
+    colours = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    for name, colour in colours.items():
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            Image.new("RGB", (32, 32), (colour[0], i, colour[2])).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(name)
+    mixture = json.dumps([{"source": str(tmp_path / "red"), "weight": 3}, {"source": str(tmp_path / "blue")}])
+    options = ["--data.source", mixture, "--valid.source", mixture, "--valid.split", "train"]
+    options += ["--valid.count", "16", "--data.count", "16", "--train.steps", "4", "--train.batch_size", "8"]
+    assert launch("autoencoder", tmp_path / "run", *options, "--train.trace", "true") == 0
+    rows = trace(tmp_path / "run" / "autoencoder").values()
+    assert [sum(row["id"] < 8 for row in rows), len(rows)] == [24, 32]  # an epoch: 8 x 3 of red, 8 of blue
+    scores = [line for line in lines(tmp_path / "run" / "autoencoder") if "valid/psnr" in line][-1]
+    apart = [scores[f"valid/{name}:train/psnr"] for name in colours]
+    assert scores["valid/psnr"] == pytest.approx(sum(apart) / 2)

@@ -125,6 +125,7 @@ class AutoencoderTask:
         _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
         self.train, self.valid = load_pictures(config.data, config.valid, cache and cache / "pictures")
         self.rejected = [*self.train.rejected, *self.valid.rejected]
+        self.weights, self.valid_sources = self.train.weights, self.valid.sources
         if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
             remark(coarse)
         self.count, self.valid_count = len(self.train), len(self.valid)

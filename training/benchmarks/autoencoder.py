@@ -21,7 +21,7 @@ from training.autoencoder import task as autoencoder
 from training.autoencoder.losses import OF_ERROR, kl_term
 from training.benchmarks.loops import Rows, decoded_pictures, logged_updates, open_loop, plain_loop, processes
 from training.engine import launch
-from training.engine.batches import Batch, batch_ids, iterate
+from training.engine.batches import Batch, Order, iterate
 
 BLOCK, ROUNDS, WARM_UP = 80, 7, 20  # updates a turn, rounds of turns, updates before the first
 _PLAIN = (*OF_ERROR, "kl", "latent_noise")
@@ -74,7 +74,7 @@ def reference(argv: Sequence[str], threads: int | None = None) -> Iterator[float
     module: Any = task.players["autoencoder"].objective.autoencoder.to(memory_format=torch.contiguous_format)
     weights = {name: term.weight for name, term in config.loss.begun(0).items()}
     with torch.no_grad():
-        ids = batch_ids(train.seed, 0, task.count, train.batch_size)
+        ids = Order(train.seed, task.count, train.batch_size).ids(0)
         inputs = task.inputs(Batch(train.seed, 0, ids, slice(0, train.batch_size)))
         yield _plain_loss(module, inputs["pixels"], inputs["noise"], inputs["posterior_noise"], weights).item()
 

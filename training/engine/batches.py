@@ -86,17 +86,40 @@ def shifted_grid(count: int, offset: float, draws: torch.Generator | None = None
     return ((places + offset % 1) / count).float().clamp(max=1 - 2**-24)
 
 
-def batch_ids(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
-    """Sample numbers of step `step`: the concatenated epochs' permutations of `count`, cut into batches."""
-    start = step * batch_size
-    positions = np.arange(start, start + batch_size)
-    epochs, places = positions // count, positions % count
-    return np.concatenate([_permutation(seed, int(e), count)[places[epochs == e]] for e in np.unique(epochs)])
+class Order:
+    """In which order samples are drawn: epoch after epoch, each a permutation, cut into batches.
 
+    `weights` (count,): how often each sample is drawn an epoch, on average; all once without them.
+    """
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return torch.randperm(count, generator=generator(seed, epoch, "order")).numpy()
+    def __init__(self, seed: int, count: int, batch_size: int, weights: np.ndarray | None = None):
+        self.seed, self.batch_size = seed, batch_size
+        self.cumulative = None if weights is None else np.cumsum(weights)
+        self.epoch_size = count if self.cumulative is None else max(1, round(float(self.cumulative[-1])))
+        self._epoch = lru_cache(maxsize=4)(self._drawn)  # a batch may reach into the next epoch
+
+    def ids(self, step: int) -> np.ndarray:
+        """Sample numbers of step `step`, (batch_size,)."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = positions // self.epoch_size, positions % self.epoch_size
+        return np.concatenate([self._epoch(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        draws = generator(self.seed, epoch, "order")
+        places = torch.randperm(self.epoch_size, generator=draws).numpy()
+        if self.cumulative is None:
+            return places
+        # systematic sampling: each sample its weight, rounded down or up, times
+        offset = float(torch.rand((), generator=generator(self.seed, epoch, "offset"), dtype=torch.float64))
+        levels = (places + offset) * (self.cumulative[-1] / self.epoch_size)
+        return np.searchsorted(self.cumulative, levels, side="right").clip(max=len(self.cumulative) - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_epoch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._epoch = lru_cache(maxsize=4)(self._drawn)
 
 
 def row_slices(batch_size: int, processes: int, accumulation: int) -> list[list[slice]]:
@@ -129,12 +152,12 @@ class StepInputs:
 class Steps(Dataset):
     """Item k is step k's `StepInputs`: a pure function of k, so any worker may gather it at any time."""
 
-    def __init__(self, inputs: Callable[[Batch], Pass], count: int, seed: int, batch_size: int, rows: list[slice]):
-        self.inputs, self.count, self.seed, self.batch_size, self.rows = inputs, count, seed, batch_size, rows
+    def __init__(self, inputs: Callable[[Batch], Pass], order: Order, rows: list[slice]):
+        self.inputs, self.order, self.rows = inputs, order, rows
 
     def __getitem__(self, step: int) -> StepInputs:  # ty: ignore[lost-keyword-for-regular-parameter]
-        ids = batch_ids(self.seed, step, self.count, self.batch_size)
-        passes = [self.inputs(Batch(self.seed, step, ids, rows)) for rows in self.rows]
+        ids = self.order.ids(step)
+        passes = [self.inputs(Batch(self.order.seed, step, ids, rows)) for rows in self.rows]
         return StepInputs(step, ids, self.rows, passes)
 
 

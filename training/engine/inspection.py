@@ -101,7 +101,7 @@ class Inspection:
         rows = rows_of_process(count, self.accelerator.num_processes, self.accelerator.process_index)
         with self.weights(step) as objective:
             local_scores = self.task.validate(objective, rows)
-        self.scores = mean_scores(joined_rows(local_scores, rows, count, self.accelerator))
+        self.scores = mean_scores(joined_rows(local_scores, rows, count, self.accelerator), self.task.valid_sources)
         self.watch.write_scores(step, self.scores)
 
     def preview(self, step: int) -> None:

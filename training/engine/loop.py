@@ -20,7 +20,7 @@ from torch import Tensor
 from sd_mini.errors import UserError
 from sd_mini.processes import patient_group, wait_for_everyone
 from training.distributed.processes import make_accelerator, rounded_products
-from training.engine.batches import Pass, StepInputs, Steps, generator, iterate, row_slices, seed_network_draws
+from training.engine.batches import Order, Pass, StepInputs, Steps, generator, iterate, row_slices, seed_network_draws
 from training.engine.inspection import Inspection
 from training.engine.learner import Learner, Speed
 from training.engine.metrics import FiniteCheck, Means, Pace, Watch, is_due, write_trace
@@ -58,7 +58,7 @@ class Loop:
             for number, (name, player) in enumerate(task.players.items())
         ]
         rows = [slices[self.rank] for slices in row_slices(config.batch_size, processes, config.accumulation)]
-        self.steps = Steps(task.inputs, task.count, config.seed, config.batch_size, rows)
+        self.steps = Steps(task.inputs, Order(config.seed, task.count, config.batch_size, task.weights), rows)
         self.step, self.seconds, self.clock = 0, 0.0, origin.started
         self.means, self.finite = Means(self.accelerator), FiniteCheck()
         self.pace = Pace(self.accelerator, config.batch_size)

@@ -92,6 +92,10 @@ class Task(Protocol):
     """held-out samples"""
     identity: dict[str, str]
     """hashes of the data and the other stages; a checkpoint with others is refused"""
+    weights: np.ndarray | None
+    """(count,): how often each training sample is drawn an epoch; all once where there are none"""
+    valid_sources: list[str] | None
+    """the source of each held-out sample, where they come from several: each is scored apart, too"""
     rejected: list[Rejected]
     """rows of the data that are left out"""
     evaluate_every: int | None
@@ -129,9 +133,17 @@ class Origin:
     begun_from: str | None = None
 
 
-def mean_scores(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Scores a sample => their means, rounded once, so the order of samples and processes does not matter."""
-    return {name: math.fsum(values) / len(values) for name, values in scores.items()}
+def mean_scores(scores: Mapping[str, Sequence[float]], sources: Sequence[str] | None = None) -> dict[str, float]:
+    """Scores a sample => their means, rounded once, so the order of samples and processes does not matter.
+
+    With the `sources` of the samples the first score, which stands for the rest, is also given of each: SOURCE/NAME.
+    """
+    means = {name: math.fsum(values) / len(values) for name, values in scores.items()}
+    first, values = next(iter(scores.items()))
+    for source in dict.fromkeys(sources or ()):
+        own = [value for value, of in zip(values, sources or (), strict=True) if of == source]
+        means[f"{source}/{first}"] = math.fsum(own) / len(own)
+    return means
 
 
 def export_record(

@@ -93,6 +93,7 @@ class PredictorTask:
         teacher = load_teacher(repa, self.text) if repa.weight else None
         pictures, valid = load_captioned(config.data, config.valid, run / "cache" / "pictures")
         self.rejected = [*pictures.rejected, *valid.rejected]
+        self.weights, self.valid_sources = pictures.weights, valid.sources
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
         self.valid_captions = [captions[0] for captions in valid.captions]
         how = (self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)

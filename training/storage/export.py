@@ -62,7 +62,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     objective.requires_grad_(False).eval()
     with torch.no_grad():
         scores = task.validate(objective, slice(0, task.valid_count))
-        means = mean_scores({name: values.tolist() for name, values in scores.items()})
+        means = mean_scores({name: values.tolist() for name, values in scores.items()}, task.valid_sources)
         task.export(objective, out, export_record(objective, state["seconds"], state["step"], means, width))
     return read_contract(out, folder.name)["hash"]
 

@@ -53,6 +53,7 @@ class TextTask:
         self.config = config
         self.train, self.valid = load_captioned(config.data, config.valid, cache / "pictures")
         self.rejected = [*self.train.rejected, *self.valid.rejected]
+        self.weights, self.valid_sources = self.train.weights, self.valid.sources
         self.identity = {"data": self.train.fingerprint}
         self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)

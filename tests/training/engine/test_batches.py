@@ -8,29 +8,29 @@ import torch
 
 from training.distributed.processes import rows_of_process
 from training.engine.augment import AugmentConfig, augment
-from training.engine.batches import Batch, Steps, batch_ids, generator, iterate, row_slices
+from training.engine.batches import Batch, Order, Steps, generator, iterate, row_slices
 from training.engine.loop import Stop
 
 
 def test_every_epoch_sees_every_sample_once():
-    ids = np.concatenate([batch_ids(seed=3, step=k, count=10, batch_size=4) for k in range(5)])
+    ids = np.concatenate([Order(seed=3, count=10, batch_size=4).ids(k) for k in range(5)])
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
     assert list(ids[:10]) != list(ids[10:])
 
 
 def test_order_is_a_pure_function_of_seed_and_step():
-    ahead = [batch_ids(1, k, 50, 16) for k in range(9)]
-    back = [batch_ids(1, k, 50, 16) for k in reversed(range(9))][::-1]
+    ahead = [Order(1, 50, 16).ids(k) for k in range(9)]
+    back = [Order(1, 50, 16).ids(k) for k in reversed(range(9))][::-1]
     assert all((a == b).all() for a, b in zip(ahead, back, strict=True))
-    assert not (batch_ids(1, 0, 50, 16) == batch_ids(2, 0, 50, 16)).all()
+    assert not (Order(1, 50, 16).ids(0) == Order(2, 50, 16).ids(0)).all()
 
 
 def test_a_batch_larger_than_the_data_set_is_several_epochs():
-    assert np.bincount(batch_ids(0, 0, 3, 9)).tolist() == [3, 3, 3]
+    assert np.bincount(Order(0, 3, 9).ids(0)).tolist() == [3, 3, 3]
 
 
 def test_parts_draw_what_the_whole_draws():
-    ids = batch_ids(0, 5, 100, 8)
+    ids = Order(0, 100, 8).ids(5)
     for processes, accumulation in [(2, 1), (1, 4), (2, 2), (1, 5), (3, 1)]:
         slices = [s for per_pass in row_slices(8, processes, accumulation) for s in per_pass]
         whole, parts = Batch(0, 5, ids, slice(0, 8)), [Batch(0, 5, ids, s) for s in slices]
@@ -88,7 +88,7 @@ PIXELS = torch.arange(8 * 3 * 6 * 6, dtype=torch.float32).view(8, 3, 6, 6)
 
 
 def batch(step=0, rows=slice(0, 8)):
-    return Batch(0, step, batch_ids(0, step, 64, 8), rows)
+    return Batch(0, step, Order(0, 64, 8).ids(step), rows)
 
 
 def test_no_augmentation_changes_nothing():
@@ -126,7 +126,7 @@ def test_a_part_of_the_batch_is_changed_as_in_the_whole():
 
 def steps():
     rows = [r[0] for r in row_slices(8, 1, 3)]
-    return Steps(lambda b: {"noise": b.normal("noise", 2)}, 20, 5, 8, rows)
+    return Steps(lambda b: {"noise": b.normal("noise", 2)}, Order(5, 20, 8), rows)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,3 +157,19 @@ def test_a_signal_is_recorded_and_the_handlers_restored(number, code):
         signal.raise_signal(number)
         assert stop.is_asked() and stop.exit_code == code
     assert signal.getsignal(number) is before
+
+
+def test_weights_say_how_often_a_sample_is_drawn_and_every_epoch_rounds_them_down_or_up():
+    weights = np.array([0.25, 1.0, 2.5, 0.25, 3.0])
+    order, epochs = Order(seed=1, count=5, batch_size=7, weights=weights), 400
+    ids = np.concatenate([order.ids(step) for step in range(epochs)])  # an epoch is 7 draws
+    for epoch in ids.reshape(epochs, 7):
+        counts = np.bincount(epoch, minlength=5)
+        assert (counts >= np.floor(weights)).all() and (counts <= np.ceil(weights)).all()
+    assert np.abs(np.bincount(ids) / epochs - weights).max() < 0.08  # 3 standard errors of a rounding's mean
+    assert (Order(1, 5, 7, weights).ids(321) == order.ids(321)).all()
+
+
+def test_weights_of_one_are_every_sample_once_an_epoch():
+    order = Order(seed=0, count=6, batch_size=6, weights=np.ones(6))
+    assert all(sorted(order.ids(step)) == list(range(6)) for step in range(5))

@@ -16,7 +16,7 @@ from sd_mini.text_encoder.adapter import TextStage
 from tests.support.launching import error_line, launch
 from tests.text_encoder.test_open_clip import save_model
 from training.engine import side_by_side
-from training.engine.batches import Batch, batch_ids
+from training.engine.batches import Batch, Order
 from training.text_encoder.config import TextConfig
 from training.text_encoder.partial import freeze_rest
 from training.text_encoder.task import TextTask
@@ -52,7 +52,7 @@ def pretrained(tmp_path_factory, task):
 
 
 def make_batch(task, rows=slice(0, 8)):
-    return Batch(0, 0, batch_ids(0, 0, task.count, 8), rows)
+    return Batch(0, 0, Order(0, task.count, 8).ids(0), rows)
 
 
 def test_each_picture_comes_with_a_caption_of_its_own(task):
