@@ -20,6 +20,7 @@ from sd_mini.stages.contract import Stage, load_stage
 from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.matcher import (
     MEASURED,
+    different,
     embed_images,
     embed_texts,
     measured_caption,
@@ -49,7 +50,7 @@ class TextProbe:
     def scores(self, data: CaptionedPictures) -> dict[str, Any]:
         """Each measure's share of all pictures of `data`, the 95 % interval of the two of binding, and n."""
         count = len(data)
-        found = text_scores(self.stage, self.matcher, data, data.pixels(range(count)), slice(0, count))
+        found = text_scores(self.stage, self.matcher, data, data.pixel_parts(), slice(0, count))
         captions = [own[measured_caption(data, i)] for i, own in enumerate(data.captions)]
         few = few_prompts(captions) is not None
         return _summary({name: float(np.sum(values)) for name, values in found.items()}, count, few)
@@ -63,7 +64,7 @@ class TextProbe:
         which = [measured_caption(data, i) for i in range(len(data))]
         captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
         twisted = [twins(data, i, MEASURED)[which[i]] for i in range(len(data))]
-        seen = embed_images(self.matcher, data.pixels(range(len(data))))
+        seen = embed_images(self.matcher, data.pixel_parts())
         right, wrong = (embed_texts(self.stage, self.matcher, texts)[0] for texts in (captions, twisted))
         margin = (own_similarity(seen, right) - own_similarity(seen, wrong)).cpu().numpy()
         found = np.zeros(len(data), dtype=bool)
@@ -79,11 +80,10 @@ class TextProbe:
         would be a collapsed set, which no text stage makes.
         """
         captions = [own[0] for own in data.captions]
-        scores = similarity(
-            embed_images(self.matcher, data.pixels(range(len(data)))),
-            embed_texts(self.stage, self.matcher, captions)[0],
-        )
-        best = scores.argmax(0).cpu().numpy()
+        unique, number = different(captions)
+        texts = embed_texts(self.stage, self.matcher, unique)[0]
+        scores = similarity(embed_images(self.matcher, data.pixel_parts()), texts)
+        best = scores.argmax(0).cpu()[number].numpy()
         rows_of: dict[str, list[int]] = {}
         for row, caption in enumerate(captions):
             rows_of.setdefault(caption, []).append(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -149,6 +149,10 @@ class CaptionedPictures:
     def pixels(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """(B,) row numbers => (B, 3, R, R) float32 in [-1, 1]."""
         return images.to_pixels(self.pictures[np.asarray(ids, dtype=np.int64)])
+
+    def pixel_parts(self, size: int = 256) -> Iterator[torch.Tensor]:
+        """The pixels of all, `size` at a time."""
+        return (self.pixels(range(a, min(a + size, len(self)))) for a in range(0, len(self), size))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> CaptionedPictures:
         """These rows alone, in this order; pictures on disk stay there."""

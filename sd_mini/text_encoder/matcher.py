@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from sd_mini.texts import shown, word_twins
 
 RANKS = (1, 5, 10)
 CELLS = 4  # a side, into which the picture side divides a picture
-_PICTURES = 32  # whose late scores with all texts are in memory at a time
+_PICTURES, _TEXTS = 32, 256  # whose late scores are in memory at a time
 MEASURED = 1  # the seed of the twins that are measured with; training draws its own
 
 
@@ -39,6 +39,11 @@ class TextEmbeds(NamedTuple):
     vector: Tensor
     words: Tensor | None
     mask: Tensor
+
+    def take(self, numbers: Tensor) -> TextEmbeds:
+        """(N,) numbers of texts => those texts."""
+        numbers = numbers.to(self.vector.device)
+        return TextEmbeds(self.vector[numbers], None if self.words is None else self.words[numbers], self.mask[numbers])
 
 
 class Matcher(ModelMixin, ConfigMixin):
@@ -195,8 +200,10 @@ def similarity(seen: ImageEmbeds, said: TextEmbeds) -> Tensor:
     cosine = seen.vector @ said.vector.T
     if seen.cells is None or said.words is None:
         return cosine
-    parts = [late_scores(cells, said.words, said.mask) for cells in seen.cells.split(_PICTURES)]
-    return cosine + torch.cat(parts)
+    texts = list(zip(said.words.split(_TEXTS), said.mask.split(_TEXTS), strict=True))
+    for rows, cells in zip(cosine.split(_PICTURES), seen.cells.split(_PICTURES), strict=True):
+        rows += torch.cat([late_scores(cells, words, mask) for words, mask in texts], dim=1)
+    return cosine
 
 
 def own_similarity(seen: ImageEmbeds, said: TextEmbeds) -> Tensor:
@@ -208,9 +215,9 @@ def own_similarity(seen: ImageEmbeds, said: TextEmbeds) -> Tensor:
 
 
 @torch.no_grad()
-def embed_images(matcher: Matcher, pictures: Tensor) -> ImageEmbeds:
-    """N pictures => ImageEmbeds, in parts."""
-    parts = [matcher(part.to(matcher.device)) for part in pictures.split(256)]
+def embed_images(matcher: Matcher, pictures: Iterable[Tensor]) -> ImageEmbeds:
+    """N pictures, in parts as the matcher takes them, => ImageEmbeds."""
+    parts = [matcher(part.to(matcher.device)) for part in pictures]
     cells = None if parts[0].cells is None else torch.cat([part.cells for part in parts])
     return ImageEmbeds(torch.cat([part.vector for part in parts]), cells)
 
@@ -232,48 +239,60 @@ def embed_texts(stage: TextStage, matcher: Matcher, texts: Sequence[str]) -> tup
     return TextEmbeds(torch.cat([p.vector for p in said]), words, mask), TextEmbeds(torch.cat(projected), None, mask)
 
 
-def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, np.ndarray]:
-    """`similarity` (N, N) of N pictures and their N captions => for each of `rows`, 0 or 1, whether the caption finds
-    its picture among the first 1, 5, 10 of all N, and the picture its caption.
+def different(texts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """N texts => the U different ones, in the order first seen, and each text's number among them, (N,)."""
+    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(number), torch.tensor([number[text] for text in texts])
 
-    Equal captions are one: a picture of the same caption counts as found, and captions are ranked as different ones.
+
+def recalls(scores: Tensor, captions: Sequence[str], rows: slice) -> dict[str, np.ndarray]:
+    """`similarity` (N, U) of N pictures and their U different captions => for each of `rows`, 0 or 1, whether the
+    caption finds its picture among the first 1, 5, 10 of all N, and the picture its caption.
+
+    Equal captions are one: a picture of the same caption counts as found.
     """
-    _, first, numbers = np.unique(captions, return_index=True, return_inverse=True)
-    numbers = torch.from_numpy(numbers).to(scores.device)
+    numbers = different(captions)[1].to(scores.device)
     own = numbers[rows]
-    of_pictures, of_captions = scores.T[rows], scores[rows][:, torch.from_numpy(first).to(scores.device)]
-    same = own[:, None] == numbers
-    reached = torch.where(same, of_pictures, -torch.inf).amax(1)
+    better = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device)  # pictures before a caption's own
+    for asked in own.unique().split(_TEXTS):
+        of_pictures, same = scores[:, asked].T, asked[:, None] == numbers
+        reached = torch.where(same, of_pictures, -torch.inf).amax(1)
+        better[asked] = ((of_pictures > reached[:, None]) & ~same).sum(1)
+    of_captions = zip(scores[rows].split(_TEXTS), own.split(_TEXTS), strict=True)
     beaten_by = {
-        "recall": ((of_pictures > reached[:, None]) & ~same).sum(1),
-        "recall_of_captions": (of_captions > of_captions.gather(1, own[:, None])).sum(1),
+        "recall": better[own],
+        "recall_of_captions": torch.cat([(part > part.gather(1, at[:, None])).sum(1) for part, at in of_captions]),
     }
-    return {f"{name}_at_{k}": (better < k).float().cpu().numpy() for name, better in beaten_by.items() for k in RANKS}
+    return {f"{name}_at_{k}": (rank < k).float().cpu().numpy() for name, rank in beaten_by.items() for k in RANKS}
 
 
 def text_scores(
-    stage: TextStage, matcher: Matcher, data: CaptionedPictures, pictures: Tensor, rows: slice
+    stage: TextStage, matcher: Matcher, data: CaptionedPictures, pictures: Iterable[Tensor], rows: slice
 ) -> dict[str, np.ndarray]:
     """What is said of a text stage, for each of `rows`, 0 or 1: `recalls`, and whether the picture is nearer to its
     caption than to its twin, by the adapter (`binding`), by its pooled vector alone (`binding_pooled`), which is all
     that the plain projection has, and by that (`binding_projection`).
 
-    `pictures`: all N of `data`, as the matcher takes them.
+    `pictures`: all N of `data`, in parts as the matcher takes them.
     """
     which = [measured_caption(data, i) for i in range(len(data))]
     captions = [own[i] for own, i in zip(data.captions, which, strict=True)]
     twisted = [twins(data, i, MEASURED)[which[i]] for i in range(rows.start, rows.stop)]
     seen = embed_images(matcher, pictures)
     own = ImageEmbeds(seen.vector[rows], None if seen.cells is None else seen.cells[rows])
+    (unique, number), (unique_twins, number_of_twin) = different(captions), different(twisted)
     ways = zip(
-        ("", "_projection"), embed_texts(stage, matcher, captions), embed_texts(stage, matcher, twisted), strict=True
+        ("", "_projection"),
+        embed_texts(stage, matcher, unique),
+        embed_texts(stage, matcher, unique_twins),
+        strict=True,
     )
     found = {}
     for name, right, wrong in ways:
         found |= {f"{key}{name}": hits for key, hits in recalls(similarity(seen, right), captions, rows).items()}
-        true = TextEmbeds(right.vector[rows], None if right.words is None else right.words[rows], right.mask[rows])
-        found[f"binding{name}"] = (own_similarity(own, true) > own_similarity(own, wrong)).float().cpu().numpy()
+        true, false = right.take(number[rows]), wrong.take(number_of_twin)
+        found[f"binding{name}"] = (own_similarity(own, true) > own_similarity(own, false)).float().cpu().numpy()
         if not name:
-            margin = (own.vector * (true.vector - wrong.vector)).sum(1)
+            margin = (own.vector * (true.vector - false.vector)).sum(1)
             found["binding_pooled"] = (margin > 0).float().cpu().numpy()
     return found

@@ -6,6 +6,7 @@ accelerate launch -m training.text_encoder --config training/configs/shapes/text
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,11 @@ class TextTask:
             encoder.model.to(objective.adapter.device)
         return TextStage(encoders, objective.adapter)
 
-    def _valid_pictures(self, count: int) -> Tensor:
-        return self.valid.pixels(range(count)) if self.features is None else self.features[1][:count]
+    def _valid_pictures(self, count: int) -> Iterator[Tensor]:
+        """The first held-out pictures, in parts as the matcher takes them."""
+        return (
+            self.valid.select(range(count)).pixel_parts() if self.features is None else iter([self.features[1][:count]])
+        )
 
     def validate(self, objective: TextObjective, rows: slice) -> dict[str, np.ndarray]:
         """Retrieval and binding of held-out samples; see `text_scores`."""

@@ -29,7 +29,7 @@ def test_the_text_stage_is_scored_on_the_scenes_that_are_asked_for(report, tiny_
     for split, entry in report["text"].items():
         pictures = load(DataConfig(split=split, count=PROMPTS_ASKED, seed=1000 + SEED, resolution=32))
         pixels = pictures.pixels(range(PROMPTS_ASKED))
-        halves = [text_scores(stage, matcher, pictures, pixels, rows) for rows in (slice(0, 6), slice(6, 13))]
+        halves = [text_scores(stage, matcher, pictures, [pixels], rows) for rows in (slice(0, 6), slice(6, 13))]
         for name in ("recall_at_1", "recall_at_5", "recall_at_10", "binding", "binding_projection"):
             assert entry[name] == pytest.approx(np.concatenate([half[name] for half in halves]).mean(), abs=1e-6)
         assert (entry["binding_low"], entry["binding_high"]) == wilson(round(13 * entry["binding"]), 13)
@@ -62,7 +62,7 @@ def test_what_a_caption_is_taken_for_is_what_recall_counts(tiny_run):
     data = load(DataConfig(split="test", count=40, seed=1000, resolution=32))
     plain = CaptionedPictures(data.pictures, [[captions[0]] for captions in data.captions], data.name)
     found = probe.taken_for(plain)
-    entry = text_scores(probe.stage, probe.matcher, plain, plain.pixels(range(40)), slice(0, 40))
+    entry = text_scores(probe.stage, probe.matcher, plain, plain.pixel_parts(), slice(0, 40))
     assert (found == np.arange(40)).tolist() == (entry["recall_at_1"] > 0).tolist()
 
 
@@ -94,9 +94,9 @@ def test_of_few_captions_only_what_means_something_is_scored(tiny_run):
 
 def test_recall_of_captions_ranks_different_captions():
     """Four pictures, the first three of one caption: the right caption of the last is second of two, not fourth."""
-    scores = torch.tensor([[0.9, 0.9, 0.9, 0.1]] * 3 + [[0.5, 0.5, 0.5, 0.4]])
+    scores = torch.tensor([[0.9, 0.1]] * 3 + [[0.5, 0.4]])
     found = recalls(scores, ["a", "a", "a", "b"], slice(0, 4))
     assert found["recall_of_captions_at_1"].tolist() == [1, 1, 1, 0]
     assert found["recall_of_captions_at_5"].tolist() == [1, 1, 1, 1]
-    several = torch.tensor([[0.5] * 9 + [0.4]] * 10)
+    several = torch.tensor([[0.5, 0.4]] * 10)
     assert recalls(several, ["a"] * 9 + ["b"], slice(0, 10))["recall_of_captions_at_5"][-1] == 1
