@@ -48,7 +48,8 @@ def list_files(folder: Path) -> list[Path]:
             for entry in entries:
                 if is_hidden(entry.name):
                     continue
-                if entry.is_dir():
+                # a loop of links is no folder
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     visit(current / entry.name, (*above, real))
                 else:
                     found.append(current / entry.name)
