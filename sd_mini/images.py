@@ -7,6 +7,7 @@ they carry; CMYK, whose numbers mean nothing without one, is converted through i
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -49,9 +50,9 @@ def _reads_pixels(name: str) -> bool:
     return name != "MPEG" and not is_stub
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path: str | Path) -> bool:
     """Whether a file's ending says that it is a picture."""
-    return path.suffix.lower() in picture_suffixes()
+    return os.path.splitext(path)[1].lower() in picture_suffixes()
 
 
 def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int, int] = WHITE) -> np.ndarray:

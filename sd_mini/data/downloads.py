@@ -81,5 +81,5 @@ def _pictures(shard: Path) -> dict[str, Path | TarPicture]:
         return {path.stem: path for path in list_pictures(folder)}
     if not tar.path.is_file():
         return {}
-    members = [member for member in tar.members() if is_picture(Path(member.path))]
+    members = [member for member in tar.members() if is_picture(member.path)]
     return {Path(member.path).stem: TarPicture(tar, member) for member in members}

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd_mini.data.file_states import FileStates, check_unique, relative_id
+from sd_mini.data.file_states import FileStates, check_unique, relative_id, relative_path
 from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
 from sd_mini.data.table import Rows
@@ -44,13 +44,15 @@ def list_files(folder: Path) -> list[Path]:
         real = current.resolve()
         if real in above:  # a link back up, which has no end
             return
-        for path in current.iterdir():
-            if is_hidden(path.name):
-                continue
-            if path.is_dir():
-                visit(path, (*above, real))
-            else:
-                found.append(path)
+        with os.scandir(current) as entries:  # which tells folders from files without a look at each
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                # a loop of links is no folder
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    visit(current / entry.name, (*above, real))
+                else:
+                    found.append(current / entry.name)
 
     try:
         visit(folder, ())
@@ -66,7 +68,7 @@ def list_pictures(folder: Path) -> list[Path]:
 def path_key(path: Path | str) -> str:
     """A path as it is sorted and compared: absolute, and with accents in one spelling (macOS writes an accent as a
     character of its own, others do not)."""
-    return unicodedata.normalize("NFC", Path(os.path.abspath(path)).as_posix())
+    return unicodedata.normalize("NFC", os.path.abspath(path).replace(os.sep, "/"))
 
 
 def read_listed(files: Sequence[Path]) -> Iterator[tuple[Path, MetadataRow, Path]]:
@@ -75,8 +77,8 @@ def read_listed(files: Sequence[Path]) -> Iterator[tuple[Path, MetadataRow, Path
 
     Raises UserError for metadata that cannot be read, and for two such files in one folder.
     """
-    on_disk = {path_key(path): path for path in files}
     metadata = [path for path in files if is_metadata(path)]
+    on_disk = {path_key(path): path for path in files} if metadata else {}
     for file in metadata:
         _check_alone(file, metadata)
         for row in read_metadata(file):
@@ -151,15 +153,15 @@ class PictureFolder:
         self.pictures = [path for path in self.files if is_picture(path)]
         self.metadata = [path for path in self.files if is_metadata(path)]
         # 0.txt or 0.TXT; of both, the former, which sorts last
-        self._texts = {_stem_key(path): path for path in self.files if path.suffix.lower() == ".txt"}
+        self._texts = {_stem_key(path): path for path in self.files if path.name.lower().endswith(".txt")}
         self.split_folders = self._split_folders()
         self._states = FileStates.of(folder, self.metadata)  # before they are read
         self.listed = self._listed()
 
     def _top(self, path: Path) -> str | None:
         """The top-level folder that a path lies in."""
-        parts = Path(os.path.relpath(path, self.folder)).parts
-        return parts[0] if len(parts) > 1 else None
+        top, below, _ = relative_path(path, self.folder).partition(os.sep)
+        return top if below else None
 
     def _split_folders(self) -> set[str]:
         """The top-level folders whose names are splits."""
@@ -215,15 +217,18 @@ class PictureFolder:
             ]
         columns = [IMAGE, *(name for name in dict.fromkeys([*texts, *fields]) if name != IMAGE)]
         read = [path for row in rows for path in (row.path, row.caption_file) if path is not None]
-        states = FileStates(self.folder, self._states.states | FileStates.of(self.folder, read).states)
+        states = self._states.joined(FileStates.of(self.folder, read))
         table = FolderRows(self.folder, rows, columns, list(dict.fromkeys(texts)), states)
         return table, self._left_out(rows, names)
 
     def _plain(self, names: Sequence[str]) -> list[PictureFile]:
         """The pictures of these splits as they lie there, with their caption files, or the classes they lie in."""
         own = [path for path in self.pictures if self._split_of(path) in names]
-        classes = {path.parent for path in own}
-        is_classed = len(classes) > 1 and not classes & {self.folder, *(self.folder / name for name in names)}
+        classes = {os.path.dirname(path) for path in own}
+        is_classed = len(classes) > 1 and not classes & {
+            str(self.folder),
+            *(str(self.folder / name) for name in names),
+        }
         rows = []
         for path in own:
             fields = {LABEL: path.parent.name} if is_classed else {}

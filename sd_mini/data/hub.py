@@ -72,5 +72,5 @@ def _streamed(source: str, config: DataConfig, part: Part) -> StreamedRows:
         return datasets.load_dataset(source, split=config.split, streaming=True).select_columns(columns)
 
     # the files' hashes are the builder's: those of a branch change with it
-    files = FileStates(Path(source), {}, f"{source}@{builder.hash}:{config.split}")
+    files = FileStates.of(Path(source), [], f"{source}@{builder.hash}:{config.split}")
     return StreamedRows(load, count, source, files, lambda row: f"{config.split}/{row}")

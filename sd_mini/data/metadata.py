@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def some(things: list[str], joint: str = "; ") -> str:
 
 
 def is_metadata(path: Path) -> bool:
-    return path.stem.lower() == "metadata" and path.suffix.lower() in _READERS
+    stem, suffix = os.path.splitext(path.name.lower())
+    return stem == "metadata" and suffix in _READERS
 
 
 def read_metadata(path: Path) -> list[MetadataRow]:

@@ -73,9 +73,9 @@ def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:
     table = [(place, fields) for place, fields in table if not splits or fields[SPLIT] in chosen]
     rows = _located(path, table, column)
     columns = [name for name in (table[0][1] if table else ()) if name and name != column]
-    read = {row.picture.tar.path if isinstance(row.picture, TarPicture) else row.picture for row in rows}
-    pictures = FileStates.of(path.parent, sorted(one for one in read if one is not None))
-    return PathRows(rows, columns, config.image_column, FileStates(path.parent, states.states | pictures.states))
+    read = (row.picture.tar.path if isinstance(row.picture, TarPicture) else row.picture for row in rows)
+    pictures = FileStates.of(path.parent, dict.fromkeys(one for one in read if one is not None))
+    return PathRows(rows, columns, config.image_column, states.joined(pictures))
 
 
 def _picture_column(path: Path, rows: Sequence[Mapping[str, Any]], config: DataConfig, part: Part) -> str:
@@ -85,7 +85,7 @@ def _picture_column(path: Path, rows: Sequence[Mapping[str, Any]], config: DataC
         return config.image_column
     fitting = [name for name in names if all(_is_place(row[name]) for row in rows)]
     # a table of img2dataset's kind may have the URL of the page beside that of the picture
-    fitting = [name for name in fitting if all(is_picture(Path(row[name])) for row in rows)] or fitting
+    fitting = [name for name in fitting if all(is_picture(row[name]) for row in rows)] or fitting
     if len(fitting) != 1:
         which = f"{', '.join(fitting)} hold them all" if fitting else "none of them does"
         raise FieldError(
@@ -96,7 +96,7 @@ def _picture_column(path: Path, rows: Sequence[Mapping[str, Any]], config: DataC
 
 
 def _is_place(cell: Any) -> bool:
-    return isinstance(cell, str) and bool(cell.strip()) and (is_url(cell) or is_picture(Path(cell)))
+    return isinstance(cell, str) and bool(cell.strip()) and (is_url(cell) or is_picture(cell))
 
 
 def _located(path: Path, table: Sequence[tuple[str, Mapping[str, Any]]], column: str) -> list[PathRow]:

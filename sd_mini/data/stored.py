@@ -45,7 +45,8 @@ class DatasetRows(Rows):
     def _read_block(self, column: str, number: int) -> list[Any]:
         with reading(f"column {column!r} of {self._source}"):
             values = self._set.select_columns(column)[number * _BLOCK : (number + 1) * _BLOCK][column]
-        return [named_classes(self._set.features[column], value) for value in values]
+        feature = self._set.features[column]
+        return [named_classes(feature, value) for value in values]
 
     def picture(self, row: int, column: str) -> bytes | Path | None:
         return encoded_picture(self._pictures(column)[row][column])

@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from sd_mini.data.folder import is_hidden
@@ -52,9 +52,10 @@ class Tar:
                 for entry in archive:
                     self._check(entry)
                     end = entry.offset_data + -(-entry.size // _BLOCK) * _BLOCK
+                    name = entry.name.removeprefix("./")
                     archive.members = []  # ty: ignore[missing-attribute]  # the library would keep them all
-                    if entry.isfile() and not any(map(is_hidden, PurePosixPath(entry.name).parts)):
-                        yield Member(entry.name, entry.offset_data, entry.size)
+                    if entry.isfile() and not any(map(is_hidden, name.split("/"))):
+                        yield Member(name, entry.offset_data, entry.size)
         except tarfile.TarError as error:
             raise UserError(self._damage(end, error)) from None
         except OSError as error:
@@ -62,8 +63,7 @@ class Tar:
         self._check_end(end)
 
     def _check(self, entry: tarfile.TarInfo) -> None:
-        path = PurePosixPath(entry.name)
-        if path.is_absolute() or ".." in path.parts:
+        if entry.name.startswith("/") or ".." in entry.name.split("/"):
             raise UserError(f"{self.path}: its member {entry.name!r} climbs out of the tar; write the tar anew without")
         if not (entry.isfile() or entry.isdir()) or entry.issparse():
             kind = "a link" if entry.issym() or entry.islnk() else "no plain file"

@@ -11,7 +11,6 @@ EVEN = (np.arange(12_000) + 0.5) / 12_000  # every part of [0, 1) alike
 @pytest.mark.parametrize(
     ("count", "weights", "shares"),
     [
-        (3, None, [1 / 3, 1 / 3, 1 / 3]),
         (3, (1, 1, 1), [1 / 3, 1 / 3, 1 / 3]),
         (3, (2, 1, 1), [1 / 2, 1 / 4, 1 / 4]),
         (2, (2, 1, 1), [2 / 3, 1 / 3]),

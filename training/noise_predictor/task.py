@@ -62,7 +62,9 @@ class Encoded:
 
     def take(self, ids: np.ndarray, draw: Sequence[float]) -> dict[str, Tensor]:
         """Sample numbers (b,), U[0, 1) draws that pick a caption of each => latents, prompt_embeds, prompt_mask."""
-        texts = self.captions[ids, drawn_captions(np.asarray(draw), self.counts[ids], self.weights)]
+        draws, counts = np.asarray(draw), self.counts[ids]
+        alike = (draws * counts).astype(np.int64)
+        texts = self.captions[ids, alike if self.weights is None else drawn_captions(draws, counts, self.weights)]
         if self.resident is not None:
             latents, tokens, mask = self.resident
             at, words = (torch.from_numpy(x).to(latents.device, non_blocking=True) for x in (ids, texts))

@@ -122,8 +122,10 @@ class TextTask:
         """Each picture with one of its captions, drawn anew. This process encodes its part of the global batch's
         captions and twins, and the captions of its own pictures."""
         caption_draws, twin_draws = (batch.uniform_all(name).tolist() for name in ("caption", "twin"))
-        counts = np.array([len(self.captions[i]) for i in batch.ids])
-        which = drawn_captions(np.array(caption_draws), counts, self.config.data.caption_weights).tolist()
+        which = [int(u * len(self.captions[i])) for i, u in zip(batch.ids, caption_draws, strict=True)]
+        if (weights := self.config.data.caption_weights) is not None:
+            counts = np.array([len(self.captions[i]) for i in batch.ids])
+            which = drawn_captions(np.array(caption_draws), counts, weights).tolist()
         chosen = [self.captions[i][c] for i, c in zip(batch.ids, which, strict=True)]
         candidates = [self.twins[i][c] for i, c in zip(batch.ids, which, strict=True)]
         twins_chosen = [several[int(u * len(several))] for several, u in zip(candidates, twin_draws, strict=True)]

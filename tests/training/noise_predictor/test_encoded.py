@@ -52,6 +52,18 @@ def test_stage_3_reads_what_the_stages_made(tmp_path):
     assert caches(tmp_path) == [2, 2]
 
 
+def test_captions_are_drawn_by_their_weights(tmp_path):
+    """Weights of the second caption alone: what a set of second captions gives, at every draw."""
+    pictures = load(DataConfig(count=6, resolution=32))
+    stages_ = small_stages(pictures)
+    weighted = Encoded(pictures, *stages_, 3, tmp_path / "a", "float32", weights=(0, 1))
+    second = replace(pictures, captions=[several[1:2] for several in pictures.captions])
+    alone = Encoded(second, *stages_, 1, tmp_path / "b", "float32")
+    ids = np.array([5, 0, 3])
+    for draw in ([0.0] * 3, [0.5] * 3, [0.999] * 3):
+        torch.testing.assert_close(weighted.take(ids, draw), alone.take(ids, draw))
+
+
 def test_an_edited_picture_or_another_stage_is_another_cache(tmp_path):
     pictures = load(DataConfig(count=6, resolution=32))
     text, vae = small_stages(pictures)

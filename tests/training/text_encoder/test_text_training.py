@@ -66,6 +66,15 @@ def test_each_picture_comes_with_a_caption_of_its_own(task):
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() in task.train.captions[number]
 
 
+def test_captions_are_drawn_by_their_weights(tmp_path):
+    task = make_task(tmp_path, "--data.caption_weights", "[0, 1]")
+    inputs = task.inputs(make_batch(task))
+    tokenizer = task.stage.encoders[0].tokenizer
+    drawn = inputs["ids_0"][inputs["local_texts"]][inputs["caption"]]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in drawn]
+    assert texts == [task.train.captions[number][1] for number in make_batch(task).own_ids]
+
+
 def test_a_part_of_the_batch_sees_all_texts_and_its_own_pictures(task):
     whole, part = task.inputs(make_batch(task)), task.inputs(make_batch(task, slice(4, 8)))
     assert torch.equal(whole["ids_0"], part["ids_0"])
