@@ -16,6 +16,11 @@ from accelerate import PartialState
 from sd_mini.errors import UserError
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_device() -> torch.device:
     """The device of this process, by Accelerate."""
     device = PartialState().device

@@ -1,4 +1,4 @@
-"""The command line: sd-mini generate | inspect | export. Nothing heavy is imported before a subcommand needs it."""
+"""The command line: sd-mini generate | inspect | export | data. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sd_mini.cli.inspection import inspect
-from sd_mini.config import command
+from sd_mini.config import command, read
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, check_writable, read_json, written_to
 from sd_mini.openmp import let_threads_sleep
@@ -54,13 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> None:
-    options = _parser().parse_args(argv)
+    options, rest = _parser().parse_known_args(argv)
+    if rest and options.run_command is not _survey:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; `sd-mini --help` shows what is expected")
+    options.rest = rest
     options.run_command(options)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="sd-mini", description="A latent text-to-image model, trained in three stages.")
-    commands = parser.add_subparsers(required=True, metavar="{generate,inspect,export}")
+    commands = parser.add_subparsers(required=True, metavar="{generate,inspect,export,data}")
 
     generate = commands.add_parser("generate", help="make pictures of a prompt")
     generate.set_defaults(run_command=_generate)
@@ -99,6 +102,12 @@ def _parser() -> Parser:
     export.add_argument(
         "--guide", metavar="FOLDER", type=Path, help="an earlier noise predictor of the run, for autoguidance"
     )
+
+    data = commands.add_parser("data", help="show what a data source holds, before anything is trained on it")
+    data.set_defaults(run_command=_survey)
+    data.add_argument("source", metavar="SOURCE", help="as data.source; further options are its fields: --text_column")
+    data.add_argument("--tokenizer", metavar="NAME", help="an encoder's folder or hub name: lengths and broken words")
+    data.add_argument("--sheet", metavar="FILE", type=Path, help="a picture of 40 rows with their captions")
     return parser
 
 
@@ -249,3 +258,15 @@ def _export(options: argparse.Namespace) -> None:
     _hide_loading_bars()
     Pipeline.from_run(options.run, guide=options.guide).save(out)
     print(out)
+
+
+def _survey(options: argparse.Namespace) -> None:
+    if options.source == "shapes":
+        raise UserError("shapes: is drawn, not read; give a file, a folder or a hub name")
+    if options.sheet is not None:
+        _check_picture_file(options.sheet)
+    from sd_mini.data.captioned import DataConfig
+    from sd_mini.data.preflight import survey
+
+    config = read(DataConfig, None, ["--source", options.source, *options.rest])
+    print(*survey(config, options.tokenizer, options.sheet), sep="\n")

@@ -19,7 +19,8 @@ from sd_mini.config import Config
 from sd_mini.data import cache
 from sd_mini.data.arrays import Pictures, pieces, taken
 from sd_mini.data.mixture import WeightedSource
-from sd_mini.data.rows import ReadRows, Rejected, read_rows, sides
+from sd_mini.data.rejected import Rejected
+from sd_mini.data.rows import ReadRows, read_rows, sides
 from sd_mini.data.sources import open_source, source_name
 from sd_mini.data.splits import Part, asked_splits
 from sd_mini.data.table import Table

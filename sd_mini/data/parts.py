@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from sd_mini.data.captioned import SHAPES_COUNT, CaptionedPictures, DataConfig, ValidConfig, load, read_table, rows_of
-from sd_mini.data.rows import BadRows, read_rows, sides, why_no_captions
+from sd_mini.data.rejected import BadRows
+from sd_mini.data.rows import read_rows, sides, why_no_captions
 from sd_mini.data.sources import source_name
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError

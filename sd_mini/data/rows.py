@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from sd_mini import images
-from sd_mini.data import cache
 from sd_mini.data.arrays import Pictures, taken
-from sd_mini.data.metadata import some
-from sd_mini.data.near import is_near, near_pairs, picture_hashes, uniform_of
+from sd_mini.data.decoding import decoded, fault_of_picture, remarks_on
+from sd_mini.data.near import is_near, near_pairs, uniform_of
+from sd_mini.data.rejected import Rejected, check_faults
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
-from sd_mini.memory import check_room
 from sd_mini.remarks import remark
 from sd_mini.texts import check_text
 
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
-
-_DECODER = 1  # part of the cache's key: raise it when other pixels come of the same bytes
-_CHUNK = 2**25  # bytes of decoded pictures that are written at a time
-_REASONS = 5  # that a refusal names
-_FEW = 5  # bad rows that are named one by one
-
-
-class BadRows(UserError):
-    """Rows that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that is left out: the part of the data (`data`, `valid`), its source, its id and why."""
-
-    part: str
-    source: str
-    id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -75,61 +49,22 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, 
     faults = {row: fault for row in range(len(table)) if (fault := table.fault(row)) is not None}
     captions: list[list[str]] = [[] for _ in range(len(table))]
     if not pictures_only:
-        captions = _captions(table, config, part, faults)
-    pictures, is_read, hashes = _decoded(table, config, part, folder)
+        captions = captions_of(table, config, part, faults)
+    pictures, hashes, sizes, is_read = decoded(table, config, part, folder)
     for row in np.flatnonzero(~is_read).tolist():
-        faults.setdefault(row, _fault_of_picture(table, config, row))
+        faults.setdefault(row, fault_of_picture(table, config, row))
     rejected = [Rejected(part, str(config.source), table.id(row), faults[row]) for row in sorted(faults)]
     weights, sources = table.weights, table.sources
     if faults:
-        _check_faults(table, config, part, faults)
+        check_faults(table, config, part, faults)
         kept = np.array([row for row in range(len(table)) if row not in faults])
-        pictures, captions, hashes = taken(pictures, kept), [captions[row] for row in kept], hashes[kept]
+        pictures, captions = taken(pictures, kept), [captions[row] for row in kept]
+        hashes, sizes = hashes[kept], sizes[kept]
         weights = None if weights is None else weights[kept]
         sources = None if sources is None else [sources[row] for row in kept]
+    for line in remarks_on(sizes, hashes, config.resolution):
+        remark(f"{part}: {line}")
     return ReadRows(pictures, captions, hashes, rejected, weights, sources)
-
-
-def _check_faults(table: Table, config: DataConfig, part: str, faults: dict[int, str]) -> None:
-    """A remark on the rows that are left out. Raises BadRows where they are too many."""
-    share, all_of_them = len(faults) / len(table), len(faults) == len(table)
-    if share > config.max_bad or all_of_them:
-        raise BadRows(f"{part}: {_named(table, config, part, faults)}")
-    remark(
-        f"{part}: left out {len(faults):,} of {len(table):,} rows of {config.source!r}, which cannot be used: "
-        f"{_reasons(table, faults)}"
-    )
-
-
-def _named(table: Table, config: DataConfig, part: str, faults: dict[int, str]) -> str:
-    """Bad rows in words: each one where they are few, else the most common reasons."""
-    allowed = f" ({part}.max_bad allows {config.max_bad:.2%})" if config.max_bad else ""
-    files = {row: f" ({file})" if (file := table.file(row)) is not None else "" for row in faults}
-    if len(faults) == 1:
-        ((row, fault),) = faults.items()
-        return f"row {table.number(row)} of {config.source!r}{files[row]}: {fault}"
-    if len(faults) <= _FEW or not config.max_bad:
-        what = some([f"row {table.number(row)}{files[row]}: {faults[row]}" for row in sorted(faults)])
-    else:
-        what = _reasons(table, faults)
-    return f"{len(faults):,} of {len(table):,} rows of {config.source!r} cannot be used{allowed}: {what}"
-
-
-def _reasons(table: Table, faults: dict[int, str]) -> str:
-    """The most common reasons, each with its number of rows and the first of them."""
-    kinds = {row: _kind(faults[row]) for row in sorted(faults)}
-    first = {kind: row for row, kind in reversed(kinds.items())}
-    parts = [
-        f"{number:,} x {faults[first[kind]]} (row {table.number(first[kind])}, {table.id(first[kind])})"
-        for kind, number in Counter(kinds.values()).most_common(_REASONS)
-    ]
-    more = len(set(kinds.values())) - len(parts)
-    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
-
-
-def _kind(fault: str) -> str:
-    """A reason without what differs from row to row: the paths, the quoted texts, the numbers."""
-    return re.sub(r"\S*[/\\]\S*|'[^']*'|\"[^\"]*\"|\d[\d,.]*", "_", fault)
 
 
 def why_no_captions(table: Table, config: DataConfig, part: str) -> str | None:
@@ -147,64 +82,7 @@ def check_column(table: Table, part: str, field: str, column: str) -> None:
         raise UserError(f"{part}.{field}: no column {column!r}; there are {', '.join(table.columns)}")
 
 
-def _decoded(
-    table: Table, config: DataConfig, part: str, folder: Path | None
-) -> tuple[Pictures, np.ndarray, np.ndarray]:
-    """Pictures (N, 3, R, R) uint8, which of them could be decoded (N,) bool, and their hashes (N, 2) uint64."""
-    side, count = config.resolution, len(table)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    chunk = max(1, min(256, _CHUNK // (3 * side * side)))
-
-    def encode_rows(rows: slice) -> cache.Arrays:
-        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes and resizes without holding Python's lock
-            read = list(pool.map(lambda row: _read_picture(table, config, row), range(rows.start, rows.stop)))
-        blank = np.zeros((3, side, side), np.uint8), np.zeros(2, np.uint64)
-        pictures, hashes = zip(*(blank if pair is None else pair for pair in read), strict=True)
-        is_read = np.array([pair is not None for pair in read])
-        return {"pictures": np.stack(pictures), "is_read": is_read, "hashes": np.stack(hashes)}
-
-    if folder is None:
-        check_room(part, count, side)
-        steps = tqdm(range(0, count, chunk), desc="decoding pictures", delay=2)
-        pieces = [encode_rows(slice(start, min(start + chunk, count))) for start in steps]
-        arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        return arrays["pictures"], arrays["is_read"], arrays["hashes"]
-    key = {
-        "source": table.source_state(),
-        "column": config.image_column,
-        "resolution": side,
-        "background": config.background,
-        "decoder": _DECODER,
-    }
-    stored = cache.encode(folder, key, count, encode_rows, f"{part}: pictures", chunk=chunk)
-    table.check_unchanged()
-    return stored["pictures"], stored["is_read"][:], stored["hashes"][:]
-
-
-def _read_picture(table: Table, config: DataConfig, row: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """A row's picture at the training size and its hashes; None where it cannot be decoded."""
-    source = table.picture(row, config.image_column)
-    try:
-        picture = None if source is None else images.decode(source, config.background)
-    except UserError:  # why, is asked again of the few rows that this happens to
-        picture = None
-    return None if picture is None else (images.fit(picture, config.resolution), picture_hashes(picture))
-
-
-def _fault_of_picture(table: Table, config: DataConfig, row: int) -> str:
-    """Why a row's picture cannot be decoded."""
-    source = table.picture(row, config.image_column)
-    if source is None:
-        return f"no picture in column {config.image_column!r}; leave the row out"
-    try:
-        images.decode(source, config.background)
-    except UserError as error:
-        return str(error)
-    return "could not be decoded when the cache was written, and can be now; delete the run's cache of pictures"
-
-
-def _captions(table: Table, config: DataConfig, part: str, faults: dict[int, str]) -> list[list[str]]:
+def captions_of(table: Table, config: DataConfig, part: str, faults: dict[int, str]) -> list[list[str]]:
     """Rows => each one's captions; all empty if the set is read for its pictures alone."""
     column, more = config.text_column, config.aliases_column
     other_texts = [name for name in table.text_columns if name != config.image_column]

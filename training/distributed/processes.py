@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sd_mini.errors import UserError
 from sd_mini.memory import keep_freed_memory
-from sd_mini.processes import is_distributed, patient_group, process_device
+from sd_mini.processes import cores, is_distributed, patient_group, process_device
 
 
 def join_processes() -> PartialState:
@@ -143,9 +143,8 @@ def tune_cpu(processes: int) -> None:
     young gradients and Adam moments halve the speed of the autoencoder; keeping blocks takes 13 % off a step of the
     shapes noise predictor.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = _users_environment().get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) else max(cores // processes, 1))
+    torch.set_num_threads(int(threads) if threads.isdecimal() and int(threads) else max(cores() // processes, 1))
     torch.set_flush_denormal(True)
     keep_freed_memory()
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from sd_mini.data.rows import Rejected
+from sd_mini.data.rejected import Rejected
 from sd_mini.errors import UserError
 from training.engine.batches import Batch, Pass
 from training.engine.learner import Player
