@@ -38,7 +38,8 @@ _FREE = {
     *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
     *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
     *(f"{part}.{name}" for part in ("data", "valid") for name in ("source", "split", "image_column", "text_column")),
-    *("data.aliases_column", "valid.aliases_column", "resident", "text_encoder", "autoencoder"),
+    *(f"{part}.{name}" for part in ("data", "valid") for name in ("aliases_column", "template", "streaming")),
+    *("resident", "text_encoder", "autoencoder"),
 }
 
 # errors of the disk or its permissions
