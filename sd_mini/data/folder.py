@@ -287,7 +287,7 @@ def is_caption(value: Any) -> bool:
 
 
 def is_folder(source: str, config: DataConfig) -> bool:
-    return Path(source).is_dir()
+    return os.path.isdir(source)
 
 
 def open_folder(source: str, config: DataConfig, part: Part) -> FolderRows:

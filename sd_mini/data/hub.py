@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ _FILE_SUFFIXES = (".parquet", ".csv", ".tsv", ".tar")
 
 def is_hub_name(source: str, config: DataConfig) -> bool:
     """Whatever is no file or folder here."""
-    return not Path(source).exists()
+    return not os.path.exists(source)
 
 
 def open_hub(source: str, config: DataConfig, part: Part) -> Rows:

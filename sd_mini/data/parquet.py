@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -38,9 +39,9 @@ _NUMBERED = re.compile(r"(.+?)[-_.](\d+)")
 
 def is_parquet(source: str, config: DataConfig) -> bool:
     """A .parquet file; a folder of them with a column of pictures, or of them and no pictures."""
+    if not os.path.isdir(source):
+        return source.lower().endswith(".parquet") and os.path.exists(source)
     path = Path(source)
-    if not path.is_dir():
-        return path.suffix.lower() == ".parquet" and path.exists()
     splits = shard_splits(path, ".parquet")
     if not splits:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,7 @@ class PathRows(Rows):
 
 
 def is_path_table(source: str, config: DataConfig) -> bool:
-    path = Path(source)
-    return path.is_file() and path.suffix.lower() in (".csv", ".tsv")
+    return os.path.isfile(source) and source.lower().endswith((".csv", ".tsv"))
 
 
 def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:

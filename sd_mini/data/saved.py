@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def is_saved(source: str, config: DataConfig) -> bool:
-    return any((Path(source) / name).exists() for name in ("dataset_dict.json", "state.json"))
+    return any(os.path.exists(os.path.join(source, name)) for name in ("dataset_dict.json", "state.json"))
 
 
 def open_saved(source: str, config: DataConfig, part: Part) -> DatasetRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,10 +40,9 @@ def source_name(config: DataConfig) -> str:
     """The source's own name and the split, "emoji:test"; the name alone where it is the split's, too."""
     if not isinstance(config.source, str):
         return " + ".join(source_name(source.config(config)) for source in config.source)
-    path = Path(config.source)
-    if not path.exists():
+    if not os.path.exists(config.source):
         return f"{config.source}:{config.split}"
-    own = path.resolve()
+    own = Path(config.source).resolve()
     stem = own.stem if own.is_file() else own.name
     return own.name if stem == config.split else f"{stem}:{config.split}"
 

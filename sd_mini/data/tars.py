@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Sample:
     members: dict[str, Member]
     """By what follows the key and a dot, in lower case: "jpg", "txt", "json"."""
 
-    def pictures(self) -> list[str]:
+    def picture_endings(self) -> list[str]:
         return [ending for ending in self.members if f".{ending}" in picture_suffixes()]
 
     def content(self, ending: str) -> bytes:
@@ -77,7 +78,7 @@ class TarRows(Rows):
         if _CAPTION in fields and config.text_column is not None:
             texts.append(config.text_column)
         self.text_columns = list(dict.fromkeys(texts))
-        pictures = dict.fromkeys(ending for sample in samples for ending in sample.pictures())
+        pictures = dict.fromkeys(ending for sample in samples for ending in sample.picture_endings())
         self.columns = list(dict.fromkeys([IMAGE, *pictures, *self.text_columns, *fields]))
 
     def __len__(self) -> int:
@@ -90,7 +91,7 @@ class TarRows(Rows):
         return self.id(row)
 
     def fault(self, row: int) -> str | None:
-        endings = self._samples[row].pictures()
+        endings = self._samples[row].picture_endings()
         if self._image_column != IMAGE or len(endings) < 2:
             return None
         return f"it has {len(endings)} pictures, .{', .'.join(endings)}; name one as the image_column, as {endings[0]}"
@@ -119,7 +120,7 @@ class TarRows(Rows):
         sample = self._samples[row]
         if column in sample.members:
             return sample.content(column)
-        return sample.content(sample.pictures()[0]) if column == IMAGE else None
+        return sample.content(sample.picture_endings()[0]) if column == IMAGE else None
 
 
 def _typical_fields(samples: Iterator[Sample]) -> dict[str, Any]:
@@ -134,9 +135,8 @@ def _typical_fields(samples: Iterator[Sample]) -> dict[str, Any]:
 
 
 def is_tars(source: str, config: DataConfig) -> bool:
-    path = Path(source)
-    if path.is_dir():
-        return bool(shard_splits(path, ".tar")) and not list_pictures(path)
+    if os.path.isdir(source):
+        return bool(shard_splits(Path(source), ".tar")) and not list_pictures(Path(source))
     lower = source.lower()
     return lower.startswith("pipe:") or lower.endswith((".tar", *_COMPRESSED))
 
@@ -155,14 +155,14 @@ def open_tars(source: str, config: DataConfig, part: Part) -> TarRows:
         samples += complete
         left_out += others
     if left_out:
-        remark(f"{part}.source: {source!r}: left out {left_out:,} members without a picture of their key")
+        remark(f"{part}.source: {source!r}: left out {left_out:,} of the tars' files, whose keys have no picture")
     return TarRows(samples, config, files)
 
 
 def _tar_splits(source: str) -> tuple[Path, dict[str, list[Path]]]:
     """The folder that ids are relative to, and the tars by split; those of a pattern are TRAIN."""
-    path = Path(source)
-    if path.exists():
+    if os.path.exists(source):
+        path = Path(source)
         return (path if path.is_dir() else path.parent), shard_splits(path, ".tar")
     paths = [Path(name) for name in expand_braces(source)]
     missing = [str(one) for one in paths if not one.is_file()]
@@ -206,5 +206,5 @@ def _samples(tar: Tar) -> tuple[list[Sample], int]:
         if members.setdefault(ending.lower(), member) is not member:
             raise UserError(f"{tar.path}: holds {key}.{ending.lower()} twice; write the tar anew with one of them")
     samples = [Sample(tar, key, members) for key, members in groups.items()]
-    complete = [sample for sample in samples if sample.pictures()]
-    return complete, sum(len(sample.members) for sample in samples if not sample.pictures())
+    complete = [sample for sample in samples if sample.picture_endings()]
+    return complete, sum(len(sample.members) for sample in samples if not sample.picture_endings())

@@ -340,6 +340,12 @@ def test_what_is_of_no_kind_is_refused(tmp_path):
     refused(config(tmp_path / "pictures", streaming=True), "^data.streaming: .* only parquet files and sets of the hub")
 
 
+@pytest.mark.parametrize("source", ["x" * 300, "a/" * 3000, "a\0b", "", "~/pictures", "C:\\pictures", "a b", "-"])
+def test_a_source_that_is_nowhere_is_refused_in_one_line(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    refused(config(source), "^data.source: ")
+
+
 def test_a_tar_beside_pictures_is_left_out_and_counted(tmp_path, capsys):
     write_kind("folder", tmp_path / "set")
     write_tar(tmp_path / "set" / "backup.tar", [("a.png", encoded(9))])

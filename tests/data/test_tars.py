@@ -96,7 +96,7 @@ def test_a_sample_with_two_pictures_asks_which_is_meant(tmp_path, capsys):
     members = [("a.jpg", encoded(1, "JPEG")), ("a.seg.png", encoded(2)), ("a.png", encoded(3)), ("a.txt", b"one")]
     path = write_tar(tmp_path / "x.tar", [*members, ("b.txt", b"no picture"), ("._a.png", b"junk")])
     assert shades(load(config(path, image_column="png"))) == [3]
-    assert "left out 1 members without a picture" in capsys.readouterr().err
+    assert "left out 1 of the tars' files, whose keys have no picture" in capsys.readouterr().err
     refused(config(path), r"\(x.tar/a\): it has 2 pictures, \.jpg, \.png; name one as the image_column, as jpg")
 
 
