@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sd_mini.data.file_states import FileStates, check_unique, relative_id, relative_path
 from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
 from sd_mini.images import is_picture
 from sd_mini.remarks import remark
@@ -101,7 +101,7 @@ class PictureFile:
     """Whether metadata lists it."""
 
 
-class FolderRows(Rows):
+class FolderRows(SourceRows):
     """The pictures of one split of a folder; `metadata` are the files that list them."""
 
     def __init__(self, folder: Path, rows: list[PictureFile], columns: list[str], texts: list[str], files: FileStates):

@@ -15,7 +15,7 @@ from sd_mini.data.retries import with_retries
 from sd_mini.data.splits import Part
 from sd_mini.data.stored import DatasetRows, reading
 from sd_mini.data.stream import StreamedRows, checked_count
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def is_hub_name(source: str, config: DataConfig) -> bool:
     return not os.path.exists(source)
 
 
-def open_hub(source: str, config: DataConfig, part: Part) -> Rows:
+def open_hub(source: str, config: DataConfig, part: Part) -> SourceRows:
     _check_name(source)
     what = f"{source!r}, which is no file or folder here, from the Hugging Face hub"
     load = partial(datasets.load_dataset, source, split=config.split)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 from sd_mini.config import Config
 from sd_mini.data.file_states import check_unique
 from sd_mini.data.splits import FieldError, Part
-from sd_mini.data.table import Rows, Table
+from sd_mini.data.table import SourceRows, Table
 from sd_mini.data.template import check_template
 from sd_mini.errors import UserError
 
@@ -46,7 +46,7 @@ class WeightedSource(Config):
         return whole.model_copy(update={"count": None, **own})
 
 
-class MixedRows(Rows):
+class MixedRows(SourceRows):
     """The rows of several tables, one after another, under the column names of the whole."""
 
     def __init__(self, whole: DataConfig, configs: list[DataConfig], tables: list[Table], weights: list[float]):

@@ -22,7 +22,7 @@ from sd_mini.data.metadata import is_metadata
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
 from sd_mini.data.stored import NO_ROWS, DatasetRows, reading, without_bars
 from sd_mini.data.stream import StreamedRows
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.remarks import remark
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def is_parquet(source: str, config: DataConfig) -> bool:
     return _may_hold_pictures(next(iter(splits.values()))[0], config.image_column) or not list_pictures(path)
 
 
-def open_parquet(source: str, config: DataConfig, part: Part) -> Rows:
+def open_parquet(source: str, config: DataConfig, part: Part) -> SourceRows:
     root = Path(source)
     splits = shard_splits(root, ".parquet")
     paths = [file for name in asked_splits(config, part, splits) for file in splits[name]]

@@ -13,7 +13,7 @@ from sd_mini.data.file_states import FileStates, check_unique, relative_id
 from sd_mini.data.folder import SPLIT, is_caption
 from sd_mini.data.metadata import read_table
 from sd_mini.data.splits import TRAIN, FieldError, Part, asked_splits
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.data.tar_index import TarPicture
 from sd_mini.images import is_picture
 
@@ -31,7 +31,7 @@ class PathRow:
     fault: str | None
 
 
-class PathRows(Rows):
+class PathRows(SourceRows):
     def __init__(self, rows: Sequence[PathRow], columns: list[str], image_column: str, files: FileStates):
         self._rows, self.files = rows, files
         self.columns = [image_column, *columns]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sd_mini.data import folder, hub, mixture, parquet, path_table, saved, tars
 from sd_mini.data.splits import FieldError, Part
-from sd_mini.data.table import Rows, Table
+from sd_mini.data.table import SourceRows, Table
 from sd_mini.data.template import Template
 from sd_mini.errors import UserError
 
@@ -22,7 +22,7 @@ class SourceKind(NamedTuple):
     the asked split."""
 
     detect: Callable[[str, DataConfig], bool]
-    open: Callable[[str, DataConfig, Part], Rows]
+    open: Callable[[str, DataConfig, Part], SourceRows]
 
 
 KINDS = (  # the first that fits opens the source
@@ -63,7 +63,7 @@ def open_source(config: DataConfig, part: Part) -> Table:
     return Table(rows, _template(rows, config, part))
 
 
-def _open(source: str, config: DataConfig, part: Part) -> Rows:
+def _open(source: str, config: DataConfig, part: Part) -> SourceRows:
     kind = next((kind for kind in KINDS if kind.detect(source, config)), None)
     if kind is None:
         raise UserError(
@@ -78,7 +78,7 @@ def _open(source: str, config: DataConfig, part: Part) -> Rows:
     return kind.open(source, config, part)
 
 
-def _template(rows: Rows, config: DataConfig, part: Part) -> Template | None:
+def _template(rows: SourceRows, config: DataConfig, part: Part) -> Template | None:
     """The template on the column of captions; where that is left at `text` and not there, on `label`."""
     if config.template is None or config.text_column is None:
         return None

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from sd_mini.data.file_states import FileStates
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
 
 NO_ROWS = datasets.Dataset.from_dict({})  # `datasets` itself fails on empty sources, with an unrelated message
@@ -21,7 +21,7 @@ _ID_COLUMNS = ("id", "key", "__key__")
 _BLOCK = 1024  # rows of a text column that are read at once, as each call of `datasets` costs as much as many rows
 
 
-class DatasetRows(Rows):
+class DatasetRows(SourceRows):
     """Rows of a data set. `source` is how messages name it, `place` the id of a row where no column has ids."""
 
     def __init__(self, rows: datasets.Dataset, source: str, files: FileStates, place: Callable[[int], str]):

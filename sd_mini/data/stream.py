@@ -16,7 +16,7 @@ from sd_mini.data.file_states import FileStates
 from sd_mini.data.retries import iterate_with_retries, with_retries
 from sd_mini.data.splits import FieldError, Part
 from sd_mini.data.stored import encoded_picture, holds_text, named_classes, reading
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class _Cursor:
             return self._kept[number]
 
 
-class StreamedRows(Rows):
+class StreamedRows(SourceRows):
     """`count` rows of a stream. Texts are read in a pass of their own and kept, pictures as they are asked for.
 
     `load(columns)` gives the stream of these columns, or of all (None).

@@ -1,4 +1,4 @@
-"""The rows of one split, pictures not yet decoded: `Rows` is what a source gives, `Table` the rows to be read."""
+"""The rows of one split, pictures not yet decoded: `SourceRows` is what a source gives, `Table` the rows to be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sd_mini.data.file_states import FileStates
 from sd_mini.data.template import Template
 
 
-class Rows(ABC):
+class SourceRows(ABC):
     """All N rows of one split, numbered from 0 in an order that is the same on every machine.
 
     `text` and `picture` read one row, hold nothing of it, and may be called by several threads and forked processes.
@@ -67,9 +67,9 @@ class Rows(ABC):
 
 
 class Table:
-    """Rows of a source that are to be read, all of them or a selection. `template` makes captions of labels."""
+    """SourceRows of a source that are to be read, all of them or a selection. `template` makes captions of labels."""
 
-    def __init__(self, rows: Rows, template: Template | None = None, numbers: Sequence[int] | None = None):
+    def __init__(self, rows: SourceRows, template: Template | None = None, numbers: Sequence[int] | None = None):
         self._rows, self._template = rows, template
         self._numbers = range(len(rows)) if numbers is None else numbers
         made = [template.column] if template is not None else []

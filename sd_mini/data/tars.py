@@ -18,7 +18,7 @@ from sd_mini.data.folder import IMAGE, TEXT, caption_lines, list_pictures
 from sd_mini.data.metadata import some
 from sd_mini.data.parquet import shard_splits
 from sd_mini.data.splits import TRAIN, Part, asked_splits
-from sd_mini.data.table import Rows
+from sd_mini.data.table import SourceRows
 from sd_mini.data.tar_index import Member, Tar
 from sd_mini.errors import UserError
 from sd_mini.images import picture_suffixes
@@ -63,7 +63,7 @@ class Sample:
         return fields
 
 
-class TarRows(Rows):
+class TarRows(SourceRows):
     """The samples of tars that hold a picture."""
 
     def __init__(self, samples: list[Sample], config: DataConfig, files: FileStates):

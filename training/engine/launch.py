@@ -35,8 +35,8 @@ C = TypeVar("C", bound=Config)
 REJECTED = "rejected.jsonl"  # in a stage's folder
 DATA = "data.yaml"  # in a run: the data options of its first stage
 
-# options of the data that change pixels, or how many are scored; what else they change, the data's hash tells
-_OF_PIXELS = {"resolution", "count", "seed", "background"}
+# options of the data that change pixels, draws, or how many are scored; what the others change, the data's hash tells
+_FIXED = {"resolution", "count", "seed", "background", "caption_weights"}
 
 # What may change when a training is resumed: intervals of logging and saving; how the same sums are computed; paths of
 # the data and the other stages, whose hashes a checkpoint holds.
@@ -45,7 +45,7 @@ _FREE = {
     *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
     *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
     *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
-    *(f"{part}.{name}" for part in ("data", "valid") for name in DataConfig.model_fields.keys() - _OF_PIXELS),
+    *(f"{part}.{name}" for part in ("data", "valid") for name in DataConfig.model_fields.keys() - _FIXED),
     *("resident", "text_encoder", "autoencoder"),
 }
 
