@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from sd_mini.data.file_states import FileStates, check_unique, relative_id, relative_path
 from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
@@ -53,9 +55,11 @@ def list_files(folder: Path) -> list[Path]:
                     visit(current / entry.name, (*above, real))
                 else:
                     found.append(current / entry.name)
+        bar.update(len(found) - bar.n)
 
     try:
-        visit(folder, ())
+        with tqdm(desc="listing files", unit=" files", delay=2, leave=False) as bar:
+            visit(folder, ())
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     return sorted(found, key=path_key)
