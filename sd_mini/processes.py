@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -33,9 +34,22 @@ def is_distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+_IS_ALONE = ContextVar("is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """In which this process works as if it were the only one: caches are written without waiting for the others."""
+    token = _IS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(token)
+
+
 def rank_and_ranks() -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) where the group has been left."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """This process's number and how many there are; (0, 1) where it works alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _IS_ALONE.get() else (0, 1)
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -53,7 +67,7 @@ def _patient_group(of: dist.ProcessGroup) -> dist.ProcessGroup:
 def wait_for_everyone() -> None:
     """A barrier without a practical timeout: the main process may evaluate or encode for hours, and NCCL's collectives
     give up after ten minutes, gloo's after thirty."""
-    if is_distributed():
+    if is_distributed() and not _IS_ALONE.get():
         dist.barrier(group=patient_group())
 
 

@@ -18,7 +18,7 @@ from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.processes import process_device
+from sd_mini.processes import alone, process_device
 
 Scores = dict[str, float]
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
@@ -53,7 +53,7 @@ class Evaluator:
     def __init__(self, config: EvaluateConfig, data: DataConfig, cache: Path):
         self._evaluate: Callable[[Pipeline], Scores] | None = None
         if config.every is not None and PartialState().is_main_process:
-            with reported_as_evaluation(), untouched_training():
+            with reported_as_evaluation(), untouched_training(), alone():
                 self._evaluate = open_evaluators(config, data, cache)
 
     def scores(self, pipeline: Pipeline) -> Scores:
@@ -78,7 +78,7 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
     networks = open_all(config.features, device)
     clip = Clip(config.clip, device) if config.clip is not None else None
     tools = Tools(networks, cache / "features", batch=config.batch, clip=clip)
-    question = open_prompts(config.prompts, data)
+    question = open_prompts(config.prompts, data, cache / "pictures")
     (asked,) = question.splits
 
     def evaluate(pipeline: Pipeline) -> Scores:
@@ -92,12 +92,14 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
     return evaluate
 
 
-def open_prompts(count: int, data: DataConfig) -> Any:
+def open_prompts(count: int, data: DataConfig, pictures: Path | None = None) -> Any:
     """The first `count` prompts of `python -m eval` and its reference pictures: an `eval.makers.questions.Question`."""
     from eval.makers.questions import SHAPES, PromptSet, Question, captions_question, shapes_question
 
     is_shapes = data.source == SHAPES
-    offline = shapes_question(count, 0, data.resolution) if is_shapes else captions_question(data, count)
+    offline = (
+        shapes_question(count, 0, data.resolution) if is_shapes else captions_question(data, count, folder=pictures)
+    )
     # the first split alone, and without its true pictures: what they score does not depend on the pipeline
     first = offline.splits[0]
     asked = PromptSet(first.split, first.captions, scenes=first.scenes)
