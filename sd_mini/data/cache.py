@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sd_mini.config import check_choice
-from sd_mini.data.arrays import Rounding, Rows, Stored
+from sd_mini.data.batches import Rounding, Rows, Stored
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, combined_hash, file_hash
 from sd_mini.offload import on_device

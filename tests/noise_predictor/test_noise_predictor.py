@@ -8,9 +8,9 @@ from scipy.stats import norm
 
 from sd_mini import noise_predictor
 from sd_mini.config import read
+from sd_mini.data.batches import Batch
 from tests.support.launching import SMOKE
 from tests.support.networks import NETWORKS
-from training.engine.batches import Batch
 from training.noise_predictor.config import PredictorConfig
 from training.noise_predictor.losses import ObjectiveConfig, PredictorObjective, log_losses
 from training.noise_predictor.task import PredictorTask

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sd_mini import images, stages
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.config import Config
+from sd_mini.data.batches import Batch, generator
 from sd_mini.data.captioned import DataConfig, ValidConfig
 from sd_mini.data.parts import check_alike, load_pictures, resolved
 from sd_mini.errors import UserError
@@ -28,7 +29,6 @@ from training.autoencoder.adversarial import AdversaryConfig, Discriminator, Dis
 from training.autoencoder.losses import OF_ERROR, AutoencoderLossConfig, AutoencoderObjective, drawn_change
 from training.engine import launch
 from training.engine.augment import AugmentConfig, augment
-from training.engine.batches import Batch, generator
 from training.engine.learner import Player
 from training.engine.task import TrainConfig
 

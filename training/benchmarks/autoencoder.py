@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sd_mini.cli.commands import Parser, whole_number
+from sd_mini.data.batches import Batch, Order, iterate
 from sd_mini.errors import UserError
 from sd_mini.timing import Case
 from training.autoencoder import task as autoencoder
 from training.autoencoder.losses import OF_ERROR, kl_term
 from training.benchmarks.loops import Rows, decoded_pictures, logged_updates, open_loop, plain_loop, processes
 from training.engine import launch
-from training.engine.batches import Batch, Order, iterate
 
 BLOCK, ROUNDS, WARM_UP = 80, 7, 20  # updates a turn, rounds of turns, updates before the first
 _PLAIN = (*OF_ERROR, "kl", "latent_noise")

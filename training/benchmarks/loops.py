@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from sd_mini import images
+from sd_mini.data.batches import iterate
 from sd_mini.timing import wait_for_device
 from training.distributed.processes import join_processes
-from training.engine.batches import iterate
 from training.engine.launch import Launch
 from training.engine.loop import Loop
 from training.engine.task import Origin, Task, TrainConfig

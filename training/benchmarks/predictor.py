@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sd_mini.cpu import stock_copy
 from sd_mini.cpu.threads import one_thread
+from sd_mini.data.batches import iterate, shifted_grid
 from sd_mini.data.parts import load_captioned
 from sd_mini.errors import UserError
 from sd_mini.processes import process_device
@@ -23,7 +24,6 @@ from sd_mini.timing import Case, Spread
 from training.benchmarks.loops import Rows, decoded_pictures, logged_updates, open_loop, plain_loop, processes
 from training.distributed.processes import chosen_precision, join_processes
 from training.engine import launch
-from training.engine.batches import iterate, shifted_grid
 from training.engine.flops import count_flops, measured_peak
 from training.engine.launch import Launch
 from training.engine.loop import Loop

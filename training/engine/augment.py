@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sd_mini.config import Config
-from training.engine.batches import Batch
+from sd_mini.data.batches import Batch
 
 
 class AugmentConfig(Config):

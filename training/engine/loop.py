@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sd_mini.data.batches import Order, Pass, StepInputs, Steps, generator, iterate, row_slices, seed_network_draws
 from sd_mini.errors import UserError
 from sd_mini.processes import patient_group, wait_for_everyone
 from training.distributed.processes import make_accelerator, rounded_products
-from training.engine.batches import Order, Pass, StepInputs, Steps, generator, iterate, row_slices, seed_network_draws
 from training.engine.inspection import Inspection
 from training.engine.learner import Learner, Speed
 from training.engine.metrics import FiniteCheck, Means, Pace, Watch, is_due, write_trace

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_mini.data.batches import StepInputs
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, sync
-from training.engine.batches import StepInputs
 from training.engine.flops import count_flops, measured_peak
 from training.engine.learner import Learner
 

@@ -13,9 +13,9 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from sd_mini.data.batches import Batch, Pass
 from sd_mini.data.rejected import Rejected
 from sd_mini.errors import UserError
-from training.engine.batches import Batch, Pass
 from training.engine.learner import Player
 from training.optim.ema import WIDTHS
 from training.optim.optimizer import OptimizerConfig

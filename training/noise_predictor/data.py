@@ -10,7 +10,7 @@ import torch
 
 from sd_mini import files, stages
 from sd_mini.data import cache
-from sd_mini.data.arrays import Rows
+from sd_mini.data.batches import Rows
 from sd_mini.data.captioned import CaptionedPictures, unique_captions
 from sd_mini.errors import UserError
 from sd_mini.processes import process_device

@@ -20,7 +20,7 @@ from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpol
 
 from sd_mini.config import Config
 from sd_mini.data import cache
-from sd_mini.data.arrays import Rows
+from sd_mini.data.batches import Rows
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.errors import UserError
 from sd_mini.stages.contract import Stage, model_hash

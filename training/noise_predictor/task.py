@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sd_mini import diffusion, images, lora, stages
 from sd_mini.data import cache
+from sd_mini.data.batches import Batch, generator
 from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.data.parts import load_captioned, resolved
@@ -26,7 +27,6 @@ from sd_mini.processes import process_device
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
 from training.engine import launch
-from training.engine.batches import Batch, generator
 from training.engine.evaluation import Evaluator
 from training.engine.learner import Player
 from training.noise_predictor.config import PredictorConfig

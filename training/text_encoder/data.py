@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sd_mini import images
 from sd_mini.data import cache
-from sd_mini.data.arrays import Rows
+from sd_mini.data.batches import Rows
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_mini import images, lora, stages
+from sd_mini.data.batches import Batch, row_slices
 from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import unique_captions
 from sd_mini.data.parts import load_captioned
@@ -37,7 +38,6 @@ from sd_mini.text_encoder.matcher import (
 from training.distributed.processes import rows_of_process
 from training.engine import launch
 from training.engine.augment import augment
-from training.engine.batches import Batch, row_slices
 from training.engine.learner import Player
 from training.text_encoder import data as text_data
 from training.text_encoder.config import TextConfig

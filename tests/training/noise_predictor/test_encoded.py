@@ -10,12 +10,12 @@ from accelerate import PartialState
 
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.config import read
+from sd_mini.data.batches import Batch
 from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextAdapter
 from sd_mini.text_encoder.loading import clip_tokenizer, small_clip
 from tests.support.launching import SMOKE, prepared
-from training.engine.batches import Batch
 from training.noise_predictor.config import PredictorConfig
 from training.noise_predictor.task import Encoded, PredictorTask
 

@@ -10,13 +10,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Confi
 
 from sd_mini import lora
 from sd_mini.config import read
+from sd_mini.data.batches import Batch, Order
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.stages.contract import load_stage
 from sd_mini.text_encoder.adapter import TextStage
 from tests.support.launching import error_line, launch
 from tests.text_encoder.test_open_clip import save_model
 from training.engine import side_by_side
-from training.engine.batches import Batch, Order
 from training.text_encoder.config import TextConfig
 from training.text_encoder.partial import freeze_rest
 from training.text_encoder.task import TextTask

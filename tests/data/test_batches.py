@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from sd_mini.data.batches import Batch, Order, Steps, generator, iterate, row_slices
 from training.distributed.processes import rows_of_process
 from training.engine.augment import AugmentConfig, augment
-from training.engine.batches import Batch, Order, Steps, generator, iterate, row_slices
 from training.engine.loop import Stop
 
 
