@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from sd_mini import images, shapes
@@ -21,6 +20,9 @@ from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.memory import check_room
 from sd_mini.remarks import remark
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
 HELD_OUT_MOST = 1_000  # rows of `valid` that a training scores when `count` is not given

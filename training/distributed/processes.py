@@ -199,25 +199,3 @@ def _users_environment() -> dict[str, str]:
     except OSError:  # no /proc, or another user's process
         pass
     return dict(os.environ)
-
-
-@contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Generator[None]:
-    """Lock `folder` for this process, as two trainings in one folder would overwrite each other's files.
-
-    If another process holds the lock, wait for it with `wait`, else raise UserError. The kernel releases the lock when
-    the process ends.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is training here; wait for it, stop it, or give another --run"
-            ) from None
-        yield

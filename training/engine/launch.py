@@ -17,9 +17,9 @@ import yaml
 
 from sd_mini.config import Config, read, read_yaml
 from sd_mini.errors import UserError
-from sd_mini.files import CONTRACT, atomic_text
+from sd_mini.files import CONTRACT, atomic_text, only_writer
 from sd_mini.stages.contract import KINDS, read_contract
-from training.distributed.processes import follow_launcher, join_processes, only_writer, wait_for_everyone
+from training.distributed.processes import follow_launcher, join_processes, wait_for_everyone
 from training.engine.evaluation import EvaluateConfig
 from training.engine.loop import Loop
 from training.engine.metrics import check_trackers

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from sd_mini.config import check_choice
 from sd_mini.errors import UserError
-from sd_mini.files import atomic_folder, combined_hash, file_hash
-from training.distributed.processes import only_writer, wait_for_everyone
+from sd_mini.files import atomic_folder, combined_hash, file_hash, only_writer
+from training.distributed.processes import wait_for_everyone
 from training.engine.batches import Rounding, Rows, Stored
 
 MIN_SHARD_ROWS = 4096

@@ -1,0 +1,108 @@
+"""The source of a cleaning, read by row numbers: the one place that knows `sd_mini.data`'s tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from sd_mini.data.captioned import DataConfig
+from sd_mini.data.sources import Part, open_source
+from sd_mini.data.table import Table
+from sd_mini.errors import UserError
+from sd_mini.texts import check_text
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row: its encoded picture and its captions, or why it has none."""
+
+    id: str
+    picture: bytes | None = field(repr=False)
+    captions: list[str]
+    fault: tuple[str, str] | None = None
+    """A reason and its detail."""
+
+
+class Source:
+    """The rows of one split, by number from 0.
+
+    Raises UserError for what `open_source` refuses, a missing column (naming those there are) and an empty split.
+    """
+
+    def __init__(self, config: DataConfig, part: str):
+        if config.source == "shapes":
+            raise UserError(f"{part}.source: 'shapes' is drawn, there is nothing to clean; give a source of pictures")
+        self.config, self.part = config, part
+        self.table = _table(config, part)
+        self.columns = [name for name in (config.text_column, config.aliases_column) if name is not None]
+        for name in (config.image_column, *self.columns):
+            if name not in self.table.columns:
+                raise UserError(
+                    f"{part}: {config.source!r} has no column {name!r}; it has {', '.join(self.table.columns)}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, rows: Sequence[int]) -> Iterator[SourceRow]:
+        """These rows in this order, one after the other: only one encoded picture is in memory."""
+        table = self.table.select(rows)
+        for i, picture in enumerate(table.pictures(self.config.image_column)):
+            yield self._row(table, i, picture)
+
+    def _row(self, table: Table, i: int, picture: bytes | Path | str | None) -> SourceRow:
+        name = _id(table, i)
+        fault = table.fault(i)
+        reason = ("row", fault) if fault is not None else None
+        try:
+            captions = self._captions(table, i)
+        except UserError as error:
+            captions, reason = [], reason or ("caption", str(error))
+        try:
+            encoded = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
+        except OSError as error:
+            encoded, reason = None, reason or ("picture", f"{picture}: {(error.strerror or str(error)).lower()}")
+        if encoded is None:
+            reason = reason or ("picture", f"no picture in column {self.config.image_column!r}")
+        return SourceRow(name, encoded, captions, reason)
+
+    def _captions(self, table: Table, i: int) -> list[str]:
+        """A row's different captions, the main one first. Raises UserError for what is no text."""
+        captions: list[Any] = []
+        for column in self.columns:
+            cell = table.text(i, column)
+            is_absent = cell is None and column == self.config.aliases_column
+            captions += cell if isinstance(cell, list) else [] if is_absent else [cell]
+        if self.columns and not captions:
+            raise UserError("its list of captions is empty; expected a text at least")
+        for caption in captions:
+            check_text(caption, "a caption")
+        return list(dict.fromkeys(captions))
+
+
+def _table(config: DataConfig, part: str) -> Table:
+    table = open_source(config, cast(Part, part))  # which only messages use
+    if config.count is not None and config.count > len(table):
+        raise UserError(f"{part}.count: got {config.count}, but {config.source!r} has {len(table)} rows; ask for fewer")
+    if not len(table):
+        raise UserError(f"{part}.source: {config.source!r} has no rows in split {config.split!r}; give a filled one")
+    return table if config.count is None else table.select(range(config.count))
+
+
+def _id(table: Table, row: int) -> str:
+    """A row's name, the same whoever reads it: its file, else its number in the split."""
+    return table.file(row) or str(table.number(row))
+
+
+@lru_cache(maxsize=2)
+def _opened(cls: type[DataConfig], fields: str, part: str) -> Source:
+    return Source(cls.model_validate_json(fields), part)
+
+
+def open_rows(config: Any, part: str) -> Source:
+    """The source of a part of a config, "data" or "test", opened once a process."""
+    own = getattr(config, part)
+    return _opened(type(own), own.model_dump_json(), part)
