@@ -82,7 +82,10 @@ def decode_image(
         if least_side is not None:
             image.draft(None, (least_side, least_side))
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        rgb = _flatten(ImageOps.exif_transpose(image), background)
+        if image is source:
+            image = image.copy()  # which is turned in place
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = _flatten(image, background)
     except Exception as error:  # on damaged bytes Pillow's decoders raise anything, from SyntaxError to struct.error
         raise UserError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
     return rgb, (height, width) if is_turned else (width, height)
@@ -120,7 +123,7 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Imag
     if image.mode.startswith("I"):
         image = _narrow(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
 

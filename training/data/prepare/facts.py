@@ -111,7 +111,7 @@ def read_batch(rows: Iterable[SourceRow], config: PrepareConfig) -> tuple[pa.Tab
     small = np.stack([row.pop("small") for row in measured])
     first, mirrored = hashes.perceptual_hashes(small)
     columns = {name: [row[name] for row in measured] for name in measured[0] if name != "model_picture"}
-    columns |= {"hash": first, "mirrored": mirrored, "thumbnail": list(map(bytes, hashes.thumbnails(small)))}
+    columns |= {"contrast": quality.contrasts(small), "hash": first, "mirrored": mirrored, "thumbnail": list(map(bytes, hashes.thumbnails(small)))}
     schema = pa.schema([FACTS.field(name) for name in columns])
     table = pa.table(columns, schema)
     if side:
@@ -131,12 +131,10 @@ def _measured(encoded: bytes, config: PrepareConfig, side: int) -> dict[str, Any
     rgb, (width, height) = images.decode_image(encoded, config.data.background, _DECODED_SIDE)
     # a triangle filter over all pixels: with larger steps (reducing_gap) the thumbnail depends on the size
     small = np.asarray(rgb.resize((hashes.SIDE, hashes.SIDE), images.Image.Resampling.BILINEAR))
-    contrast, sharpness = quality.measure(rgb, small)
     own = {
         "width": width,
         "height": height,
-        "contrast": contrast,
-        "sharpness": sharpness,
+        "sharpness": quality.sharpness(rgb),
         "source_hash": hashes.bytes_hash(encoded),
         "content": hashes.content_hash(width, height, rgb.tobytes()),
         "small": small,
@@ -148,7 +146,7 @@ def _measured(encoded: bytes, config: PrepareConfig, side: int) -> dict[str, Any
 
 def _unread(side: int) -> dict[str, Any]:
     zeros: dict[str, Any] = dict.fromkeys(("width", "height", "source_hash", "content"), 0)
-    zeros |= {"contrast": 0.0, "sharpness": 0.0, "small": np.zeros((hashes.SIDE, hashes.SIDE, 3), np.uint8)}
+    zeros |= {"sharpness": 0.0, "small": np.zeros((hashes.SIDE, hashes.SIDE, 3), np.uint8)}
     return zeros | ({"model_picture": bytes(3 * side * side)} if side else {})
 
 

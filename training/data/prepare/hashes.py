@@ -20,7 +20,9 @@ _WORD = re.compile(r"[^\W_]+")
 
 def content_hash(width: int, height: int, pixels: bytes) -> int:
     """64 bits of a picture's decoded pixels and size."""
-    return int.from_bytes(hashlib.blake2b(b"%d %d " % (width, height) + pixels, digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(b"%d %d " % (width, height), digest_size=8)
+    digest.update(pixels)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def bytes_hash(data: bytes) -> int:

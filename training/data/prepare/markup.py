@@ -14,9 +14,9 @@ from training.data.prepare.shard import Refusal, Refusals, texts, with_texts
 _NAMES = (
     "a abbr address article aside audio b base bdi bdo big blockquote body br button canvas caption center cite code "
     "col dd del details dfn div dl dt em embed fieldset figcaption figure font footer form frame h1 h2 h3 h4 h5 h6 "
-    "head header hr html i iframe img input ins kbd label legend li link main map mark meta nav noscript object ol option "
-    "p param picture pre q s samp script section select small source span strike strong style sub summary sup svg table "
-    "tbody td template textarea tfoot th thead time title tr tt u ul var video wbr"
+    "head header hr html i iframe img input ins kbd label legend li link main map mark meta nav noscript object ol "
+    "option p param picture pre q s samp script section select small source span strike strong style sub summary sup "
+    "svg table tbody td template textarea tfoot th thead time title tr tt u ul var video wbr"
 )
 _VALUE = r"""(?:"[^"]*"|'[^']*'|[^\s"'<>]+)"""
 _ATTRIBUTES = rf"(?:\s+[\w:-]+\s*=\s*{_VALUE}|\s+(?:controls|disabled|checked|hidden|async|defer|loop|muted))*"

@@ -95,25 +95,30 @@ def _script(letter: str) -> str:
     return {"cjk": "han", "fullwidth": "latin", "halfwidth": "katakana"}.get(first, first)
 
 
-# an even measure of sharpness for every size: the scale of the second derivative is that of the picture at 128 px
+# every picture is measured at one size, as a second derivative grows with the scale
 SHARPNESS_SIDE = 128
 
 
-def measure(rgb: Any, small: np.ndarray) -> tuple[float, float]:
-    """A PIL image, and the same at 24 x 24 px (24, 24, 3) => contrast and sharpness."""
+def contrasts(small: np.ndarray) -> np.ndarray:
+    """(N, 24, 24, 3) uint8 => (N,) standard deviation in the channel where it is largest."""
+    return small.astype(np.float32).std((1, 2)).max(1)
+
+
+def sharpness(rgb: Any) -> float:
+    """A PIL image => the variance of its Laplacian."""
     side = min(rgb.size)
     grey = rgb.convert("L")
     if side > SHARPNESS_SIDE:
         scale = SHARPNESS_SIDE / side
         size = (round(rgb.width * scale), round(rgb.height * scale))
         grey = grey.resize(size, images.Image.Resampling.BILINEAR, reducing_gap=3.0)
-    contrast = float(small.astype(np.float32).std((0, 1)).max())
     if min(grey.size) < 3:
-        return contrast, 0.0
+        return 0.0
     at = np.asarray(grey).astype(np.int16)
-    # 5-point Laplacian; of uint8 it fits into 16 bits
-    laplacian = at[1:-1, :-2] + at[1:-1, 2:] + at[:-2, 1:-1] + at[2:, 1:-1] - 4 * at[1:-1, 1:-1]
-    return contrast, float(laplacian.astype(np.float32).var())
+    # 5-point Laplacian; in whole numbers, so that its variance is the same whatever the order of the sums
+    laplacian = (at[1:-1, :-2] + at[1:-1, 2:] + at[:-2, 1:-1] + at[2:, 1:-1] - 4 * at[1:-1, 1:-1]).astype(np.int32)
+    count, total = laplacian.size, int(laplacian.sum())
+    return int((laplacian * laplacian).sum()) / count - (total / count) ** 2
 
 
 @lru_cache(maxsize=1)
