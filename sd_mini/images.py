@@ -197,7 +197,8 @@ def to_pil(pictures: torch.Tensor | np.ndarray) -> list[Image.Image]:
 
 
 def _as_numpy(pictures: torch.Tensor | np.ndarray) -> np.ndarray:
-    return np.asarray(pictures) if not hasattr(pictures, "cpu") else pictures.cpu().numpy()
+    to_cpu = getattr(pictures, "cpu", None)  # of a tensor
+    return np.asarray(pictures) if to_cpu is None else to_cpu().numpy()
 
 
 def grid(

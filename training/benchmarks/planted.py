@@ -120,7 +120,7 @@ def planted_row(row: int, test_rows: int) -> tuple[bytes | None, str | None]:
     return broken.get(name, encoded), _caption(name, row)
 
 
-def _copy(name: str, row: int, original: int) -> tuple[bytes, str]:
+def _copy(name: str, row: int, original: int) -> tuple[bytes, str | None]:
     encoded, caption = planted_row(original, 1)
     assert encoded is not None and caption is not None
     rng = np.random.default_rng([2, row])
@@ -148,7 +148,7 @@ def _copy(name: str, row: int, original: int) -> tuple[bytes, str]:
     return _jpeg(decoded, 50 if name == "JPEG q50" else 90), caption
 
 
-def _of_test(name: str, row: int, test: int) -> tuple[bytes, str]:
+def _of_test(name: str, row: int, test: int) -> tuple[bytes, str | None]:
     encoded, caption = planted_row(test, 1)
     assert encoded is not None and caption is not None
     if name == "test caption":

@@ -6,18 +6,25 @@ import numpy as np
 
 from training.data.prepare.config import PrepareConfig
 from training.data.prepare.duplicates import is_alike
-from training.data.prepare.near import picture_pairs
+from training.data.prepare.search import PairSearch
 from training.data.prepare.verdicts import Rows, Verdicts
 
 
-def refuse_test_rows(config: PrepareConfig, rows: Rows, test: Rows, readable: np.ndarray, verdicts: Verdicts) -> None:
+def refuse_test_rows(
+    config: PrepareConfig,
+    rows: Rows,
+    test: Rows,
+    readable: np.ndarray,
+    find_pairs: PairSearch,
+    verdicts: Verdicts,
+) -> None:
     """Equal pictures, near-duplicate pictures whatever their captions, equal captions.
 
     `readable`: (M,) bool, the rows of the test source that were read.
     """
     (asked,) = np.nonzero(readable)
     _refuse_equal(rows.content, test.content, asked, verdicts, "exact")
-    _refuse_near(config, rows, test, asked, verdicts)
+    _refuse_near(config, rows, test, asked, find_pairs, verdicts)
     if not config.decontamination.captions or not test.caption.any():
         return
     if test.is_class_like(readable):
@@ -36,9 +43,11 @@ def _refuse_equal(own: np.ndarray, test: np.ndarray, asked: np.ndarray, verdicts
     verdicts.refuse(alive[is_equal], "decontamination", reason, others)
 
 
-def _refuse_near(config: PrepareConfig, rows: Rows, test: Rows, asked: np.ndarray, verdicts: Verdicts) -> None:
+def _refuse_near(
+    config: PrepareConfig, rows: Rows, test: Rows, asked: np.ndarray, find_pairs: PairSearch, verdicts: Verdicts
+) -> None:
     (alive,) = np.nonzero(verdicts.alive)
-    queries, members = picture_pairs(rows.hash[alive], test.hash[asked], test.mirrored[asked], config.duplicates.bits)
+    queries, members = find_pairs("test", rows.hash[alive], test.hash[asked], test.mirrored[asked])
     pairs = np.stack([alive[members], asked[queries]], 1)
     pairs = pairs[is_alike(rows.thumbnail, test.thumbnail, pairs, config.duplicates.min_correlation)]
     refused, first = np.unique(pairs[:, 0], return_index=True)

@@ -9,7 +9,8 @@ import numpy as np
 from training.data.prepare import hashes
 from training.data.prepare.config import DuplicatesConfig, QualityConfig
 from training.data.prepare.facts import Facts
-from training.data.prepare.near import groups, picture_pairs
+from training.data.prepare.near import groups
+from training.data.prepare.search import PairSearch
 from training.data.prepare.verdicts import Rows, Verdicts
 
 
@@ -30,10 +31,12 @@ def refuse_repeated_captions(own: QualityConfig, rows: Rows, verdicts: Verdicts)
     verdicts.refuse(repeated, "quality", "repeated_caption", -1)
 
 
-def refuse_duplicates(own: DuplicatesConfig, rows: Rows, facts: Facts, verdicts: Verdicts) -> None:
+def refuse_duplicates(
+    own: DuplicatesConfig, rows: Rows, facts: Facts, find_pairs: PairSearch, verdicts: Verdicts
+) -> None:
     """Equal pictures, then near-duplicate pictures with the same caption, then long captions that are the same."""
     _refuse_exact(rows, verdicts)
-    _refuse_near(own, rows, facts, verdicts)
+    _refuse_near(own, rows, facts, find_pairs, verdicts)
     if own.min_words is not None and rows.caption.any():
         if rows.is_class_like(verdicts.alive):
             verdicts.remarks.append("class-like captions: captions are not compared with each other")
@@ -59,10 +62,10 @@ def _refuse_exact(rows: Rows, verdicts: Verdicts) -> None:
         _refuse_all_but_keepers(alive, rows.content[alive], rows, verdicts, "exact")
 
 
-def _refuse_near(own: DuplicatesConfig, rows: Rows, facts: Facts, verdicts: Verdicts) -> None:
+def _refuse_near(own: DuplicatesConfig, rows: Rows, facts: Facts, find_pairs: PairSearch, verdicts: Verdicts) -> None:
     (alive,) = np.nonzero(verdicts.alive)
     own_hashes = rows.hash[alive]
-    a, b = picture_pairs(own_hashes, own_hashes, rows.mirrored[alive], own.bits)
+    a, b = find_pairs("near", own_hashes, own_hashes, rows.mirrored[alive])
     a, b = alive[np.minimum(a, b)], alive[np.maximum(a, b)]
     pairs = np.unique(np.stack([a, b], 1)[a != b], axis=0)
     pairs = pairs[is_alike(rows.thumbnail, rows.thumbnail, pairs, own.min_correlation)]

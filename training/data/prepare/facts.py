@@ -110,8 +110,13 @@ def read_batch(rows: Iterable[SourceRow], config: PrepareConfig) -> tuple[pa.Tab
         measured.append({"id": row.id, "captions": row.captions, **(own or _unread(side))})
     small = np.stack([row.pop("small") for row in measured])
     first, mirrored = hashes.perceptual_hashes(small)
-    columns = {name: [row[name] for row in measured] for name in measured[0] if name != "model_picture"}
-    columns |= {"contrast": quality.contrasts(small), "hash": first, "mirrored": mirrored, "thumbnail": list(map(bytes, hashes.thumbnails(small)))}
+    columns: dict[str, Any] = {name: [row[name] for row in measured] for name in measured[0] if name != "model_picture"}
+    columns |= {
+        "contrast": quality.contrasts(small),
+        "hash": first,
+        "mirrored": mirrored,
+        "thumbnail": list(map(bytes, hashes.thumbnails(small))),
+    }
     schema = pa.schema([FACTS.field(name) for name in columns])
     table = pa.table(columns, schema)
     if side:

@@ -85,7 +85,7 @@ def load_classifier(name: str) -> Classifier:
 
 def _nudenet() -> Classifier:
     try:
-        from nudenet import NudeDetector  # ty: ignore[unresolved-import]
+        from nudenet import NudeDetector  # ty: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
             f"harmful.classifier: nudenet cannot be imported ({error}); pip install -e '.[safety]' gives it"

@@ -19,7 +19,7 @@ _BATCH = 32
 _ENDINGS = r"(?:jpe?g|png|gif|webp|bmp|tiff?|heic|heif|avif|svg|psd|raw|cr2|nef)"
 _BOILERPLATE = (
     ("camera_name", rf"(?:img|imag|image|dsc|dscf|dscn|dcim|pic|pict|photo|mvi|vid|gopr|dji|scan|screenshot|wp|pxl)"
-     rf"[\s_-]*\d[\d\s_().-]*(?:\.{_ENDINGS})?"),
+     rf"[\s_-]*\d[\d\s_().-]*(?:wa\d+)?(?:\.{_ENDINGS})?"),
     ("file_name", rf"[^\n]*\w\.{_ENDINGS}"),
     ("address", r"(?:(?:https?://|www\.)\S+\s*)+|(?:[\w-]+\.)+[a-z]{2,}/\S*"),
     ("placeholder", r"(?:untitled|no caption|no description|null|none|nan|n/a|image|photo|picture|thumbnail)[\s.\d]*"),

@@ -59,7 +59,7 @@ def _kept_pairs(verdicts: Verdicts) -> np.ndarray:
     return verdicts.kept_pairs[verdicts.alive[verdicts.kept_pairs].all(1)]
 
 
-def _histograms(facts: Facts, alive: np.ndarray) -> dict[str, dict[str, list[float]]]:
+def _histograms(facts: Facts, alive: np.ndarray) -> dict[str, dict[str, Any]]:
     """Of the rows that were read, and of those that are kept."""
     width, height = (facts.column(name).astype(np.float64) for name in ("width", "height"))
     short, long = np.minimum(width, height), np.maximum(width, height)
@@ -154,8 +154,9 @@ def _thumbnail(encoded: bytes | None) -> str:
 def _bars(name: str, edges: Sequence[float], read: Sequence[int], kept: Sequence[int]) -> dict[str, Any]:
     """A histogram's bars for the page, heights as shares of the highest."""
     highest = max(*read, 1)
-    bars = [{"label": f"{edge:g}", "read": a / highest, "kept": b / highest, "counts": (a, b)} for edge, a, b in zip(
-        edges, read, kept, strict=False
-    )]  # fmt: skip
-    filled = [i for i, bar in enumerate(bars) if bar["counts"][0]]
+    bars = [
+        {"label": f"{edge:g}", "read": a / highest, "kept": b / highest, "counts": (a, b)}
+        for edge, a, b in zip(edges[:-1], read, kept, strict=True)
+    ]
+    filled = [i for i, count in enumerate(read) if count]
     return {"name": name, "bars": bars[filled[0] : filled[-1] + 1] if filled else []}

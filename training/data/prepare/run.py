@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from sd_mini.files import atomic_file, atomic_text, check_writable, only_writer,
 from sd_mini.remarks import remark
 from training.data.prepare import decontamination, duplicates, harmful, quality, report
 from training.data.prepare.config import PrepareConfig
-from training.data.prepare.engine import Task, run_all
+from training.data.prepare.engine import Engine, Task, open_engine, run_missing
 from training.data.prepare.facts import Facts, shard_rows, write_facts
+from training.data.prepare.search import PairSearch
 from training.data.prepare.shards import output_schema, write_rejected, write_shard
 from training.data.prepare.source import Source, open_rows
 from training.data.prepare.verdicts import Rows, Verdicts
@@ -69,11 +71,11 @@ def clean(config: PrepareConfig, out: Path) -> dict[str, Any]:
     _check_disk(work, source)
     with written_to(out):
         out.mkdir(parents=True, exist_ok=True)
-        with only_writer(out, option="--out"):
-            return _clean(work)
+        with only_writer(out, option="--out"), open_engine(config) as engine:
+            return _clean(work, engine)
 
 
-def _clean(work: Work) -> dict[str, Any]:
+def _clean(work: Work, engine: Engine) -> dict[str, Any]:
     mark = {"version": VERSION, "rows": work.rows, "test_rows": work.test_rows, "config": work.config.content()}
     if (before := read_json(work.out / MARK)) is not None and (before["rows"], before["test_rows"]) != (
         work.rows,
@@ -86,11 +88,9 @@ def _clean(work: Work) -> dict[str, Any]:
     atomic_text(work.out / MARK, json.dumps(mark, indent=2) + "\n")
     work.folder.mkdir(exist_ok=True)
     for part, title in (("data", "reading"), ("test", "reading the test source")):
-        _run_missing(
-            work, work.paths(part), title, lambda number, path, part=part: _facts_task(work, part, number, path)
-        )
-    verdicts = _verdicts(work)
-    _write_kept(work, verdicts)
+        run_missing(engine, work.paths(part), title, partial(_facts_task, work, part))
+    verdicts = _verdicts(work, PairSearch(engine, work.folder, work.config.duplicates.bits))
+    _write_kept(work, engine, verdicts)
     facts, test = work.facts("data"), work.test
     write_rejected(facts, test, verdicts, work.out / "rejected.parquet")
     summary = report.summary(work.config, facts, test, verdicts)
@@ -106,14 +106,7 @@ def _facts_task(work: Work, part: str, number: int, path: Path) -> Task:
     return Task(write_facts, (work.config, part, rows, path))
 
 
-def _run_missing(work: Work, paths: list[Path], title: str, make_task: Any) -> None:
-    """The tasks of the files that are not there yet: a file under its own name is whole."""
-    missing = [make_task(number, path) for number, path in enumerate(paths) if not path.is_file()]
-    if missing:
-        run_all(work.config, missing, title, done=len(paths) - len(missing))
-
-
-def _verdicts(work: Work) -> Verdicts:
+def _verdicts(work: Work, find_pairs: PairSearch) -> Verdicts:
     """What the rows are refused for together, from the hashes alone."""
     path = work.folder / "verdicts.npz"
     if path.is_file():
@@ -123,10 +116,11 @@ def _verdicts(work: Work) -> Verdicts:
     if config.quality.enabled:
         duplicates.refuse_repeated_captions(config.quality, rows, verdicts)
     if config.duplicates.enabled:
-        duplicates.refuse_duplicates(config.duplicates, rows, facts, verdicts)
+        duplicates.refuse_duplicates(config.duplicates, rows, facts, find_pairs, verdicts)
     if work.test is not None:
         test = work.test
-        decontamination.refuse_test_rows(config, rows, Rows.of(test), _not_refused(test), verdicts)
+        readable = _not_refused(test)
+        decontamination.refuse_test_rows(config, rows, Rows.of(test), readable, find_pairs, verdicts)
     for line in verdicts.remarks:
         remark(line)
     verdicts.save(path)
@@ -138,7 +132,7 @@ def _not_refused(facts: Facts) -> np.ndarray:
     return np.concatenate([table["step"].is_null().to_numpy() for table in facts.shards(["step"])])
 
 
-def _write_kept(work: Work, verdicts: Verdicts) -> None:
+def _write_kept(work: Work, engine: Engine, verdicts: Verdicts) -> None:
     """The parquet shards of the kept rows, of equal numbers of rows but the last."""
     kept = work.folder / "kept.npy"
     (rows,) = np.nonzero(verdicts.alive)
@@ -148,8 +142,8 @@ def _write_kept(work: Work, verdicts: Verdicts) -> None:
     shards = max(1, -(-len(rows) // config.shard_rows))
     paths = [work.out / f"train-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
     schema = output_schema(config.data.text_column is not None, _has_aliases(facts))
-    _run_missing(
-        work, paths, "writing", lambda number, path: Task(write_shard, (config, facts, kept, number, schema, path))
+    run_missing(
+        engine, paths, "writing", lambda number, path: Task(write_shard, (config, facts, kept, number, schema, path))
     )
 
 

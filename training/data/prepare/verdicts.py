@@ -75,9 +75,15 @@ class Verdicts:
         self.other[rows] = others
 
     def save(self, path: Path) -> None:
-        arrays = {"alive": self.alive, "code": self.code, "other": self.other, "kept_pairs": self.kept_pairs}
         with atomic_file(path) as partial, partial.open("wb") as file:
-            np.savez(file, remarks=np.array(self.remarks, dtype=str), **arrays)
+            np.savez(
+                file,
+                alive=self.alive,
+                code=self.code,
+                other=self.other,
+                kept_pairs=self.kept_pairs,
+                remarks=np.array(self.remarks, dtype=str),
+            )
 
     @classmethod
     def load(cls, path: Path) -> Verdicts:
