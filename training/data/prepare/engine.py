@@ -114,7 +114,7 @@ class _Processes:
 
 
 def _context() -> Any:
-    """No plain fork, which would copy the locks of this process's threads. A fork server imports what tasks need once."""
+    """No plain fork, which copies the locks of this process's threads. A fork server imports once what tasks need."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
