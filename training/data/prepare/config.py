@@ -10,6 +10,7 @@ from pydantic import Field
 from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.files import file_hash
+from sd_mini.texts import read_lines
 
 
 class HeldOutConfig(DataConfig):
@@ -118,9 +119,21 @@ class PrepareConfig(Config):
     workers: int | None = Field(None, ge=1)
     """Tasks at once; as many as cores if null. With one process the tasks run in the program itself."""
 
+    def located(self) -> PrepareConfig:
+        """The same with absolute paths, for tasks that may run in another folder."""
+        fields: dict[str, Any] = {
+            part: own.model_copy(update={"source": str(Path(own.source).absolute())})
+            for part in ("data", "test")
+            if (own := getattr(self, part)) is not None and Path(own.source).exists()
+        }
+        if self.harmful.words is not None:
+            fields["harmful"] = self.harmful.model_copy(update={"words": self.harmful.words.absolute()})
+        return self.model_copy(update=fields)
+
     def content(self) -> dict[str, Any]:
         """What the output depends on, for JSON: all fields but those of the engine, and the word list by its hash."""
         fields = self.model_dump(mode="json", exclude={"engine", "address", "workers"})
         if self.harmful.words is not None:
+            read_lines(self.harmful.words)  # which refuses what cannot be read
             fields["harmful"]["words"] = file_hash(self.harmful.words)
         return fields

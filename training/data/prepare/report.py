@@ -11,13 +11,13 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pyarrow.parquet as pq
 
 from sd_mini import images
 from sd_mini.errors import UserError
 from training.data.prepare.config import PrepareConfig
 from training.data.prepare.facts import Facts
 from training.data.prepare.shard import STEPS
-from training.data.prepare.shards import rejected
 from training.data.prepare.source import Source, open_rows
 from training.data.prepare.verdicts import REASONS, Verdicts
 
@@ -32,11 +32,12 @@ _EDGES = {  # of the histograms' bins
 }
 
 
-def summary(config: PrepareConfig, facts: Facts, test: Facts | None, verdicts: Verdicts) -> dict[str, Any]:
+def summary(config: PrepareConfig, facts: Facts, test_rows: int, verdicts: Verdicts) -> dict[str, Any]:
     """report.json's content; `rows` is `kept` and all of `rejected` together."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for table in rejected(facts, test, verdicts):
-        counts.update(zip(table["step"].to_pylist(), table["reason"].to_pylist(), strict=True))
+    counts = Counter(REASONS[code] for code in verdicts.code[verdicts.code > 0].tolist())
+    for table in facts.shards(["step", "reason"]):
+        steps, reasons = (table[name].drop_null().to_pylist() for name in ("step", "reason"))
+        counts.update(zip(steps, reasons, strict=True))
     by_step: dict[str, dict[str, int]] = {step: {} for step in STEPS}
     for (step, reason), number in sorted(counts.items()):
         by_step[step][reason] = number
@@ -44,7 +45,7 @@ def summary(config: PrepareConfig, facts: Facts, test: Facts | None, verdicts: V
     return {
         "rows": len(verdicts.alive),
         "kept": int(verdicts.alive.sum()),
-        "test": 0 if test is None else len(test),
+        "test": test_rows,
         "rejected": by_step,
         "changed_captions": int(np.sum(facts.column("changed") & verdicts.alive)),
         "kept_for_another_caption": len(np.unique(kept_pairs[:, 1])),
@@ -80,8 +81,8 @@ def _histograms(facts: Facts, alive: np.ndarray) -> dict[str, dict[str, Any]]:
     }
 
 
-def page(config: PrepareConfig, facts: Facts, test: Facts | None, verdicts: Verdicts, report: Mapping[str, Any]) -> str:
-    """report.html: one file that needs no network and no script."""
+def page(config: PrepareConfig, facts: Facts, verdicts: Verdicts, rejected: Path, report: Mapping[str, Any]) -> str:
+    """report.html: one file that needs no network and no script. `rejected` is rejected.parquet."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -89,7 +90,7 @@ def page(config: PrepareConfig, facts: Facts, test: Facts | None, verdicts: Verd
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    examples = _first_of_each_reason(facts, test, verdicts)
+    examples = _first_of_each_reason(verdicts, rejected)
     near = [
         ("One of each was kept", _refused_pairs(verdicts)[:PAIRS]),
         ("Both were kept, for their captions", _kept_pairs(verdicts)[:PAIRS]),
@@ -112,20 +113,16 @@ def _refused_pairs(verdicts: Verdicts) -> np.ndarray:
     return np.stack([verdicts.other[rows], rows], 1)
 
 
-def _first_of_each_reason(
-    facts: Facts, test: Facts | None, verdicts: Verdicts
-) -> dict[tuple[str, str], list[tuple[int, str]]]:
+def _first_of_each_reason(verdicts: Verdicts, rejected: Path) -> dict[tuple[str, str], list[tuple[int, str]]]:
     """(step, reason) => row numbers and details."""
-    found: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
-    (refused,) = np.nonzero(~verdicts.alive)
-    at = 0
-    for table in rejected(facts, test, verdicts):
-        for fields in table.to_pylist():
-            members = found[fields["step"], fields["reason"]]
+    first: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+    rows = iter(np.flatnonzero(~verdicts.alive).tolist())  # the file has the rows in order
+    for batch in pq.ParquetFile(rejected).iter_batches(columns=["step", "reason", "detail"]):
+        for fields, row in zip(batch.to_pylist(), rows, strict=False):
+            members = first[fields["step"], fields["reason"]]
             if len(members) < EXAMPLES:
-                members.append((int(refused[at]), fields["detail"]))
-            at += 1
-    return dict(sorted(found.items(), key=lambda item: (STEPS.index(item[0][0]), item[0][1])))
+                members.append((row, fields["detail"]))
+    return dict(sorted(first.items(), key=lambda item: (STEPS.index(item[0][0]), item[0][1])))
 
 
 def _tiles(source: Source, facts: Facts, rows: Sequence[int]) -> dict[int, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from training.data.prepare.verdicts import Rows, Verdicts
 
 MARK = "prepare.json"  # by which a folder of ours is known
 VERSION = 1  # of the rules: raise it when the same config gives other bytes
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _SAMPLE = 64  # rows by which the size of the pictures is estimated
 _FACTS_BYTES = 250  # of a row's facts beside its caption
 
@@ -67,12 +69,17 @@ def clean(config: PrepareConfig, out: Path) -> dict[str, Any]:
     _check_models(config)
     source = open_rows(config, "data")
     has_test = config.test is not None and config.decontamination.enabled
-    work = Work(config, out, len(source), len(open_rows(config, "test")) if has_test else 0)
+    work = Work(config, out.absolute(), len(source), len(open_rows(config, "test")) if has_test else 0)
     _check_disk(work, source)
     with written_to(out):
         out.mkdir(parents=True, exist_ok=True)
+    try:
         with only_writer(out, option="--out"), open_engine(config) as engine:
             return _clean(work, engine)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(f"--out {out}: {error.strerror}; make room and run the same command again") from error
 
 
 def _clean(work: Work, engine: Engine) -> dict[str, Any]:
@@ -92,9 +99,10 @@ def _clean(work: Work, engine: Engine) -> dict[str, Any]:
     verdicts = _verdicts(work, PairSearch(engine, work.folder, work.config.duplicates.bits))
     _write_kept(work, engine, verdicts)
     facts, test = work.facts("data"), work.test
-    write_rejected(facts, test, verdicts, work.out / "rejected.parquet")
-    summary = report.summary(work.config, facts, test, verdicts)
-    atomic_text(work.out / "report.html", report.page(work.config, facts, test, verdicts, summary))
+    rejected = work.out / "rejected.parquet"
+    write_rejected(facts, test, verdicts, rejected)
+    summary = report.summary(work.config, facts, work.test_rows, verdicts)
+    atomic_text(work.out / "report.html", report.page(work.config, facts, verdicts, rejected, summary))
     atomic_text(work.out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     atomic_text(work.out / MARK, json.dumps({**mark, "complete": True}, indent=2) + "\n")
     shutil.rmtree(work.folder)
@@ -103,7 +111,7 @@ def _clean(work: Work, engine: Engine) -> dict[str, Any]:
 
 def _facts_task(work: Work, part: str, number: int, path: Path) -> Task:
     rows = shard_rows(work.rows if part == "data" else work.test_rows, work.config, number)
-    return Task(write_facts, (work.config, part, rows, path))
+    return Task(write_facts, (work.config.located(), part, rows, path))
 
 
 def _verdicts(work: Work, find_pairs: PairSearch) -> Verdicts:
@@ -138,7 +146,7 @@ def _write_kept(work: Work, engine: Engine, verdicts: Verdicts) -> None:
     (rows,) = np.nonzero(verdicts.alive)
     with atomic_file(kept) as partial, partial.open("wb") as file:
         np.save(file, rows)
-    facts, config = work.facts("data"), work.config
+    facts, config = work.facts("data"), work.config.located()
     shards = max(1, -(-len(rows) // config.shard_rows))
     paths = [work.out / f"train-{number:05d}-of-{shards:05d}.parquet" for number in range(shards)]
     schema = output_schema(config.data.text_column is not None, _has_aliases(facts))

@@ -94,7 +94,8 @@ def _table(config: DataConfig, part: str) -> Table:
 
 def _id(table: Table, row: int) -> str:
     """A row's name, the same whoever reads it: its file, else its number in the split."""
-    return table.file(row) or str(table.number(row))
+    name = table.file(row) or str(table.number(row))
+    return name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
 
 
 @lru_cache(maxsize=2)

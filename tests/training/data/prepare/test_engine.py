@@ -65,7 +65,7 @@ def check_kills(source, expected, folder, moments):
         out = folder / str(number)
         with child(clean, config(source), out) as process:
             time.sleep(moment)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         clean(config(source), out)
         assert contents(out) == expected, f"killed after {moment:.2f} s"
 
