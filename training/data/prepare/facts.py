@@ -176,6 +176,15 @@ class Facts:
             return np.concatenate([np.frombuffer(part, np.uint8) for part in joined]).reshape(-1, width)
         return np.concatenate([table[name].to_numpy() for table in self.shards([name])])
 
+    def ids(self, rows: np.ndarray) -> pa.Array:
+        """The ids of some rows, whose numbers are sorted."""
+        parts = [pa.array([], pa.string())]
+        shards = rows // self.shard_rows
+        for members in np.split(rows, np.flatnonzero(np.diff(shards)) + 1) if len(rows) else []:
+            shard, local = int(members[0] // self.shard_rows), members % self.shard_rows
+            parts.append(pq.read_table(self.paths[shard], columns=["id"])["id"].take(local).combine_chunks())
+        return pa.concat_arrays(parts)
+
     def take(self, rows: Iterable[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
         """Some rows' facts by row number, each shard that has any of them read once."""
         wanted: dict[int, list[int]] = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 SIDE = 24  # px, at which pictures are compared: 3 cells of the hash's 8 in frequency, 6 x 8 px a thumbnail's cell
 THUMBNAIL = (3, 4)  # cells down and across, of three colours
@@ -20,14 +20,12 @@ _WORD = re.compile(r"[^\W_]+")
 
 def content_hash(width: int, height: int, pixels: bytes) -> int:
     """64 bits of a picture's decoded pixels and size."""
-    digest = hashlib.blake2b(b"%d %d " % (width, height), digest_size=8)
-    digest.update(pixels)
-    return int.from_bytes(digest.digest(), "little")
+    return xxhash.xxh3_64_intdigest(pixels, seed=width << 32 | height)
 
 
 def bytes_hash(data: bytes) -> int:
     """64 bits of an encoded picture."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return xxhash.xxh3_64_intdigest(data)
 
 
 # perceptual hash (Zauner 2010; imagehash.phash with highfreq_factor 3): the signs of the 8 x 8 lowest DCT-II
@@ -107,7 +105,7 @@ def caption_bands(captions: Sequence[str], min_words: int) -> list[list[int] | N
         sketch = MinHash(_PERMUTATIONS, seed=1)
         sketch.update_batch([f"{' '.join(shingle)} {n}".encode() for shingle, n in _numbered(caption)])
         rows = np.asarray(sketch.hashvalues, np.uint64).reshape(BANDS, -1)
-        bands.append([int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=4).digest(), "little") for row in rows])
+        bands.append([xxhash.xxh32_intdigest(row.tobytes()) for row in rows])
     return bands
 
 

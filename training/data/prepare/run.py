@@ -21,7 +21,7 @@ from training.data.prepare.engine import Engine, Task, open_engine, run_missing
 from training.data.prepare.facts import Facts, shard_rows, write_facts
 from training.data.prepare.search import PairSearch
 from training.data.prepare.shards import output_schema, write_rejected, write_shard
-from training.data.prepare.source import Source, open_rows
+from training.data.prepare.source import Source, close_sources, open_rows
 from training.data.prepare.verdicts import Rows, Verdicts
 
 MARK = "prepare.json"  # by which a folder of ours is known
@@ -67,6 +67,7 @@ def clean(config: PrepareConfig, out: Path) -> dict[str, Any]:
         print(f"{out}: already cleaned")
         return read_json(out / "report.json") or {}
     _check_models(config)
+    close_sources()
     source = open_rows(config, "data")
     has_test = config.test is not None and config.decontamination.enabled
     work = Work(config, out.absolute(), len(source), len(open_rows(config, "test")) if has_test else 0)

@@ -12,7 +12,7 @@ from training.data.prepare.engine import Engine, Task, run_missing
 from training.data.prepare.near import picture_pairs
 
 _LEAST_QUERIES = 25_000  # of a task
-_MOST_TASKS = 256  # each sorts the whole index
+_MOST_TASKS = 1024  # each sorts the whole index
 
 
 @dataclass(frozen=True)

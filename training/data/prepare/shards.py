@@ -77,31 +77,34 @@ def _groups(config: PrepareConfig, rows: list[int], known: dict[int, dict]) -> I
 
 def rejected(facts: Facts, test: Facts | None, verdicts: Verdicts) -> Iterator[pa.Table]:
     """Every refused row, a table a shard of the source."""
+    is_test = np.array([step == "decontamination" for step, _ in REASONS])
+    of_test, of_data = is_test[verdicts.code], ~is_test[verdicts.code] & (verdicts.other >= 0)
+    names = _Names(facts, verdicts.other[of_data], "row")
+    test_names = _Names(test, verdicts.other[of_test], "test row") if test is not None else names
     start = 0
     for table in facts.shards(["id", "step", "reason", "detail"]):
         own = slice(start, start + len(table))
         codes, others = verdicts.code[own], verdicts.other[own]
-        names = _names(facts, test, codes, others)
         rows = table.to_pylist()
         for local in np.flatnonzero(codes).tolist():
             step, reason = REASONS[codes[local]]
-            detail = names.get((step == "decontamination", int(others[local])), "")
+            detail = (test_names if is_test[codes[local]] else names)[others[local]]
             rows[local] |= {"step": step, "reason": reason, "detail": detail}
         yield pa.Table.from_pylist([row for row in rows if row["step"] is not None], REJECTED)
         start += len(table)
 
 
-def _names(facts: Facts, test: Facts | None, codes: np.ndarray, others: np.ndarray) -> dict[tuple[bool, int], str]:
-    """(whether it is a test row, row number) => its id, of the rows that others are refused for."""
-    is_test = np.array([step == "decontamination" for step, _ in REASONS])[codes]
-    names = {}
-    for source, which in ((facts, ~is_test & (codes > 0) & (others >= 0)), (test, is_test)):
-        if source is None or not which.any():
-            continue
-        kind = "test row" if source is test else "row"
-        for row, fields in source.take(others[which].tolist(), ["id"]).items():
-            names[source is test, row] = f"{kind} {fields['id']}"
-    return names
+class _Names:
+    """The ids of the rows that others are refused for, each shard read once."""
+
+    def __init__(self, facts: Facts, rows: np.ndarray, kind: str):
+        self.rows, self.kind = np.unique(rows), kind
+        self.ids = facts.ids(self.rows)
+
+    def __getitem__(self, row: int) -> str:
+        if row < 0:
+            return ""
+        return f"{self.kind} {self.ids[int(np.searchsorted(self.rows, row))].as_py()}"
 
 
 def write_rejected(facts: Facts, test: Facts | None, verdicts: Verdicts, path: Path) -> None:

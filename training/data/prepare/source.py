@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,8 @@ from sd_mini.data.sources import Part, open_source
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.texts import check_text
+
+REOPEN_ROWS = 16_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Source:
     def __init__(self, config: DataConfig, part: str):
         if config.source == "shapes":
             raise UserError(f"{part}.source: 'shapes' is drawn, there is nothing to clean; give a source of pictures")
-        self.config, self.part = config, part
+        self.config, self.rows_read = config, 0
         self.table = _table(config, part)
         self.columns = [name for name in (config.text_column, config.aliases_column) if name is not None]
         for name in (config.image_column, *self.columns):
@@ -49,6 +51,7 @@ class Source:
 
     def read(self, rows: Sequence[int]) -> Iterator[SourceRow]:
         """These rows in this order, one after the other: only one encoded picture is in memory."""
+        self.rows_read += len(rows)
         table = self.table.select(rows)
         for i, picture in enumerate(table.pictures(self.config.image_column)):
             yield self._row(table, i, picture)
@@ -98,12 +101,25 @@ def _id(table: Table, row: int) -> str:
     return name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
 
 
-@lru_cache(maxsize=2)
-def _opened(cls: type[DataConfig], fields: str, part: str) -> Source:
-    return Source(cls.model_validate_json(fields), part)
+_opened: dict[str, Source] = {}
+
+
+def close_sources() -> None:
+    """Let the next call of `open_rows` list its source anew."""
+    _opened.clear()
 
 
 def open_rows(config: Any, part: str) -> Source:
-    """The source of a part of a config, "data" or "test", opened once a process."""
+    """The source of a part of a config, "data" or "test".
+
+    It is opened once a process, and anew after REOPEN_ROWS rows: what was read of files that are mapped into memory
+    counts as this process's until they are closed.
+    """
     own = getattr(config, part)
-    return _opened(type(own), own.model_dump_json(), part)
+    key = f"{part} {own.model_dump_json()}"
+    if key in _opened and _opened[key].rows_read > REOPEN_ROWS:
+        del _opened[key]
+        gc.collect()  # a table may refer to itself
+    if key not in _opened:
+        _opened[key] = Source(own, part)
+    return _opened[key]
