@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +43,10 @@ def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
 
 
 class _Memory:
-    """Resident memory (MiB) of this process and its children while a block runs, sampled ten times a second."""
+    """Resident memory (MiB) of this process and its children while a block runs, sampled twice a second.
+
+    `total` counts pages that several processes share once (PSS), `largest` is of one process with all its pages.
+    """
 
     total = largest = 0.0
 
@@ -63,8 +65,9 @@ class _Memory:
             sizes = []
             for process in (own, *own.children(recursive=True)):
                 try:
-                    sizes.append(process.memory_info().rss / 2**20)
-                except psutil.NoSuchProcess:
+                    sizes.append(process.memory_full_info())
+                except psutil.Error:
                     continue
-            self.total, self.largest = max(self.total, sum(sizes)), max(self.largest, *sizes)
-            time.sleep(0.1)
+            self.total = max(self.total, sum(getattr(size, "pss", size.rss) for size in sizes) / 2**20)
+            self.largest = max(self.largest, *(size.rss / 2**20 for size in sizes))
+            self._is_over.wait(0.5)
