@@ -12,6 +12,12 @@ from sd_mini.data.captioned import DataConfig
 from sd_mini.files import file_hash
 from sd_mini.texts import read_lines
 
+Script = Literal[
+    "latin", "cyrillic", "greek", "armenian", "georgian", "hebrew", "arabic", "ethiopic", "devanagari", "bengali",
+    "gurmukhi", "gujarati", "tamil", "telugu", "kannada", "malayalam", "sinhala", "thai", "lao", "tibetan", "myanmar",
+    "khmer", "mongolian", "hangul", "hiragana", "katakana", "bopomofo", "han",
+]  # fmt: skip
+
 
 class HeldOutConfig(DataConfig):
     """The pictures that nothing kept may repeat."""
@@ -63,9 +69,8 @@ class QualityConfig(Config):
     max_repeats: int | None = Field(100, ge=1)
     """Refuse a caption that stands with more different pictures than this. Off for class-like data: where there are
     fewer different captions than half the rows."""
-    languages: list[str] | None = None
-    """Scripts (latin, cyrillic, greek, han, hiragana, katakana, hangul, arabic, hebrew, devanagari, thai, ...) of which
-    most letters of a caption have to be; null takes any."""
+    languages: list[Script] | None = None
+    """Scripts of which more than half of a caption's letters have to be, e.g. [latin]; null takes any."""
     clip: str | None = None
     """An open_clip model, ARCHITECTURE=FILE or local-dir:FOLDER, that scores how well a caption fits its picture."""
     min_clip_score: float = Field(0.2, ge=-1, le=1)

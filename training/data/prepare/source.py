@@ -70,7 +70,7 @@ class Source:
             encoded, reason = None, reason or ("picture", f"{picture}: {(error.strerror or str(error)).lower()}")
         if encoded is None:
             reason = reason or ("picture", f"no picture in column {self.config.image_column!r}")
-        return SourceRow(name, encoded, captions, reason)
+        return SourceRow(name, encoded, captions, reason and (reason[0], _printable(reason[1])))
 
     def _captions(self, table: Table, i: int) -> list[str]:
         """A row's different captions, the main one first. Raises UserError for what is no text."""
@@ -97,8 +97,12 @@ def _table(config: DataConfig, part: str) -> Table:
 
 def _id(table: Table, row: int) -> str:
     """A row's name, the same whoever reads it: its file, else its number in the split."""
-    name = table.file(row) or str(table.number(row))
-    return name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no UTF-8
+    return _printable(table.file(row) or str(table.number(row)))
+
+
+def _printable(text: str) -> str:
+    """The name of a file may be no UTF-8: Python then holds its bytes as half surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _opened: dict[str, Source] = {}

@@ -1,6 +1,7 @@
 """A whole cleaning: what it finds of planted faults, what it writes, what it refuses."""
 
 import json
+import os
 from collections import Counter
 
 import datasets
@@ -125,6 +126,7 @@ def test_a_folder_of_anything_else_is_refused(planted, tmp_path, capsys):
             "no column 'caption'; it has image, text",
         ),
         (["--data", "SOURCE", "--out", "o", "--quality.min_sied", "3"], "did you mean 'min_side'"),
+        (["--data", "SOURCE", "--out", "o", "--quality.languages", "[latn]"], "latin"),
         (["--data", "SOURCE", "--out", "o", "--data.count", "100000"], "ask for fewer"),
         (["--data", "SOURCE", "--test", "nowhere/at/all", "--out", "o"], "test.source"),
         (["--data", "SOURCE", "--out", "o", "--harmful.words", "nowhere.txt"], "nowhere.txt"),
@@ -166,6 +168,28 @@ def test_class_like_captions_may_repeat(classes, tmp_path, capsys):
     assert any(line.startswith("class-like") for line in report["remarks"])
     (row,) = pq.read_table(out / "rejected.parquet").to_pylist()
     assert row == {"id": "23.png", "step": "duplicates", "reason": "near", "detail": "row 00.png"}
+
+
+def test_captions_of_a_class_like_test_source_may_be_trained_on(classes, tmp_path):
+    tests, out = tmp_path / "tests", tmp_path / "out"
+    tests.mkdir()
+    for i in range(6):
+        draw(np.random.default_rng(100 + i), (80, 120)).save(tests / f"{i}.png")
+        (tests / f"{i}.txt").write_text("a photo of a cat")
+    options = ["--test", tests, "--test.split", "train", "--out", out, "--workers", 1]
+    assert prepare("--data", classes, *options) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["test"] == 6 and not report["rejected"]["decontamination"]
+    assert any("class-like test captions" in line for line in report["remarks"])
+
+
+def test_a_file_whose_name_is_no_utf8_is_named(classes, tmp_path):
+    bad = os.fsencode(classes) + b"/\xff.png"
+    with open(bad, "wb") as file:
+        file.write(b"no picture")
+    assert prepare("--data", classes, "--out", tmp_path / "out", "--workers", 1) == 0
+    rows = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert {(row["id"], row["step"]) for row in rows} >= {("\\udcff.png", "read")}
 
 
 def test_steps_can_be_turned_off(classes, tmp_path):
