@@ -134,12 +134,12 @@ def _model_side(config: PrepareConfig) -> int:
 
 def _measured(encoded: bytes, config: PrepareConfig, side: int) -> dict[str, Any]:
     rgb, (width, height) = images.decode_image(encoded, config.data.background, _DECODED_SIDE)
-    # a triangle filter over all pixels: with larger steps (reducing_gap) the thumbnail depends on the size
-    small = np.asarray(rgb.resize((hashes.SIDE, hashes.SIDE), images.Image.Resampling.BILINEAR))
+    scaled = quality.scaled(rgb)
+    small = np.asarray(scaled.resize((hashes.SIDE, hashes.SIDE), images.Image.Resampling.BILINEAR))
     own = {
         "width": width,
         "height": height,
-        "sharpness": quality.sharpness(rgb),
+        "sharpness": quality.sharpness(scaled),
         "source_hash": hashes.bytes_hash(encoded),
         "content": hashes.content_hash(width, height, rgb.tobytes()),
         "small": small,

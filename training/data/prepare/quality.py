@@ -95,30 +95,35 @@ def _script(letter: str) -> str:
     return {"cjk": "han", "fullwidth": "latin", "halfwidth": "katakana"}.get(first, first)
 
 
-# every picture is measured at one size, as a second derivative grows with the scale
-SHARPNESS_SIDE = 128
+MEASURED_SIDE = 128  # px: all pictures are measured at one size, as a second derivative grows with the scale
+
+
+def scaled(rgb: Any) -> Any:
+    """A PIL image => the same with its short side scaled down to 128 px; smaller ones as they are."""
+    side = min(rgb.size)
+    if side <= MEASURED_SIDE:
+        return rgb
+    size = (round(rgb.width * MEASURED_SIDE / side), round(rgb.height * MEASURED_SIDE / side))
+    return rgb.resize(size, images.Image.Resampling.BILINEAR, reducing_gap=3.0)
+
+
+def sharpness(rgb: Any) -> float:
+    """A scaled PIL image => the variance of the Laplacian of its brightness."""
+    if min(rgb.size) < 3:
+        return 0.0
+    at = np.asarray(rgb.convert("L")).astype(np.int16)
+    laplacian = at[:-2, 1:-1] + at[2:, 1:-1]  # 5 points; of uint8 it fits into 16 bits
+    laplacian += at[1:-1, :-2]
+    laplacian += at[1:-1, 2:]
+    laplacian -= at[1:-1, 1:-1] << 2
+    # sums of whole numbers below 2^53 are exact in any order
+    values = laplacian.astype(np.float64).ravel()
+    return float(values @ values / values.size - (values.sum() / values.size) ** 2)
 
 
 def contrasts(small: np.ndarray) -> np.ndarray:
     """(N, 24, 24, 3) uint8 => (N,) standard deviation in the channel where it is largest."""
     return small.astype(np.float32).std((1, 2)).max(1)
-
-
-def sharpness(rgb: Any) -> float:
-    """A PIL image => the variance of its Laplacian."""
-    side = min(rgb.size)
-    grey = rgb.convert("L")
-    if side > SHARPNESS_SIDE:
-        scale = SHARPNESS_SIDE / side
-        size = (round(rgb.width * scale), round(rgb.height * scale))
-        grey = grey.resize(size, images.Image.Resampling.BILINEAR, reducing_gap=3.0)
-    if min(grey.size) < 3:
-        return 0.0
-    at = np.asarray(grey).astype(np.int16)
-    # 5-point Laplacian; in whole numbers, so that its variance is the same whatever the order of the sums
-    laplacian = (at[1:-1, :-2] + at[1:-1, 2:] + at[:-2, 1:-1] + at[2:, 1:-1] - 4 * at[1:-1, 1:-1]).astype(np.int32)
-    count, total = laplacian.size, int(laplacian.sum())
-    return int((laplacian * laplacian).sum()) / count - (total / count) ** 2
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,7 @@ from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.texts import check_text
 
-REOPEN_ROWS = 16_000
+REOPEN_ROWS = 8_000
 
 
 @dataclass(frozen=True)
