@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from training.data.prepare.source import Source, close_sources, open_rows
 from training.data.prepare.verdicts import Rows, Verdicts
 
 MARK = "prepare.json"  # by which a folder of ours is known
+WORK = ".work"  # what the passes leave for each other
 VERSION = 1  # of the rules: raise it when the same config gives other bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_PACKAGES = ("selectolax", "datasketch", "xxhash", "scipy", "jinja2")
 _SAMPLE = 64  # rows by which the size of the pictures is estimated
 _FACTS_BYTES = 250  # of a row's facts beside its caption
 
@@ -42,7 +45,7 @@ class Work:
 
     @property
     def folder(self) -> Path:
-        return self.out / ".work"
+        return self.out / WORK
 
     def paths(self, part: str) -> list[Path]:
         shards = -(-(self.rows if part == "data" else self.test_rows) // self.config.shard_rows)
@@ -64,6 +67,7 @@ def clean(config: PrepareConfig, out: Path) -> dict[str, Any]:
     """
     _check_folder(config, out)
     if _is_complete(out):
+        shutil.rmtree(out / WORK, ignore_errors=True)  # where a kill came just before the end
         print(f"{out}: already cleaned")
         return read_json(out / "report.json") or {}
     _check_models(config)
@@ -191,6 +195,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_models(config: PrepareConfig) -> None:
     """Load what the tasks will need, so that what is missing is said before they begin."""
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise UserError(f"not installed: {', '.join(missing)}; pip install -e '.[train,prepare]' gives them")
     if config.harmful.enabled:
         harmful.word_pattern(config.harmful)
         if config.harmful.classifier is not None:

@@ -103,6 +103,7 @@ def test_the_page_needs_no_network_and_escapes_captions(cleaned):
 
 def test_the_same_command_again_does_nothing_and_another_config_is_refused(planted, cleaned, capsys):
     before = contents(cleaned)
+    (cleaned / ".work").mkdir()  # as a kill just before the end leaves it
     assert prepare(*options(planted), "--out", cleaned) == 0
     assert "already cleaned" in capsys.readouterr().out
     assert prepare(*options(planted), "--out", cleaned, "--duplicates.bits", 4) == 2
