@@ -187,11 +187,40 @@ def written_to(path: Path) -> Generator[None]:
 
 def atomic_text(path: Path, text: str) -> None:
     """Write a text file so that it holds either what it held before or all of `text`."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Generator[Path]:
+    """Yield the name of a file beside `path`; once what is written there is on disk, it takes `path`'s name."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    yield partial
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
+
+
+@contextmanager
+def only_writer(folder: Path, wait: bool = False, option: str = "--run") -> Generator[None]:
+    """Lock `folder` for this process, as two programs in one folder would overwrite each other's files.
+
+    If another process holds the lock, wait for it with `wait`, else raise UserError. The kernel releases the lock when
+    the process ends.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at work here; wait for it, stop it, or give another {option}"
+            ) from None
+        yield
 
 
 def sync(path: Path) -> None:

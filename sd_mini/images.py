@@ -12,13 +12,24 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    ImageOps,
+    UnidentifiedImageError,
+)
 
 from sd_mini.errors import UserError
+
+if TYPE_CHECKING:
+    import torch  # half a gigabyte, which processes that only decode do not need
 
 WHITE = (255, 255, 255)
 
@@ -65,13 +76,33 @@ def decode(source: bytes | str | Path | Image.Image, background: tuple[int, int,
     Raises ValueError, one line with the source and the reason: missing, truncated or not a picture, float pixels, more
     than MAX_SIDE a side or MAX_PIXELS in all.
     """
+    rgb, _ = decode_image(source, background)
+    return np.asarray(rgb).transpose(2, 0, 1).copy()  # (H, W, 3) => (3, H, W); writable, and not PIL's memory
+
+
+def decode_image(
+    source: bytes | str | Path | Image.Image,
+    background: tuple[int, int, int] = WHITE,
+    least_side: int | None = None,
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `decode`, but => (a PIL image of mode RGB, the picture's full width and height in px).
+
+    `least_side`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides keep at least so many px.
+    """
     try:
         with _opened(source) as image:
             _check_size(image)
-            rgb = _flatten(ImageOps.exif_transpose(image), background)
+            width, height = image.size
+            if least_side is not None:
+                image.draft(None, (least_side, least_side))
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            if image is source:
+                image = image.copy()  # which is turned in place
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _flatten(image, background)
     except Exception as error:  # on damaged bytes Pillow's decoders raise anything, from SyntaxError to struct.error
         raise UserError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
-    return np.asarray(rgb).transpose(2, 0, 1).copy()  # (H, W, 3) => (3, H, W); writable, and not PIL's memory
+    return rgb, (height, width) if is_turned else (width, height)
 
 
 @contextmanager
@@ -137,7 +168,7 @@ def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Imag
     if image.mode == "CMYK" and image.info.get("icc_profile"):
         return _through_profile(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (*background, 255)), rgba).convert("RGB")
 
@@ -195,6 +226,8 @@ def _check_picture(picture: np.ndarray) -> None:
 
 def to_pixels(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
     """(B, 3, H, W) uint8 => (B, 3, H, W) float32 in [-1, 1], same device. Raises ValueError for another dtype."""
+    import torch
+
     pictures = torch.as_tensor(pictures)
     if pictures.dtype != torch.uint8:
         raise UserError(f"pictures: got {pictures.dtype}, expected uint8; pixels in [-1, 1] need no conversion")
@@ -206,6 +239,8 @@ def to_uint8(pixels: torch.Tensor | np.ndarray) -> torch.Tensor:
 
     Raises ValueError for integers and for NaN, which a clamp would turn into a plausible black.
     """
+    import torch
+
     pixels = torch.as_tensor(pixels)
     if not pixels.is_floating_point():
         raise UserError(f"pixels: got {pixels.dtype}, expected float in [-1, 1]; uint8 pictures need no conversion")
@@ -225,7 +260,8 @@ def to_pil(pictures: torch.Tensor | np.ndarray) -> list[Image.Image]:
 
 
 def _as_numpy(pictures: torch.Tensor | np.ndarray) -> np.ndarray:
-    return pictures.cpu().numpy() if isinstance(pictures, torch.Tensor) else np.asarray(pictures)
+    to_cpu = getattr(pictures, "cpu", None)  # of a tensor
+    return np.asarray(pictures) if to_cpu is None else to_cpu().numpy()
 
 
 def grid(
@@ -313,6 +349,8 @@ def ssim(a: torch.Tensor, b: torch.Tensor, value_range: float) -> torch.Tensor:
     scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`. Raises
     UserError for pictures smaller than the window.
     """
+    import torch
+
     channels, height, width = a.shape[1:]
     if min(height, width) < SSIM_WINDOW:
         raise UserError(f"ssim: pictures of {width} x {height} px; expected at least {SSIM_WINDOW} px a side")

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for work, which has to be said before torch is imported."""
+"""The cores of this process, and how OpenMP's threads wait for work, which is to be said before torch is imported."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def let_threads_sleep() -> None:
     """
     if not any(name in os.environ for name in _USERS):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-
-from sd_mini.errors import UserError
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_device() -> torch.device:
@@ -69,25 +60,3 @@ def wait_for_everyone() -> None:
     give up after ten minutes, gloo's after thirty."""
     if is_distributed() and not _IS_ALONE.get():
         dist.barrier(group=patient_group())
-
-
-@contextmanager
-def only_writer(folder: Path, wait: bool = False) -> Generator[None]:
-    """Lock `folder` for this process, as two trainings in one folder would overwrite each other's files.
-
-    If another process holds the lock, wait for it with `wait`, else raise UserError. The kernel releases the lock when
-    the process ends.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is training here; wait for it, stop it, or give another --run"
-            ) from None
-        yield

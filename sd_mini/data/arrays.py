@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from sd_mini.data.batches import Rows
+if TYPE_CHECKING:
+    from sd_mini.data.batches import Rows  # imports torch, which processes that only decode do not need
 
-Pictures = np.ndarray | Rows  # (N, 3, R, R) uint8 sRGB, in memory or on disk
+Pictures: TypeAlias = "np.ndarray | Rows"  # (N, 3, R, R) uint8 sRGB, in memory or on disk
 
 
 def pieces(pictures: Pictures) -> Iterator[np.ndarray]:
     """All pictures in order, those on disk some megabytes at a time."""
-    return pictures.pieces() if isinstance(pictures, Rows) else iter([pictures])
+    return iter([pictures]) if isinstance(pictures, np.ndarray) else pictures.pieces()
 
 
 def taken(pictures: Pictures, rows: Sequence[int] | np.ndarray) -> Pictures:
     """Some of the pictures; those on disk stay there."""
-    return pictures.select(rows) if isinstance(pictures, Rows) else pictures[np.asarray(rows, np.int64)]
+    return pictures[np.asarray(rows, np.int64)] if isinstance(pictures, np.ndarray) else pictures.select(rows)

@@ -30,9 +30,9 @@ from tqdm.auto import tqdm
 from sd_mini.config import check_choice
 from sd_mini.data.batches import Rounding, Rows, Stored
 from sd_mini.errors import UserError
-from sd_mini.files import atomic_folder, combined_hash, file_hash
+from sd_mini.files import atomic_folder, combined_hash, file_hash, only_writer
 from sd_mini.offload import on_device
-from sd_mini.processes import only_writer, process_device, rank_and_ranks, wait_for_everyone
+from sd_mini.processes import process_device, rank_and_ranks, wait_for_everyone
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch reads from all of them, at some microseconds each

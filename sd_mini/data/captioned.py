@@ -8,15 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, Field
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
-from sd_mini.data import cache
 from sd_mini.data.arrays import Pictures, pieces, taken
 from sd_mini.data.mixture import WeightedSource
 from sd_mini.data.rejected import Rejected
@@ -28,6 +26,9 @@ from sd_mini.data.template import check_template
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, file_hash
 from sd_mini.memory import check_room
+
+if TYPE_CHECKING:
+    import torch
 
 SHAPES_COUNT = 20_000  # scenes drawn when `count` is not given
 
@@ -201,6 +202,8 @@ def _load_shapes(config: DataConfig, part: Part, folder: Path | None) -> Caption
     if folder is None:
         pictures: Pictures = shapes.draw_batch(scenes, config.resolution)
     else:
+        from sd_mini.data import cache
+
         key = {"world": _world(), "split": split, "seed": config.seed, "count": count, "resolution": config.resolution}
         drawn = cache.encode(
             folder,

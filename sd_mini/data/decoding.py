@@ -11,13 +11,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sd_mini import images
-from sd_mini.data import cache
 from sd_mini.data.arrays import Pictures
 from sd_mini.data.near import picture_hashes
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.memory import check_room
-from sd_mini.processes import cores
+from sd_mini.openmp import cores
 
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
@@ -49,7 +48,7 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
     threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     chunk = max(1, min(256, _CHUNK // (3 * side * side)))
 
-    def encode_rows(rows: slice) -> cache.Arrays:
+    def encode_rows(rows: slice) -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(threads) as pool:  # Pillow decodes and resizes without holding Python's lock
             read = list(pool.map(lambda row: read_picture(table, config, row), range(rows.start, rows.stop)))
         blank = np.zeros((3, side, side), np.uint8), np.zeros(2, np.uint64), np.zeros(2, np.int32)
@@ -63,6 +62,8 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
         pieces = [encode_rows(slice(start, min(start + chunk, count))) for start in steps]
         arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
         return Decoded(**arrays)
+    from sd_mini.data import cache  # imports torch, which processes that only decode do not need
+
     key = {
         "source": table.source_state(),
         "column": config.image_column,

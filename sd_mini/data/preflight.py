@@ -18,7 +18,7 @@ from sd_mini.data.rows import captions_of, check_column
 from sd_mini.data.sources import source_name
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
-from sd_mini.processes import cores
+from sd_mini.openmp import cores
 from sd_mini.texts import shown
 
 SAMPLE = 1_000  # rows whose pictures are decoded, evenly spread

@@ -8,6 +8,7 @@ python -m training.benchmarks encode TEXT_STAGE
 python -m training.benchmarks decode AUTOENCODER
 python -m training.benchmarks autoencoder --config FILE --run RUN
 python -m training.benchmarks curves CONFIG CONFIG --seconds 60
+python -m training.benchmarks cleaning ROWS
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable, read_json
 from sd_mini.stages.contract import read_contract
-from training.benchmarks import autoencoder, costs, pipeline, predictor, score
+from training.benchmarks import autoencoder, cleaning, costs, pipeline, predictor, score
 
 STAGE_3: dict[str, Callable[[Sequence[str]], Any]] = {
     "training": predictor.training_speed,
@@ -44,6 +45,7 @@ OTHERS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {  # and what e
     "decode": (costs.decode_cost, "AUTOENCODER"),
     "autoencoder": (autoencoder.training_speed, "--config FILE --run RUN"),
     "curves": (autoencoder.curves, "CONFIG CONFIG"),
+    "cleaning": (cleaning.cleaning, "ROWS"),
 }
 
 

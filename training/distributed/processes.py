@@ -24,7 +24,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sd_mini.errors import UserError
 from sd_mini.memory import keep_freed_memory
-from sd_mini.processes import cores, is_distributed, patient_group, process_device
+from sd_mini.openmp import cores
+from sd_mini.processes import is_distributed, patient_group, process_device
 
 
 def join_processes() -> PartialState:

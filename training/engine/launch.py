@@ -20,8 +20,8 @@ from sd_mini.config import Config, read, read_yaml
 from sd_mini.data.captioned import DataConfig
 from sd_mini.data.parts import filled
 from sd_mini.errors import UserError
-from sd_mini.files import CONTRACT, atomic_text
-from sd_mini.processes import only_writer, wait_for_everyone
+from sd_mini.files import CONTRACT, atomic_text, only_writer
+from sd_mini.processes import wait_for_everyone
 from sd_mini.stages.contract import KINDS, read_contract
 from training.distributed.processes import follow_launcher, join_processes
 from training.engine.evaluation import EvaluateConfig

@@ -1,4 +1,4 @@
-"""Every field of the stages' configs, from their docstrings: what `--help` prints, and docs/config.md.
+"""Every field of the programs' configs, from their docstrings: what `--help` prints, and docs/config.md.
 
 python -m training.engine.reference > docs/config.md
 """
@@ -79,7 +79,7 @@ def help_text(config: type[Config], stage: str) -> str:
 
 
 def markdown() -> str:
-    """docs/config.md: a table for each stage."""
+    """docs/config.md: a table for each stage, and for cleaning."""
     from importlib import import_module
 
     lines = [
@@ -88,9 +88,10 @@ def markdown() -> str:
         "Generated from the fields' docstrings by `python -m training.engine.reference > docs/config.md`. In the YAML",
         "file a dotted name is nested (`train: {lr: 1.0e-3}`); on the command line it is an option, `--train.lr 1e-3`.",
     ]
-    for stage in STAGES:
-        config = import_module(f"training.{stage}.task").main.config
-        lines += ["", f"## training.{stage}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+    configs = {f"training.{stage}": import_module(f"training.{stage}.task").main.config for stage in STAGES}
+    configs["training.data.prepare"] = import_module("training.data.prepare.config").PrepareConfig
+    for program, config in configs.items():
+        lines += ["", f"## {program}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
         for reference in fields_of(config):
             name, kind, default, meaning = (text.replace("|", "\\|") for text in reference)
             lines.append(f"| `{name}` | {kind} | `{default}` | {meaning} |")

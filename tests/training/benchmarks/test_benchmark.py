@@ -12,6 +12,7 @@ from sd_mini.timing import Case, Spread, ratios
 from tests.support.launching import SMOKE, prepared
 from training.benchmarks import __main__ as benchmarks
 from training.benchmarks import predictor as benchmark_predictor
+from training.benchmarks.cleaning import cleaning
 from training.benchmarks.loops import processes
 
 
@@ -95,3 +96,11 @@ def test_a_run_without_stages_is_one_line(tmp_path, capsys):
     said = capsys.readouterr().err.strip()
     assert "no text_encoder stage here" in said and "\n" not in said
     assert not (tmp_path / "b.json").exists()
+
+
+def test_the_benchmark_of_cleaning_finds_what_was_planted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cleaning(["300"], rounds=1)
+    printed = capsys.readouterr().out
+    assert "pictures/s" in printed and "mirrored: 1 of 1, 100.00 %" in printed and "clean rows refused: 0 of" in printed
+    assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def test_two_trainings_in_one_folder_are_refused(halfway, tmp_path):
     """The second is told so at once and touches nothing; the lock ends with the process that holds it."""
     with Hold(halfway):
         codes, said = launch_apart("noise_predictor", halfway.parent)
-        assert codes == [2] and "another process is training here" in error_line(said)
+        assert codes == [2] and "another process is at work here" in error_line(said)
     assert launch_apart("noise_predictor", halfway.parent)[0] == [0]
 
 
