@@ -191,7 +191,7 @@ class _Ray:
             self.stack.enter_context(_environment({**environment, "RAY_USAGE_STATS_ENABLED": "0"}))
             options = {"num_cpus": self.workers, "include_dashboard": False}
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"--address {self.address}: {' '.join(str(error).split())}") from error
         self.stack.callback(ray.shutdown)
