@@ -20,6 +20,8 @@ from sd_mini.texts import check_text
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
 
+_MANY = 100  # rows from which on remarks are made on their pictures; fewer can be seen at a glance
+
 
 @dataclass(frozen=True)
 class ReadRows:
@@ -62,7 +64,7 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, 
         hashes, sizes = hashes[kept], sizes[kept]
         weights = None if weights is None else weights[kept]
         sources = None if sources is None else [sources[row] for row in kept]
-    for line in remarks_on(sizes, hashes, config.resolution):
+    for line in remarks_on(sizes, hashes, config.resolution) if len(sizes) >= _MANY else ():
         remark(f"{part}: {line}")
     return ReadRows(pictures, captions, hashes, rejected, weights, sources)
 

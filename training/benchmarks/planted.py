@@ -242,10 +242,15 @@ class Score(NamedTuple):
     clean_refused: int
 
 
+def number_of(row_id: str) -> int:
+    """The number of a planted row, which its id ends with: "train-00000-of-00001.parquet/6" => 6."""
+    return int(row_id.rsplit("/", 1)[-1])
+
+
 def score(out: Path, rows: int) -> Score:
     """rejected.parquet of a cleaning of `rows` planted rows => how it fared."""
     table = pq.read_table(out / "rejected.parquet").to_pylist()
-    fates = {int(row["id"]): (row["step"], row["reason"]) for row in table}
+    fates = {number_of(row["id"]): (row["step"], row["reason"]) for row in table}
     by_kind: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     involved = set()  # clean rows of which one of two has to go, whichever
     for row in range(rows):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sd_mini.config import command
 from sd_mini.data.captioned import DataConfig, load
-from training.benchmarks.planted import KINDS, PERIOD, draw, kind_of, planted_row, score, write_planted
+from training.benchmarks.planted import KINDS, PERIOD, draw, kind_of, number_of, planted_row, score, write_planted
 from training.data.prepare.__main__ import help_text, main
 
 ROWS = 3 * PERIOD
@@ -71,11 +71,11 @@ def test_the_counts_add_up(cleaned):
 
 def test_kept_rows_are_the_source_s_bytes_with_cleaned_captions(cleaned):
     rows = [row for shard in sorted(cleaned.glob("train-*")) for row in pq.read_table(shard).to_pylist()]
-    assert [int(row["id"]) for row in rows] == sorted(int(row["id"]) for row in rows)
+    assert [number_of(row["id"]) for row in rows] == sorted(number_of(row["id"]) for row in rows)
     for row in rows:
-        picture, caption = planted_row(int(row["id"]), TEST_ROWS)
+        picture, caption = planted_row(number_of(row["id"]), TEST_ROWS)
         assert row["image"]["bytes"] == picture
-        kind = kind_of(int(row["id"]))
+        kind = kind_of(number_of(row["id"]))
         if kind is None:
             assert row["text"] == caption
         elif kind.name == "tags":
