@@ -243,8 +243,9 @@ class Score(NamedTuple):
 
 
 def number_of(row_id: str) -> int:
-    """The number of a planted row, which its id ends with: "train-00000-of-00001.parquet/6" => 6."""
-    return int(row_id.rsplit("/", 1)[-1])
+    """A planted row by its id, of shards of 2,000 rows: "train-00003-of-00050.parquet/6" => 6006."""
+    file, row = row_id.rsplit("/", 1)
+    return int(file.split("-")[1]) * _CHUNK + int(row)
 
 
 def score(out: Path, rows: int) -> Score:
