@@ -12,7 +12,7 @@ from sd_mini.data.parts import resolved
 from sd_mini.errors import UserError
 
 SHAPES = "shapes"
-COLUMNS = ("image_column", "text_column", "aliases_column")
+COLUMNS = ("image_column", "text_column", "aliases_column", "template")
 
 
 def add_data(parser: argparse.ArgumentParser, own: str, split: str, columns: tuple[str, ...] = COLUMNS) -> None:
@@ -23,11 +23,12 @@ def add_data(parser: argparse.ArgumentParser, own: str, split: str, columns: tup
     helps = {
         "image_column": "of the pictures; the run's own where the data are, else image",
         "text_column": "of the captions; the run's own where the data are, else text",
+        "template": "makes captions of labels, as data.template; the run's own where the data are",
         "aliases_column": "of lists of further captions; the run's own where the data are, else there is none",
     }
     for name in columns:
         names = [f"--{name}", *(["--aliases"] if name == "aliases_column" else [])]
-        add(*names, dest=name, metavar="COLUMN", help=helps[name])
+        add(*names, dest=name, metavar="TEXT" if name == "template" else "COLUMN", help=helps[name])
 
 
 def recorded_data(stage: Path) -> dict[str, DataConfig]:
@@ -60,10 +61,10 @@ def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], 
     own = recorded.get(part)
     if own is None or not _is_same(own.source, source):
         other = next((one for one in recorded.values() if _is_same(one.source, source)), DataConfig(source=source))
-        own = other.model_copy(update={"split": split, "count": None})
+        own = other.model_copy(update={"split": split, "count": None, "side": "all"})
     changes = {"source": source}
     changes |= {name: given for name in COLUMNS if (given := getattr(options, name, None)) is not None}
-    changes |= {"split": options.split, "count": None} if options.split is not None else {}
+    changes |= {"split": options.split, "count": None, "side": "all"} if options.split is not None else {}
     return own.model_copy(update=changes)
 
 

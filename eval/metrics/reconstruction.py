@@ -175,8 +175,12 @@ def _main(argv: Sequence[str]) -> None:
     autoencoder.latent_shape(options.resolution, options.resolution)
     count = options.count or (500 if options.data == SHAPES else config.count)
     seed = FIRST_SCENE_SEED + options.seed if options.data == SHAPES else 0
-    asked = {"count": count, "resolution": options.resolution, "seed": seed}
+    asked = {"resolution": options.resolution, "seed": seed}
+    if config.side == "all":  # of one side the rows are known once all have been read
+        asked["count"] = count
     data = load(config.model_copy(update=asked), pictures_only=True)
+    if count is not None and count < len(data):
+        data = data.select(range(count))
     pictures = np.asarray(data.pictures)
     scores, made = measure(autoencoder, pictures, options)
     scores["protocol"] = {

@@ -25,7 +25,7 @@ class BadRows(UserError):
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that is left out: the part of the data (`data`, `valid`), its source, its id and why."""
+    """A row that is left out: the part of the data (`data`, `valid`), its source and split, its id and why."""
 
     part: str
     source: str

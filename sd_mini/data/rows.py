@@ -12,6 +12,7 @@ from sd_mini.data.arrays import Pictures, taken
 from sd_mini.data.decoding import decoded, fault_of_picture, remarks_on
 from sd_mini.data.near import is_near, near_pairs, uniform_of
 from sd_mini.data.rejected import Rejected, check_faults
+from sd_mini.data.sources import source_name
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.remarks import remark
@@ -55,7 +56,7 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, 
     pictures, hashes, sizes, is_read = decoded(table, config, part, folder)
     for row in np.flatnonzero(~is_read).tolist():
         faults.setdefault(row, fault_of_picture(table, config, row))
-    rejected = [Rejected(part, str(config.source), table.id(row), faults[row]) for row in sorted(faults)]
+    rejected = [Rejected(part, source_name(config), table.id(row), faults[row]) for row in sorted(faults)]
     weights, sources = table.weights, table.sources
     if faults:
         check_faults(table, config, part, faults)

@@ -118,7 +118,7 @@ def test_a_stage_names_the_rows_it_leaves_out_in_its_folder(folder, tmp_path_fac
     assert launch("autoencoder", run, *options, "--train.steps", "1", "--data.max_bad", "0.02") == 0
     lines = (run / "autoencoder" / "rejected.jsonl").read_text().splitlines()
     (first,) = map(json.loads, lines)
-    assert (first["part"], first["source"], first["id"]) == ("data", str(folder), "017.png")
+    assert (first["part"], first["source"], first["id"]) == ("data", f"{folder.name}:train", "017.png")
     assert "cannot decode" in first["reason"]
 
 
