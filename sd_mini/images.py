@@ -203,18 +203,20 @@ def _narrow(image: Image.Image) -> Image.Image:
     return grey
 
 
-def fit(picture: np.ndarray, resolution: int) -> np.ndarray:
-    """(3, H, W) uint8 => (3, R, R) uint8: the short side scaled to R px (Lanczos, antialiased), the centre kept.
+def fit(picture: np.ndarray | Image.Image, resolution: int) -> np.ndarray:
+    """(3, H, W) uint8, or a PIL image of mode RGB => (3, R, R) uint8: the short side scaled to R px (Lanczos,
+    antialiased), the centre kept.
 
     Raises ValueError for another shape or dtype, and for a resolution below 1.
     """
-    _check_picture(picture)
     if resolution < 1:
         raise UserError(f"resolution: got {resolution} px, expected at least 1 px")
-    height, width = picture.shape[1:]
+    if isinstance(picture, np.ndarray):
+        _check_picture(picture)
+        picture = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+    image, (width, height) = picture, picture.size
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2  # half pixels are kept: the crop is centred exactly
-    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
     square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.asarray(square).transpose(2, 0, 1).copy()
 

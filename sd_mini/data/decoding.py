@@ -80,13 +80,12 @@ def read_picture(table: Table, config: DataConfig, row: int) -> tuple[np.ndarray
     """A row's picture at the training size, its hashes and its own size; None where it cannot be decoded."""
     source = table.picture(row, config.image_column)
     try:
-        picture = None if source is None else images.decode(source, config.background)
+        picture = None if source is None else images.decode_image(source, config.background)[0]
     except UserError:  # why, is asked again of the few rows that this happens to
         picture = None
     if picture is None:
         return None
-    size = np.array(picture.shape[:0:-1], np.int32)
-    return images.fit(picture, config.resolution), picture_hashes(picture), size
+    return images.fit(picture, config.resolution), picture_hashes(picture), np.array(picture.size, np.int32)
 
 
 def fault_of_picture(table: Table, config: DataConfig, row: int) -> str:

@@ -16,10 +16,9 @@ MOST_BITS = 4  # in which the hashes of near-duplicates may differ
 _MOST_DIFFERENCE = 10.0  # root mean square, grey levels, of near-duplicates beside their difference in brightness
 
 
-def picture_hashes(picture: np.ndarray) -> np.ndarray:
-    """(3, H, W) uint8 => (2,) uint64: the hash of the picture and that of its mirror image."""
-    image = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0))).convert("L")
-    cells = np.asarray(image.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
+def picture_hashes(picture: Image.Image) -> np.ndarray:
+    """A PIL image of mode RGB => (2,) uint64: the hash of the picture and that of its mirror image."""
+    cells = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
     both = np.stack([cells, cells[:, ::-1]])
     return np.packbits(np.diff(both, axis=2) >= _MARGIN).view(">u8").astype(np.uint64)
 

@@ -73,7 +73,9 @@ def test_a_run_is_measured_on_its_own_held_out_part(run, tmp_path):
     out = tmp_path / "report"
     assert main([str(run), "--out", str(out), "--training", "none", "--prompts", "3", "--reference", "4"]) == 0
     report = json.loads((out / "report.json").read_text())
-    assert report["protocol"]["columns"] == {**COLUMNS, "template": None} and report["protocol"]["prompts"] == {"val": 3}
+    assert report["protocol"]["columns"] == {**COLUMNS, "template": None} and report["protocol"]["prompts"] == {
+        "val": 3
+    }
     assert report["protocol"]["reference_count"] == report["distances"]["FD-mini"]["n_reference"] == 4
     assert "FD-mini" in report["blame"]["val"]
     asked = ["--data", str(run.parent / "pictures" / "val.parquet"), "--split", "val", "--blame", "none"]

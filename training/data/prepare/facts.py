@@ -145,7 +145,7 @@ def _measured(encoded: bytes, config: PrepareConfig, side: int) -> dict[str, Any
         "small": small,
     }
     if side:
-        own["model_picture"] = images.fit(np.asarray(rgb).transpose(2, 0, 1), side).tobytes()
+        own["model_picture"] = images.fit(rgb, side).tobytes()
     return own
 
 
