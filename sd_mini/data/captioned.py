@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
@@ -104,6 +104,18 @@ class ValidConfig(Config):
     background: tuple[_Level, _Level, _Level] | None = None
     max_bad: float | None = Field(default=None, ge=0, le=1)
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that say something; null does where it is a value of its own (no captions, no template)."""
+        says_null = {"text_column", "aliases_column", "template", "caption_weights"}
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return {name: value for name, value in values.items() if value is not None or name in says_null}
+
+    @model_serializer(mode="wrap")
+    def _given_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was said: a field that is written is no longer that of `data`."""
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
 
 @dataclass(frozen=True, eq=False)
 class CaptionedPictures:
@@ -147,6 +159,12 @@ class CaptionedPictures:
         if not any(self.captions):
             return self.fingerprint
         return replace(self, captions=[[] for _ in self.captions]).fingerprint
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes of what a training draws: the content, and of a mixture the weights."""
+        weights = {} if self.weights is None else {"weights": hashlib.sha256(self.weights.tobytes()).hexdigest()}
+        return {"data": self.fingerprint, **weights}
 
     def pixels(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """(B,) row numbers => (B, 3, R, R) float32 in [-1, 1]."""

@@ -44,7 +44,8 @@ def open_hub(source: str, config: DataConfig, part: Part) -> SourceRows:
         if config.streaming:
             return _streamed(source, config, part)
         rows = with_retries(load, what)
-    files = FileStates.of(Path(source), [Path(file["filename"]) for file in rows.cache_files], rows._fingerprint)
+    # not its copies in the cache of `datasets`, which lie elsewhere on each host
+    files = FileStates.of(Path(source), [], f"{source}:{config.split}@{rows._fingerprint}")
     return DatasetRows(rows, repr(source), files, lambda row: f"{config.split}/{row}")
 
 
@@ -61,7 +62,8 @@ def _check_name(name: str) -> None:
 def _streamed(source: str, config: DataConfig, part: Part) -> StreamedRows:
     builder = with_retries(partial(datasets.load_dataset_builder, source), repr(source))
     split = (builder.info.splits or {}).get(config.split)
-    count = checked_count(config, part, split.num_examples if split is not None else None)
+    known = split.num_examples if split is not None else None
+    count = checked_count(config, part, known)
     # builders that read columns by themselves leave the pictures where they are while captions are read
     is_columnar = hasattr(builder.config, "columns")
 
@@ -74,4 +76,4 @@ def _streamed(source: str, config: DataConfig, part: Part) -> StreamedRows:
 
     # the files' hashes are the builder's: those of a branch change with it
     files = FileStates.of(Path(source), [], f"{source}@{builder.hash}:{config.split}")
-    return StreamedRows(load, count, source, files, lambda row: f"{config.split}/{row}")
+    return StreamedRows(load, count, source, files, lambda row: f"{config.split}/{row}", known)

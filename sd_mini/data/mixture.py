@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from sd_mini.config import Config
 from sd_mini.data.file_states import check_unique
@@ -37,6 +37,11 @@ class WeightedSource(Config):
     aliases_column: str | None = None
     template: Annotated[str | None, AfterValidator(check_template)] = None
     streaming: bool = False
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was said: a field that is written is no longer that of the whole."""
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
 
     def __repr__(self) -> str:
         return f"{{source: {self.source!r}, weight: {self.weight:g}}}"
@@ -109,8 +114,8 @@ class MixedRows(SourceRows):
 
     def state(self) -> str:
         digest = hashlib.sha256()
-        for name, table in zip(self._names, self._tables, strict=True):
-            digest.update(f"{name}\n{table.source_state()}\n".encode())
+        for name, config, table in zip(self._names, self._configs, self._tables, strict=True):
+            digest.update(f"{name}\n{config.image_column}\n{table.source_state()}\n".encode())
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:

@@ -7,6 +7,7 @@ That", 2013). Of each picture that of its mirror image is kept too.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -29,14 +30,12 @@ def uniform_of(hashes: np.ndarray) -> np.ndarray:
     return np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
 
 
-def near_pairs(hashes: np.ndarray, others: np.ndarray) -> list[tuple[int, int, bool]]:
+def near_pairs(hashes: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, int, bool]]:
     """(M, 2) and (N, 2) uint64 => the pairs (m, n) of near hashes, and whether n is mirrored."""
-    pairs: list[tuple[int, int, bool]] = []
     for m, own in enumerate(hashes[:, 0]):  # the first: of the picture itself
         bits = np.bitwise_count(others ^ own)
         for n in np.flatnonzero(bits.min(1) <= MOST_BITS).tolist():
-            pairs.append((m, n, bool(bits[n, 1] < bits[n, 0])))
-    return pairs
+            yield m, n, bool(bits[n, 1] < bits[n, 0])
 
 
 def is_near(picture: np.ndarray, other: np.ndarray, is_mirrored: bool) -> bool:

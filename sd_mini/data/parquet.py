@@ -21,7 +21,7 @@ from sd_mini.data.folder import is_hidden, list_pictures
 from sd_mini.data.metadata import is_metadata
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
 from sd_mini.data.stored import NO_ROWS, DatasetRows, reading, without_bars
-from sd_mini.data.stream import StreamedRows
+from sd_mini.data.stream import StreamedRows, checked_count
 from sd_mini.data.table import SourceRows
 from sd_mini.remarks import remark
 
@@ -62,7 +62,9 @@ def open_parquet(source: str, config: DataConfig, part: Part) -> SourceRows:
             return DatasetRows(NO_ROWS, repr(source), files, place)
         load = partial(datasets.load_dataset, "parquet", data_files=[str(path) for path in paths], split="train")
         if config.streaming:
-            return StreamedRows(lambda columns: load(streaming=True, columns=columns), ends[-1], source, files, place)
+            count = checked_count(config, part, ends[-1])
+            stream = partial(load, streaming=True)
+            return StreamedRows(lambda names: stream(columns=names), count, source, files, place, ends[-1])
         return DatasetRows(load(), repr(source), files, place)
 
 

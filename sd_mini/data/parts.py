@@ -48,18 +48,21 @@ def resolved(train: DataConfig, valid: DataConfig | ValidConfig) -> tuple[DataCo
     """Both parts with everything said; of data without a held-out source of its own, each part is a side."""
     if isinstance(valid, DataConfig):
         return train, valid
-    given = {name: value for name in type(valid).model_fields if (value := getattr(valid, name)) is not None}
+    given = valid.given
     if valid.source is not None:  # another source
-        usual = {"split": "train", "count": None, "seed": 0, "side": "all"}
+        usual = {"split": "train", "count": None, "seed": 0, "side": "all", "streaming": False}
         return train, train.model_copy(update=usual | given)
     if train.source == "shapes":
         return train, train.model_copy(update={"split": "test", "count": None, "seed": 0} | given)
-    if valid.split is not None:
+    changed = sorted(name for name in given.keys() - {"share", "count"} if given[name] != getattr(train, name))
+    if changed or valid.split is not None:
+        name = "split" if valid.split is not None else changed[0]
         raise UserError(
-            f"valid.split {valid.split!r}: where valid.source is left out, a share of the data's own rows is held out; "
-            f"give valid.source too ({train.source!r} for a split of the data), or leave valid.split out"
+            f"valid.{name} {getattr(valid, name)!r}: where valid.source is left out, a share of the data's own rows is "
+            f"held out, as they are; give valid.source too ({train.source!r} for a split of it), or leave valid.{name} "
+            "out"
         )
-    held_out = train.model_copy(update=given | {"count": train.count, "side": "valid"})
+    held_out = train.model_copy(update={"side": "valid", "share": given.get("share", train.share)})
     return train.model_copy(update={"side": "train", "share": held_out.share}), held_out
 
 
@@ -90,7 +93,7 @@ def _load_both(
     most = valid.count
     train, valid = resolved(train, valid)
     check_alike(train, valid)
-    if train.side == "train" and valid == train.model_copy(update={"side": "valid"}):
+    if (train.side, valid.side) == ("train", "valid") and valid == train.model_copy(update={"side": "valid"}):
         return _load_sides(train, HELD_OUT_MOST if most is None else most, pictures_only, folder)
     loaded, bad_rows, lacking = [], [], []
     for part, config in (("data", train), ("valid", valid)):

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from sd_mini.data.downloads import Downloads, is_url
 from sd_mini.data.file_states import FileStates, check_unique, relative_id
 from sd_mini.data.folder import SPLIT, is_caption
-from sd_mini.data.metadata import read_table
+from sd_mini.data.metadata import read_table, some
 from sd_mini.data.splits import TRAIN, FieldError, Part, asked_splits
 from sd_mini.data.table import SourceRows
 from sd_mini.data.tar_index import TarPicture
+from sd_mini.errors import UserError
 from sd_mini.images import is_picture
 
 if TYPE_CHECKING:
@@ -68,7 +69,10 @@ def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:
     table = list(read_table(path))
     column = _picture_column(path, [fields for _, fields in table], config, part)
     splits = {SPLIT} & set(table[0][1] if table else ())
-    known = sorted({str(fields[SPLIT]) for _, fields in table}) if splits else [TRAIN, path.stem]
+    if splits:
+        table = [(place, {**fields, SPLIT: str(fields[SPLIT] or "").strip()}) for place, fields in table]
+        _check_splits(path, table)
+    known = sorted({fields[SPLIT] for _, fields in table}) if splits else [TRAIN, path.stem]
     chosen = asked_splits(config, part, known)
     table = [(place, fields) for place, fields in table if not splits or fields[SPLIT] in chosen]
     rows = _located(path, table, column)
@@ -78,14 +82,22 @@ def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:
     return PathRows(rows, columns, config.image_column, states.joined(pictures))
 
 
+def _check_splits(path: Path, table: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raises UserError for rows that belong to no split: they would be in none, unseen."""
+    blank = [place for place, fields in table if not fields[SPLIT]]
+    if blank:
+        raise UserError(f"{path}: column {SPLIT!r} is blank in {some(blank, ', ')}; give each row its split")
+
+
 def _picture_column(path: Path, rows: Sequence[Mapping[str, Any]], config: DataConfig, part: Part) -> str:
     """The column `image_column`, or the only one whose cells are paths of pictures or URLs."""
     names = [name for name in (rows[0] if rows else ()) if name]
     if config.image_column in names or not rows:
         return config.image_column
-    fitting = [name for name in names if all(_is_place(row[name]) for row in rows)]
+    filled = {name: [row[name] for row in rows if str(row[name] or "").strip()] for name in names}  # a blank is a fault
+    fitting = [name for name, cells in filled.items() if cells and all(map(_is_place, cells))]
     # a table of img2dataset's kind may have the URL of the page beside that of the picture
-    fitting = [name for name in fitting if all(is_picture(row[name]) for row in rows)] or fitting
+    fitting = [name for name in fitting if all(map(is_picture, filled[name]))] or fitting
     if len(fitting) != 1:
         which = f"{', '.join(fitting)} hold them all" if fitting else "none of them does"
         raise FieldError(

@@ -16,7 +16,7 @@ from sd_mini.data.sources import source_name
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.remarks import remark
-from sd_mini.texts import check_text
+from sd_mini.texts import check_text, shown
 
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
@@ -96,12 +96,11 @@ def captions_of(table: Table, config: DataConfig, part: str, faults: dict[int, s
     check_column(table, part, "text_column", column)
     if more is not None:
         check_column(table, part, "aliases_column", more)
-    aliases = [_aliases(table, part, row, more) for row in range(len(table))]
     captions = []
-    for row, others in enumerate(aliases):
+    for row in range(len(table)):
         captions.append([])
         try:
-            own = [*_listed(table.text(row, column)), *others]
+            own = [*_listed(table.text(row, column)), *_aliases(table, row, more)]
             for caption in own:
                 check_text(caption, "a caption")
             captions[row] = list(dict.fromkeys(own))
@@ -117,12 +116,10 @@ def _listed(cell: Any) -> list[Any]:
     return cell if isinstance(cell, list) else [cell]
 
 
-def _aliases(table: Table, part: str, row: int, column: str | None) -> list[Any]:
+def _aliases(table: Table, row: int, column: str | None) -> list[Any]:
     others = table.text(row, column) if column is not None else None
     if others is not None and not isinstance(others, list):
-        raise UserError(
-            f"{part}.aliases_column: row {table.number(row)} of {column!r} holds {others!r}, expected a list of texts"
-        )
+        raise UserError(f"column {column!r} of aliases holds {shown(others)}; expected a list of texts")
     return others or []
 
 
@@ -134,11 +131,11 @@ def sides(read: ReadRows, share: float) -> tuple[np.ndarray, np.ndarray]:
     """
     is_held_out = uniform_of(read.hashes) < share
     own, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    near = {
-        m
-        for m, n, is_mirrored in near_pairs(read.hashes[held_out], read.hashes[own])
-        if is_near(read.pictures[int(held_out[m])], read.pictures[int(own[n])], is_mirrored)
-    }
+    near: set[int] = set()
+    for m, n, is_mirrored in near_pairs(read.hashes[held_out], read.hashes[own]):
+        # the pixels decide; a row that is near one training row need not be compared with another
+        if m not in near and is_near(read.pictures[int(held_out[m])], read.pictures[int(own[n])], is_mirrored):
+            near.add(m)
     if near:
         remark(
             f"valid: {len(near):,} of {len(held_out):,} held-out rows show what training rows show, and are not used"

@@ -73,7 +73,7 @@ def _open(source: str, config: DataConfig, part: Part) -> SourceRows:
     if config.streaming and kind.open not in STREAMED:
         raise FieldError(
             f"{part}.streaming: {source!r} lies here and is read row by row, as only parquet files and sets of the hub "
-            "can be streamed; leave it out"
+            "can be streamed; give {part}.streaming false, or, in a mixture, the source its own"
         )
     return kind.open(source, config, part)
 

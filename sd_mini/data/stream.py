@@ -64,8 +64,10 @@ class StreamedRows(SourceRows):
         source: str,
         files: FileStates,
         place: Callable[[int], str],
+        known: int | None = None,
     ):
-        self._load, self._count, self._source = load, count, source
+        """`count` rows of the stream, which has `known` in all, where it tells."""
+        self._load, self._count, self._known, self._source = load, count, known, source
         self.files, self._place = files, place
         self._features = with_retries(lambda: _features(load(None)), repr(source))
         self._cursors: dict[tuple[int, str], _Cursor] = {}
@@ -74,6 +76,10 @@ class StreamedRows(SourceRows):
 
     def __len__(self) -> int:
         return self._count
+
+    def state(self) -> str:
+        whole = self.files.digest()
+        return whole if self._count == self._known else f"{whole}:{self._count}"
 
     def id(self, row: int) -> str:
         return self._place(row)
@@ -122,7 +128,7 @@ class StreamedRows(SourceRows):
 def checked_count(config: DataConfig, part: Part, known: int | None) -> int:
     """How many rows of a stream are read. Raises FieldError where neither the set nor the config tells."""
     if known is not None:
-        return known
+        return known if config.count is None else min(known, config.count)
     if config.count is None:
         raise FieldError(
             f"{part}.count: {config.source!r} does not tell how many rows it has, which a stream needs to be told; "

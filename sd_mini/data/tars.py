@@ -75,8 +75,8 @@ class TarRows(SourceRows):
         fields = _typical_fields(described)
         texts = [TEXT] if any("txt" in sample.members for sample in samples) else []
         texts += [name for name, value in fields.items() if isinstance(value, str | list)]
-        if _CAPTION in fields and config.text_column is not None:
-            texts.append(config.text_column)
+        if _CAPTION in fields:  # as img2dataset writes it
+            texts.append(TEXT)
         self.text_columns = list(dict.fromkeys(texts))
         pictures = dict.fromkeys(ending for sample in samples for ending in sample.picture_endings())
         self.columns = list(dict.fromkeys([IMAGE, *pictures, *self.text_columns, *fields]))
@@ -112,7 +112,7 @@ class TarRows(SourceRows):
                 return caption_lines(sample.content("txt").decode("utf-8-sig").split("\n"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{sample.members['txt'].path}: is not UTF-8 (byte {error.start})") from None
-        if _CAPTION in fields:
+        if column == TEXT and _CAPTION in fields:
             return fields[_CAPTION]
         raise UserError(f"it has no {column!r}, neither in a .json nor in a .txt, as others have")
 

@@ -1,15 +1,20 @@
 """Rows that cannot be used: left out by name up to a share, refused above it."""
 
+import io
 import json
 
+import datasets
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from sd_mini.config import check
 from sd_mini.data.captioned import DataConfig, load
 from sd_mini.data.parts import load_captioned, load_pictures
 from sd_mini.errors import UserError
 from tests.support.launching import launch, lines, trace
+from training.noise_predictor.config import PredictorConfig
 
 COUNT = 120
 
@@ -138,3 +143,60 @@ def test_a_mixture_is_drawn_by_weight_and_each_source_is_scored_apart(tmp_path):
     scores = [line for line in lines(tmp_path / "run" / "autoencoder") if "valid/psnr" in line][-1]
     apart = [scores[f"valid/{name}:train/psnr"] for name in colours]
     assert scores["valid/psnr"] == pytest.approx(sum(apart) / 2)
+
+
+@pytest.fixture
+def two_columns(tmp_path):
+    """Two parquet files whose pictures are in two columns: black in `image`, white in `mask`."""
+    for name in "ab":
+        rows = {}
+        for column, grey in (("image", 0), ("mask", 255)):
+            Image.new("L", (8, 8), grey).save(file := io.BytesIO(), "PNG")
+            rows[column] = [{"bytes": file.getvalue(), "path": None}] * 3
+        made = datasets.Dataset.from_dict({**rows, "text": [f"{name}{i}" for i in range(3)]})
+        made.to_parquet(tmp_path / f"{name}.parquet")
+    return tmp_path
+
+
+def test_another_column_of_one_source_of_a_mixture_is_another_cache(two_columns, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def read(column: str) -> list[int]:
+        first = {"source": str(two_columns / "a.parquet"), "image_column": column}
+        sources = [first, {"source": str(two_columns / "b.parquet")}]
+        config = check(DataConfig, {"source": sources, "resolution": 8}, "test")
+        return [int(picture.mean()) for picture in load(config, folder=cache).pictures]
+
+    assert read("image") == [0] * 6 and read("mask") == [255] * 3 + [0] * 3
+
+
+def test_a_saved_mixture_says_what_was_said(two_columns):
+    sources = [{"source": str(two_columns / "a.parquet"), "weight": 2}, {"source": str(two_columns / "b.parquet")}]
+    config = check(DataConfig, {"source": sources, "text_column": "mask", "split": "val"}, "test")
+    again = check(DataConfig, yaml.safe_load(config.to_yaml()), "saved")
+    assert again == config
+    assert [one.config(again) for one in again.source] == [one.config(config) for one in config.source]
+
+
+def test_other_weights_are_another_training(two_columns):
+    def identity(weight: float) -> dict[str, str]:
+        sources = [
+            {"source": str(two_columns / f"{name}.parquet"), "weight": w} for name, w in (("a", weight), ("b", 1))
+        ]
+        return load(check(DataConfig, {"source": sources, "resolution": 8}, "test")).identity
+
+    assert identity(1)["data"] == identity(3)["data"] and identity(1) == identity(1) != identity(3)
+
+
+def test_one_alias_that_is_no_list_is_one_bad_row(folder):
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["aliases"] = ["grey"] if line["file_name"] != "099.png" else "grey"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read = load(config(folder, max_bad=0.03, aliases_column="aliases"))
+    assert [one.id for one in read.rejected] == ["017.png", "040.png", "099.png"]
+
+
+def test_caption_weights_beyond_the_encoded_captions_are_refused():
+    with pytest.raises(UserError, match="captions beyond captions_per_picture, 2, are not encoded"):
+        check(PredictorConfig, {"data": {"caption_weights": [0, 0, 1]}}, "test")

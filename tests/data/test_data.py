@@ -182,7 +182,10 @@ def test_aliases_follow_the_main_caption(tmp_path):
     assert unique_captions(loaded.captions) == ["red", "crimson", "green", "blue", "dark", "dim"]
     table(tmp_path, aliases=[["a"], ["b"], ["c", " "], ["d"]]).to_parquet(tmp_path / "b.parquet")
     refused(config(tmp_path / "b.parquet", aliases_column="aliases"), "row 2 of .*a caption is empty; expected text")
-    refused(config(tmp_path / "b.parquet", aliases_column="text"), "row 0 of 'text' holds 'red', expected a list")
+    refused(
+        config(tmp_path / "b.parquet", aliases_column="text"),
+        "row 0: column 'text' of aliases holds 'red'; expected a list",
+    )
 
 
 @pytest.mark.parametrize("bad", [None, "", " \t"])

@@ -1,15 +1,18 @@
 """A share of the data held out by what its pictures show."""
 
+import argparse
 import io
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageEnhance, ImageOps
 
+from eval.data_options import asked_data, recorded_data
 from sd_mini.config import check
 from sd_mini.data.captioned import DataConfig, ValidConfig, load
 from sd_mini.data.near import is_near, near_pairs, picture_hashes, uniform_of
-from sd_mini.data.parts import load_captioned, load_pictures, resolved
+from sd_mini.data.parts import filled, load_captioned, load_pictures, resolved
 from sd_mini.errors import UserError
 
 
@@ -129,3 +132,33 @@ def test_a_split_without_its_source_and_a_share_that_holds_nothing_out_are_refus
         resolved(DataConfig(source=str(folder)), ValidConfig(split="test"))
     with pytest.raises(UserError, match=r"valid.share 1e-06: of 150 rows .* 0 are held out"):
         load_pictures(DataConfig(source=str(folder), resolution=8), ValidConfig(share=1e-6))
+
+
+def test_a_share_is_of_the_data_as_they_are(folder):
+    data = DataConfig(source=str(folder), resolution=16)
+    with pytest.raises(UserError, match=r"valid.max_bad 0.5: where valid.source is left out"):
+        resolved(data, ValidConfig(max_bad=0.5))
+    train, valid = load_pictures(data, ValidConfig(share=0.2, count=5, max_bad=data.max_bad))
+    assert len(valid) == 5 and len(train) > 100
+
+
+def test_null_is_said_of_another_source_and_kept_when_saved():
+    data = DataConfig(source="a", template="a photo of {label}", streaming=True)
+    valid = check(ValidConfig, {"source": "b", "template": None}, "test")
+    for one in (valid, check(ValidConfig, yaml.safe_load(valid.to_yaml()), "saved"), filled(data, valid)):
+        _, other = resolved(data, one)
+        assert other.template is None and other.text_column == "text" and not other.streaming
+    _, same = resolved(data, ValidConfig(source="b"))
+    assert same.template == data.template
+
+
+def test_an_evaluation_of_another_split_reads_all_of_it(folder, tmp_path_factory):
+    stage = tmp_path_factory.mktemp("run") / "noise_predictor"
+    stage.mkdir()
+    config = {"data": {"source": str(folder)}, "valid": {"share": 0.1}}
+    (stage / "config.yaml").write_text(yaml.safe_dump(config))
+    recorded = recorded_data(stage)
+    own = asked_data(argparse.Namespace(data=None, split=None), recorded, "valid", "test")
+    assert (own.side, own.share) == ("valid", 0.1)
+    other = asked_data(argparse.Namespace(data=None, split="test"), recorded, "valid", "test")
+    assert (other.side, other.split) == ("all", "test")

@@ -129,7 +129,7 @@ class AutoencoderTask:
         if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
             remark(coarse)
         self.count, self.valid_count = len(self.train), len(self.valid)
-        self.identity = {"data": self.train.fingerprint}
+        self.identity = dict(self.train.identity)
         for name, contract in (("start", self.started_from), ("teacher", self.taught_by)):
             self.identity |= {name: contract["hash"]} if contract is not None else {}
         # the convolutions of oneDNN and cuDNN are up to twice as fast on channels_last

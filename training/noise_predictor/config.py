@@ -62,4 +62,9 @@ class PredictorConfig(Config):
             raise UserError(
                 f"train.workers {self.train.workers}: other processes cannot gather what is resident on the device; 0"
             )
+        if any((self.data.caption_weights or ())[self.captions_per_picture :]):
+            raise UserError(
+                f"data.caption_weights {list(self.data.caption_weights or ())}: captions beyond captions_per_picture, "
+                f"{self.captions_per_picture}, are not encoded; raise that, or give them weight 0"
+            )
         return self

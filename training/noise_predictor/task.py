@@ -108,7 +108,7 @@ class PredictorTask:
         self.identity = {
             "text_encoder": self.text.hash,
             "autoencoder": stages.encoder_of(self.vae.contract),
-            "data": pictures.fingerprint,
+            **pictures.identity,
         }
         alignment = None
         if teacher is not None:

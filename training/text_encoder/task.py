@@ -55,7 +55,7 @@ class TextTask:
         self.train, self.valid = load_captioned(config.data, config.valid, cache / "pictures")
         self.rejected = [*self.train.rejected, *self.valid.rejected]
         self.weights, self.valid_sources = self.train.weights, self.valid.sources
-        self.identity = {"data": self.train.fingerprint}
+        self.identity = dict(self.train.identity)
         self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)
         encoders, trained = _encoders(config, unique_captions(self.train.captions))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
+from sd_mini.errors import UserError
 from sd_mini.files import file_hash
 from sd_mini.texts import read_lines
 
@@ -123,6 +124,12 @@ class PrepareConfig(Config):
     """Of the Ray cluster, "auto" for one that runs here; null starts one on this machine."""
     workers: int | None = Field(None, ge=1)
     """Tasks at once; as many as cores if null. With one process the tasks run in the program itself."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if not isinstance(self.data.source, str) or (self.test is not None and not isinstance(self.test.source, str)):
+            raise UserError("data.source: a mixture is cleaned a source at a time; give one")
+        return self
 
     def located(self) -> PrepareConfig:
         """The same with absolute paths, for tasks that may run in another folder."""
