@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import (
@@ -203,9 +203,9 @@ def _narrow(image: Image.Image) -> Image.Image:
     return grey
 
 
-def fit(picture: np.ndarray | Image.Image, resolution: int) -> np.ndarray:
+def fit(picture: np.ndarray | Image.Image, resolution: int, crop: Literal["center", "top"] = "center") -> np.ndarray:
     """(3, H, W) uint8, or a PIL image of mode RGB => (3, R, R) uint8: the short side scaled to R px (Lanczos,
-    antialiased), the centre kept.
+    antialiased), the centre kept, or of an upright picture the top.
 
     Raises ValueError for another shape or dtype, and for a resolution below 1.
     """
@@ -217,6 +217,8 @@ def fit(picture: np.ndarray | Image.Image, resolution: int) -> np.ndarray:
     image, (width, height) = picture, picture.size
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2  # half pixels are kept: the crop is centred exactly
+    if crop == "top":
+        top = 0.0
     square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.asarray(square).transpose(2, 0, 1).copy()
 

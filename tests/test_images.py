@@ -208,6 +208,14 @@ def test_fit_leaves_the_right_size_alone_and_crops_the_centre():
     assert (images.fit(wide.transpose(0, 2, 1), 16) == wide.transpose(0, 2, 1)[:, 7:23]).all()
 
 
+def test_the_top_of_an_upright_picture_and_the_middle_of_a_wide_one():
+    tall = noise(3, 30, 16)
+    assert (images.fit(tall, 16, "top") == tall[:, :16]).all()
+    assert (images.fit(tall.transpose(0, 2, 1), 16, "top") == tall.transpose(0, 2, 1)[:, :, 7:23]).all()
+    as_image = Image.fromarray(tall.transpose(1, 2, 0))
+    assert (images.fit(as_image, 8) == images.fit(tall, 8)).all()
+
+
 def test_fit_antialiases():
     # stripes one pixel wide are finer than the target holds: a filter gives grey, skipping pixels black or white
     stripes = np.zeros((3, 64, 64), dtype=np.uint8)

@@ -71,6 +71,10 @@ class DataConfig(Config):
     """Parquet and the hub: read rows once and in order, without a copy of the data set on this disk."""
     background: tuple[_Level, _Level, _Level] = images.WHITE
     """sRGB colour, 0 to 255, put behind transparent pictures."""
+    crop: Literal["center", "top"] = "center"
+    """What is kept of a picture that is no square: its centre, or of an upright one its top, where faces are."""
+    enlarge: bool = True
+    """Whether pictures smaller than `resolution` are enlarged; if not, their rows cannot be used."""
     max_bad: float = Field(default=0.01, ge=0, le=1)
     """The share of rows that may be unusable: they are left out, and named in the stage's rejected.jsonl. With more the
     launch stops; with 0, at the first."""
@@ -102,6 +106,8 @@ class ValidConfig(Config):
     template: Annotated[str | None, AfterValidator(check_template)] = None
     streaming: bool | None = None
     background: tuple[_Level, _Level, _Level] | None = None
+    crop: Literal["center", "top"] | None = None
+    enlarge: bool | None = None
     max_bad: float | None = Field(default=None, ge=0, le=1)
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm.auto import tqdm
 
 from sd_mini import images
@@ -69,6 +70,8 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
         "column": config.image_column,
         "resolution": side,
         "background": config.background,
+        "crop": config.crop,
+        "enlarge": config.enlarge,
         "decoder": _DECODER,
     }
     stored = cache.encode(folder, key, count, encode_rows, f"{part}: pictures", chunk=chunk)
@@ -77,27 +80,35 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
 
 
 def read_picture(table: Table, config: DataConfig, row: int) -> tuple[np.ndarray, ...] | None:
-    """A row's picture at the training size, its hashes and its own size; None where it cannot be decoded."""
+    """A row's picture at the training size, its hashes and its own size; None where it cannot be used."""
     source = table.picture(row, config.image_column)
     try:
-        picture = None if source is None else images.decode_image(source, config.background)[0]
+        picture = _usable(source, config)
     except UserError:  # why, is asked again of the few rows that this happens to
-        picture = None
-    if picture is None:
         return None
-    return images.fit(picture, config.resolution), picture_hashes(picture), np.array(picture.size, np.int32)
+    fitted = images.fit(picture, config.resolution, config.crop)
+    return fitted, picture_hashes(picture), np.array(picture.size, np.int32)
 
 
 def fault_of_picture(table: Table, config: DataConfig, row: int) -> str:
-    """Why a row's picture cannot be decoded."""
+    """Why a row's picture cannot be used."""
     source = table.picture(row, config.image_column)
-    if source is None:
-        return f"no picture in column {config.image_column!r}; leave the row out"
     try:
-        images.decode(source, config.background)
+        _usable(source, config)
     except UserError as error:
         return str(error)
     return "could not be decoded when the cache was written, and can be now; delete the run's cache of pictures"
+
+
+def _usable(source: bytes | Path | None, config: DataConfig) -> Image.Image:
+    """An encoded picture => RGB. Raises UserError where there is none, it cannot be decoded, or is too small."""
+    if source is None:
+        raise UserError(f"no picture in column {config.image_column!r}; leave the row out")
+    picture = images.decode_image(source, config.background)[0]
+    if not config.enlarge and min(picture.size) < config.resolution:
+        size, expected = "{} x {} px".format(*picture.size), f"at least {config.resolution} px a side"
+        raise UserError(f"it is {size}, expected {expected}; leave it out, or allow enlarging (enlarge)")
+    return picture
 
 
 def remarks_on(sizes: np.ndarray, hashes: np.ndarray, resolution: int) -> list[str]:

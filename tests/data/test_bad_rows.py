@@ -68,6 +68,17 @@ def test_above_the_allowed_share_the_most_common_reasons_are_named(folder):
     assert len(load(config(folder, max_bad=0.1))) == COUNT - 10
 
 
+def test_pictures_that_are_too_small_are_enlarged_or_left_out(folder, tmp_path_factory):
+    Image.new("RGB", (40, 40), "red").save(folder / "099.png")
+    cache = tmp_path_factory.mktemp("cache")
+    enlarged = load(DataConfig(source=str(folder), resolution=32, max_bad=1), folder=cache)
+    assert len(enlarged) == COUNT - 2
+    only = load(DataConfig(source=str(folder), resolution=32, max_bad=1, enlarge=False), folder=cache)
+    assert [captions[0] for captions in only.captions] == ["grey 99"]
+    reasons = {one.id: one.reason for one in only.rejected}
+    assert reasons["000.png"].startswith("it is 16 x 12 px, expected at least 32 px a side")
+
+
 def test_no_share_allows_a_source_without_a_single_good_row(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
