@@ -1,9 +1,13 @@
 """A whole run, small enough to be made anew for every round of tests."""
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
 
+# whoever starts the one fork server of this process first: it has imported what the launches of the stages need
+if "forkserver" in multiprocessing.get_all_start_methods():
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.support.launching"])
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: a test that asks a hub has to fail at once
 
 import pytest

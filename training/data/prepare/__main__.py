@@ -5,6 +5,7 @@ python -m training.data.prepare --data SOURCE --out FOLDER [--test SOURCE] [--co
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,4 +70,7 @@ def help_text() -> str:
 
 
 if __name__ == "__main__":
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        # of the one fork server of this program: workers then begin with what tasks need
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["training.data.prepare.run"])
     sys.exit(command(main))

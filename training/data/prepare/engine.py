@@ -114,12 +114,10 @@ class _Processes:
 
 
 def _context() -> Any:
-    """No plain fork, which copies the locks of this process's threads. A fork server imports once what tasks need."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.data.prepare.run"])
-    return context
+    """No plain fork, which copies the locks of this process's threads. The program lets its fork server import once
+    what tasks need (__main__)."""
+    methods = multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
 
 
 def _begin_worker() -> None:
