@@ -77,7 +77,8 @@ class Program(Generic[C]):
     make_task: Callable[[Launch[C]], Task]
 
     def __call__(self, argv: Sequence[str]) -> None:
-        """Read, check, train, export. Nothing is written before config and data are checked."""
+        """Read, check, train, export. Before config and data are checked only decoded pictures are written, to the
+        run's cache."""
         started = time.perf_counter()
         launched: Launch[Any] | None = parse(self.config, self.stage, argv)
         if launched is None:
