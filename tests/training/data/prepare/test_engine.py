@@ -18,7 +18,6 @@ from training.data.prepare.run import clean
 
 ROWS = 220
 _server = multiprocessing.get_context("forkserver")  # a child costs a fork, not the imports
-_server.set_forkserver_preload(["training.data.prepare.run"])
 
 
 @pytest.fixture(scope="module")
