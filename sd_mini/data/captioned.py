@@ -16,14 +16,13 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from sd_mini import images, shapes
 from sd_mini.config import Config
 from sd_mini.data.arrays import Pictures, pieces, taken
-from sd_mini.data.mixture import WeightedSource
+from sd_mini.data.mixture import WeightedSource, first_rows
 from sd_mini.data.rejected import Rejected
 from sd_mini.data.rows import ReadRows, read_rows, sides
 from sd_mini.data.sources import open_source, source_name
 from sd_mini.data.splits import Part, asked_splits
 from sd_mini.data.table import Table
 from sd_mini.data.template import check_template
-from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, file_hash
 from sd_mini.memory import check_room
 
@@ -249,17 +248,7 @@ def _world() -> str:
 
 def rows_of(config: DataConfig, part: Part) -> Table:
     """The rows that are asked for, pictures not yet decoded."""
-    table = open_source(config, part)
-    if not len(table):
-        raise UserError(f"{part}.source: {config.source!r} has no rows in split {config.split!r}; give a filled one")
-    if config.count is None:
-        return table
-    if config.count > len(table):
-        raise UserError(
-            f"{part}.count: got {config.count}, but {config.source!r} split {config.split!r} has {len(table)} rows;"
-            " ask for fewer, or leave it out to read them all"
-        )
-    return table.select(range(config.count))
+    return first_rows(open_source(config, part), config, part)
 
 
 def read_table(

@@ -150,17 +150,19 @@ def open_mixture(
                 f"{part}.image_column: no column {config.image_column!r} in {config.source!r}; there are "
                 f"{', '.join(table.columns)}"
             )
-        tables.append(_first_rows(table, config, part))
+        tables.append(first_rows(table, config, part))
     return Table(MixedRows(whole, configs, tables, [source.weight for source in sources]))
 
 
-def _first_rows(table: Table, config: DataConfig, part: Part) -> Table:
+def first_rows(table: Table, config: DataConfig, part: Part) -> Table:
+    """The first `config.count` rows, or all. Raises FieldError for an empty table and for more rows than there are."""
     if not len(table):
-        raise FieldError(f"{part}.source: {config.source!r} has no rows in split {config.split!r}; leave it out")
+        raise FieldError(f"{part}.source: {config.source!r} has no rows in split {config.split!r}; give a filled one")
     if config.count is None:
         return table
     if config.count > len(table):
         raise FieldError(
-            f"{part}.count: got {config.count}, but {config.source!r} split {config.split!r} has {len(table)} rows"
+            f"{part}.count: got {config.count}, but {config.source!r} split {config.split!r} has {len(table)} rows;"
+            " ask for fewer, or leave it out to read them all"
         )
     return table.select(range(config.count))
