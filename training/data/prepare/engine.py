@@ -152,7 +152,7 @@ class _Ray:
 
     def __init__(self, workers: int, address: str | None, stack: ExitStack):
         try:
-            import ray  # noqa: F401
+            import ray  # noqa: F401  # only its absence is of use here: it is said before any work
         except ImportError:
             raise UserError("--engine ray: needs Ray; pip install -e '.[cluster]' gives it") from None
         self.workers, self.address, self.stack = workers, address, stack
