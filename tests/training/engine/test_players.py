@@ -52,7 +52,7 @@ class Game:
     """Noise becomes a number that is to look as if drawn from N(3, 1)."""
 
     count = valid_count = 64
-    evaluate_every = None
+    evaluate_every = weights = valid_sources = None
 
     def __init__(self, leaks=False, dtype=torch.float32):
         torch.manual_seed(0)
