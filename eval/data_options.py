@@ -32,7 +32,8 @@ def add_data(parser: argparse.ArgumentParser, own: str, split: str, columns: tup
 
 
 def recorded_data(stage: Path) -> dict[str, DataConfig]:
-    """`data` and `valid` of the config that a stage, RUN/STAGE, was trained with; none where it is not there.
+    """`data` and `valid` of the config that a stage, RUN/STAGE, was trained with, none where it is not there; squares,
+    which are what evaluations draw and compare.
 
     Raises UserError for one that cannot be read.
     """
@@ -42,7 +43,7 @@ def recorded_data(stage: Path) -> dict[str, DataConfig]:
         return {}
     train = check(DataConfig, values["data"], str(path))
     valid = check(ValidConfig, values.get("valid", {}), str(path))
-    return dict(zip(("data", "valid"), resolved(train, valid), strict=True))
+    return dict(zip(("data", "valid"), (part.squares for part in resolved(train, valid)), strict=True))
 
 
 def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], part: str, split: str) -> DataConfig:

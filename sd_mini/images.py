@@ -95,7 +95,7 @@ def decode_image(
             width, height = image.size
             if least_side is not None:
                 image.draft(None, (least_side, least_side))
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            is_turned = _is_turned(image)
             if image is source:
                 image = image.copy()  # which is turned in place
             ImageOps.exif_transpose(image, in_place=True)
@@ -103,6 +103,20 @@ def decode_image(
     except Exception as error:  # on damaged bytes Pillow's decoders raise anything, from SyntaxError to struct.error
         raise UserError(f"cannot decode {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
     return rgb, (height, width) if is_turned else (width, height)
+
+
+def size_of(source: bytes | str | Path) -> tuple[int, int]:
+    """Width and height of an encoded picture in px, turned as EXIF says, by its header alone. Raises UserError."""
+    try:
+        with _opened(source) as image:
+            width, height = image.size
+            return (height, width) if _is_turned(image) else (width, height)
+    except Exception as error:  # as above
+        raise UserError(f"cannot read {_describe(source)}: {_reason(error)}; replace it or leave it out") from error
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
 @contextmanager
@@ -203,24 +217,40 @@ def _narrow(image: Image.Image) -> Image.Image:
     return grey
 
 
-def fit(picture: np.ndarray | Image.Image, resolution: int, crop: Literal["center", "top"] = "center") -> np.ndarray:
-    """(3, H, W) uint8, or a PIL image of mode RGB => (3, R, R) uint8: the short side scaled to R px (Lanczos,
-    antialiased), the centre kept, or of an upright picture the top.
+Crop = Literal["center", "top", "random", "none"]
 
-    Raises ValueError for another shape or dtype, and for a resolution below 1.
+
+def fit(
+    picture: np.ndarray | Image.Image, size: int | tuple[int, int], crop: Crop = "center", place: float = 0.5
+) -> np.ndarray:
+    """(3, H, W) uint8, or a PIL image of mode RGB => (3, h, w) uint8 of `size`, (h, w) px or the side of a square.
+
+    The largest part of the picture with that ratio of sides is scaled (Lanczos, antialiased): its centre, "top" of a
+    picture that is too high for it, or "random" at `place`, 0 to 1 from the left or the top. "none": all of it is
+    scaled, whatever its ratio.
+
+    Raises ValueError for another shape or dtype, and for a size below 1.
     """
-    if resolution < 1:
-        raise UserError(f"resolution: got {resolution} px, expected at least 1 px")
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise UserError(f"resolution: got {min(height, width)} px, expected at least 1 px")
     if isinstance(picture, np.ndarray):
         _check_picture(picture)
         picture = Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-    image, (width, height) = picture, picture.size
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2  # half pixels are kept: the crop is centred exactly
+    kept_width, kept_height = picture.size if crop == "none" else largest_part(picture.size, (height, width))
+    across = down = place if crop == "random" else 0.5
+    # half pixels are kept: the centre is exact
+    left, top = (picture.width - kept_width) * across, (picture.height - kept_height) * down
     if crop == "top":
         top = 0.0
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(square).transpose(2, 0, 1).copy()
+    box = (left, top, left + kept_width, top + kept_height)
+    return np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box)).transpose(2, 0, 1).copy()
+
+
+def largest_part(own: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """(width, height) of a picture and a (height, width) => width and height of its largest part with that ratio."""
+    (own_width, own_height), (height, width) = own, size
+    return min(own_width, own_height * width / height), min(own_height, own_width * height / width)
 
 
 def _check_picture(picture: np.ndarray) -> None:

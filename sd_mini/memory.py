@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -70,3 +73,16 @@ def keep_freed_memory() -> None:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
+
+
+def let_go_of(paths: Collection[str]) -> None:
+    """Let go of the pages of memory-mapped files that were read: they stay in the system's cache of files, and are no
+    longer counted as this process's."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        addresses, *_, path = line.split(maxsplit=5)
+        if path in paths:
+            first, last = (int(address, 16) for address in addresses.split("-"))
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

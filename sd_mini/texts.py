@@ -123,3 +123,17 @@ def _rebuilt(text: str, spans: list[tuple[int, int]], words: list[str]) -> str:
         parts += [text[end:a], word]
         end = b
     return "".join([*parts, text[end:]])
+
+
+_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|[- ]hand(?:ed)?|side)?\b)", re.IGNORECASE)
+
+
+def with_sides_swapped(text: str) -> str:
+    """A text of a picture => of its mirror image: left and right, leftmost, right-hand and their like are exchanged."""
+
+    def other(found: re.Match[str]) -> str:
+        word = found[0]
+        swapped = "right" if word.lower() == "left" else "left"
+        return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
+
+    return _SIDE.sub(other, text)

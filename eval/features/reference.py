@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from eval.features.features import Extractor
 from eval.features.moments import statistics
 from eval.metrics.fid import frechet_distance
-from sd_mini.data.arrays import Pictures, pieces
+from sd_mini.data.arrays import Pictures, pieces, shapes_of
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, sync, usual_modes, written_to
 
@@ -38,7 +38,7 @@ class FeatureSet:
 
 def pictures_hash(pictures: Pictures) -> str:
     """SHA-256 of (N, 3, H, W) uint8 and its shape."""
-    digest = hashlib.sha256(str(pictures.shape).encode())
+    digest = hashlib.sha256(str((len(pictures), *shapes_of(pictures)[0])).encode())
     for piece in pieces(pictures):
         digest.update(np.ascontiguousarray(piece).data)
     return digest.hexdigest()

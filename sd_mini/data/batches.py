@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are the most evenly spread (Weyl's sequence)
 
-
-# bytes copied out between two releases of the pages they were read from; they stay in the system's cache of files
-_RESIDENT = 2**25
 PIECE = 2**25  # bytes of rows that `pieces` holds at a time
 
 
@@ -95,11 +93,12 @@ def shifted_grid(count: int, offset: float, draws: torch.Generator | None = None
 class Order:
     """In which order samples are drawn: epoch after epoch, each a permutation, cut into batches.
 
-    `weights` (count,): how often each sample is drawn an epoch, on average; all once without them.
+    `weights` (count,): how often each sample is drawn an epoch, on average; all once without them. Orders of different
+    names are independent.
     """
 
-    def __init__(self, seed: int, count: int, batch_size: int, weights: np.ndarray | None = None):
-        self.seed, self.batch_size = seed, batch_size
+    def __init__(self, seed: int, count: int, batch_size: int, weights: np.ndarray | None = None, name: str = "order"):
+        self.seed, self.batch_size, self.name = seed, batch_size, name
         self.cumulative = None if weights is None else np.cumsum(weights)
         self.epoch_size = count if self.cumulative is None else max(1, round(float(self.cumulative[-1])))
         self._epoch = lru_cache(maxsize=4)(self._drawn)  # a batch may reach into the next epoch
@@ -111,7 +110,7 @@ class Order:
         return np.concatenate([self._epoch(int(e))[places[epochs == e]] for e in np.unique(epochs)])
 
     def _drawn(self, epoch: int) -> np.ndarray:
-        draws = generator(self.seed, epoch, "order")
+        draws = generator(self.seed, epoch, self.name)
         places = torch.randperm(self.epoch_size, generator=draws).numpy()
         if self.cumulative is None:
             return places
@@ -126,6 +125,61 @@ class Order:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._epoch = lru_cache(maxsize=4)(self._drawn)
+
+
+class BucketOrder:
+    """As `Order`, of samples that lie in buckets, those of one bucket side by side; each batch is of one bucket.
+
+    A round is so many batches as hold all samples once. Each bucket has its share of them, rounded down or up: which
+    way changes from round to round, so that over the rounds every sample is drawn as often as any other, even the one
+    sample of a bucket (it is then all of a batch). In a bucket samples are drawn epoch after epoch, as by `Order`.
+    """
+
+    def __init__(self, seed: int, counts: Sequence[int], batch_size: int, weights: np.ndarray | None = None):
+        self.seed, self.starts = seed, np.cumsum([0, *counts])
+        parts = [None if weights is None else weights[a:b] for a, b in pairwise(self.starts)]
+        sizes = [count if part is None else float(part.sum()) for count, part in zip(counts, parts, strict=True)]
+        self.round = max(1, round(sum(sizes) / batch_size))  # batches
+        self.shares = np.cumsum(sizes) * (self.round / sum(sizes))
+        self.start = float(torch.rand((), generator=generator(seed, 0, "buckets/start"), dtype=torch.float64))
+        self.orders = [
+            Order(seed, count, batch_size, part, f"order/{number}")
+            for number, (count, part) in enumerate(zip(counts, parts, strict=True))
+        ]
+        self._before = 0, np.zeros(len(counts), np.int64)  # a round, and the batches of each bucket before it
+
+    def ids(self, step: int) -> np.ndarray:
+        """Sample numbers of step `step`, (batch_size,)."""
+        number, place = divmod(step, self.round)
+        places = torch.randperm(self.round, generator=generator(self.seed, number, "buckets")).numpy()
+        buckets = np.searchsorted(self._ends(number, number + 1)[0], places[: place + 1], side="right")
+        bucket = int(buckets[-1])
+        drawn = int(self._drawn_before(number)[bucket] + (buckets[:-1] == bucket).sum())
+        return self.starts[bucket] + self.orders[bucket].ids(drawn)
+
+    def _ends(self, first: int, last: int) -> np.ndarray:
+        """(last - first, buckets): where each bucket's batches end in each of those rounds, before these are shuffled:
+        systematic sampling, its offset moved on by the golden ratio."""
+        offsets = (self.start + np.arange(first, last) * _GOLDEN) % 1
+        ends = np.ceil(self.shares - offsets[:, None]).clip(0, self.round).astype(np.int64)
+        ends[:, -1] = self.round
+        return ends
+
+    def _drawn_before(self, number: int) -> np.ndarray:
+        """How many batches of each bucket there are in the rounds before; counted on from the last that was asked."""
+        known, counts = self._before if self._before[0] <= number else (0, np.zeros(len(self.shares), np.int64))
+        counts = counts + np.diff(self._ends(known, number), axis=1, prepend=0).sum(0)
+        self._before = number, counts
+        return counts
+
+
+def order_of(
+    seed: int, bucket_counts: Sequence[int], batch_size: int, weights: np.ndarray | None
+) -> Order | BucketOrder:
+    """The order of samples that lie in so many buckets, if in one a plain one."""
+    if len(bucket_counts) == 1:
+        return Order(seed, bucket_counts[0], batch_size, weights)
+    return BucketOrder(seed, bucket_counts, batch_size, weights)
 
 
 def row_slices(batch_size: int, processes: int, accumulation: int) -> list[list[slice]]:
@@ -158,7 +212,7 @@ class StepInputs:
 class Steps(Dataset):
     """Item k is step k's `StepInputs`: a pure function of k, so any worker may gather it at any time."""
 
-    def __init__(self, inputs: Callable[[Batch], Pass], order: Order, rows: list[slice]):
+    def __init__(self, inputs: Callable[[Batch], Pass], order: Order | BucketOrder, rows: list[slice]):
         self.inputs, self.order, self.rows = inputs, order, rows
 
     def __getitem__(self, step: int) -> StepInputs:  # ty: ignore[lost-keyword-for-regular-parameter]
@@ -217,6 +271,34 @@ class Stored(NamedTuple):
     rounding: Rounding | None
 
 
+class _Shard:
+    """Reads rows of a memory-mapped array by `pread` where there is one: that is faster than touching the map's pages
+    row by row, and none of them becomes this process's."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.file = array, None
+        found = _map_of(array)
+        if found is not None and hasattr(os, "preadv"):
+            self.file, self.offset = open(str(found.filename), "rb", buffering=0), found.offset  # noqa: SIM115
+            self.row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """(b,) row numbers in order => (b, ...). Raises OSError for a file that was cut short."""
+        if self.file is None:
+            return self.array[rows]
+        out = np.empty((len(rows), *self.array.shape[1:]), self.array.dtype)
+        left = out.reshape(-1).view(np.uint8).data
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of rows that lie side by side, read at once
+        for first, count in zip(rows[starts].tolist(), np.diff(starts, append=len(rows)).tolist(), strict=True):
+            place, end = self.offset + first * self.row_bytes, self.offset + (first + count) * self.row_bytes
+            while place < end:
+                read = os.preadv(self.file.fileno(), [left[: end - place]], place)
+                if not read:
+                    raise OSError(f"{self.file.name} was cut short while it was read")
+                left, place = left[read:], place + read
+        return out
+
+
 class Rows:
     """N rows of a cached array, (N, ...), memory-mapped from its shards; what is read is copied out.
 
@@ -224,14 +306,13 @@ class Rows:
     `rounding`: measured while encoding; None for whole numbers.
     """
 
-    def __init__(self, parts: Sequence[Stored], ids: np.ndarray | None = None):
+    def __init__(self, parts: Sequence[Stored], ids: np.ndarray | None = None, readers: list[_Shard] | None = None):
         self.parts, self.shards, self.rounding = list(parts), [part.array for part in parts], None
         self.edges = np.cumsum([0, *map(len, self.shards)])
         self._ids = ids
         self.shape: tuple[int, ...] = (int(self.edges[-1]) if ids is None else len(ids), *self.shards[0].shape[1:])
         self.dtype = self.shards[0].dtype
-        self._maps = [found for shard in self.shards if isinstance(found := _map_of(shard), mmap.mmap)]
-        self._copied = 0
+        self._readers = list(map(_Shard, self.shards)) if readers is None else readers
         if parts[0].rounding is not None:
             errors, weights = np.array([part.rounding for part in parts]), np.diff(self.edges) / self.edges[-1]
             self.rounding = Rounding(float(errors[:, 0].max()), *np.sqrt(weights @ errors[:, 1:] ** 2).tolist())
@@ -242,7 +323,7 @@ class Rows:
     def select(self, ids: Sequence[int] | np.ndarray) -> Rows:
         """These rows alone, in this order; nothing is read."""
         ids = self._checked(ids)
-        return Rows(self.parts, ids if self._ids is None else self._ids[ids])
+        return Rows(self.parts, ids if self._ids is None else self._ids[ids], self._readers)
 
     def pieces(self) -> Iterator[np.ndarray]:
         """All rows in order, some megabytes at a time."""
@@ -279,24 +360,16 @@ class Rows:
         out = np.empty((len(ids), *self.shape[1:]), self.dtype)
         for number in np.flatnonzero(np.diff(cuts)):
             here = slice(cuts[number], cuts[number + 1])
-            out[order[here]] = self.shards[number][ordered[here] - self.edges[number]]
-        self._release(out.nbytes)
+            out[order[here]] = self._readers[number].read(ordered[here] - self.edges[number])
         return out
 
-    def _release(self, copied: int) -> None:
-        """Let go of the pages once enough was copied out: else, page by page, the whole file becomes this process's."""
-        self._copied += copied
-        if self._copied < _RESIDENT:
-            return
-        self._copied = 0
-        for pages in self._maps if hasattr(mmap, "MADV_DONTNEED") else ():
-            pages.madvise(mmap.MADV_DONTNEED)
 
-
-def _map_of(array: Any) -> Any:
-    """The memory map that an array is a view of, if it is one."""
+def _map_of(array: Any) -> np.memmap | None:
+    """The memory map that an array is a view of, if it is one, and as a whole."""
+    whole = array
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
-            return array._mmap
+            is_whole = array.shape == whole.shape and array.flags.c_contiguous
+            return array if is_whole and isinstance(array.base, mmap.mmap) else None
         array = array.base
     return None

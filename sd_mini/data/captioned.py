@@ -7,15 +7,18 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from sd_mini import images, shapes
 from sd_mini.config import Config
-from sd_mini.data.arrays import Pictures, pieces, taken
+from sd_mini.data import arrays
+from sd_mini.data.arrays import Pictures, pieces, shapes_of, spans, taken
+from sd_mini.data.buckets import Size
 from sd_mini.data.mixture import WeightedSource, first_rows
 from sd_mini.data.rejected import Rejected
 from sd_mini.data.rows import ReadRows, read_rows, sides
@@ -23,8 +26,10 @@ from sd_mini.data.sources import open_source, source_name
 from sd_mini.data.splits import Part, asked_splits
 from sd_mini.data.table import Table
 from sd_mini.data.template import check_template
+from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, file_hash
 from sd_mini.memory import check_room
+from sd_mini.texts import with_sides_swapped
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +75,20 @@ class DataConfig(Config):
     """Parquet and the hub: read rows once and in order, without a copy of the data set on this disk."""
     background: tuple[_Level, _Level, _Level] = images.WHITE
     """sRGB colour, 0 to 255, put behind transparent pictures."""
-    crop: Literal["center", "top"] = "center"
-    """What is kept of a picture that is no square: its centre, or of an upright one its top, where faces are."""
+    max_aspect: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """The largest ratio of a picture's long side to its short one. 1: all are squares. Above it: aspect-ratio buckets,
+    sizes of about the square's area of which each picture takes the nearest; each batch is of one."""
+    bucket_step: int = Field(default=16, ge=1)
+    """Buckets' sides are multiples of it, px: a multiple of the autoencoder's stride times the network's patch size."""
+    crop: images.Crop = "center"
+    """What is kept of a picture whose sides have another ratio: its centre; of one that is too high its top, where
+    faces are; a random part, which is the same at every step; or, with `max_aspect` above 1, none is cropped: all of it
+    is scaled to its bucket."""
     enlarge: bool = True
-    """Whether pictures smaller than `resolution` are enlarged; if not, their rows cannot be used."""
+    """Whether pictures smaller than what they are scaled to are enlarged; if not, their rows cannot be used."""
+    mirror: bool = False
+    """Whether each picture is there a second time, as its mirror image, with left and right exchanged in its captions.
+    Held-out pictures are not."""
     max_bad: float = Field(default=0.01, ge=0, le=1)
     """The share of rows that may be unusable: they are left out, and named in the stage's rejected.jsonl. With more the
     launch stops; with 0, at the first."""
@@ -82,6 +97,20 @@ class DataConfig(Config):
     however the data grow."""
     share: float = Field(default=0.05, gt=0, lt=1)
     """The share of the rows that is held out, where `side` is not "all"."""
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> DataConfig:
+        if self.crop == "none" and self.max_aspect == 1:
+            raise UserError(
+                "crop none keeps whole pictures, which squares would distort; give max_aspect above 1, such as 2, too"
+            )
+        return self
+
+    @property
+    def squares(self) -> DataConfig:
+        """The same pictures, all as squares."""
+        crop = "center" if self.crop == "none" else self.crop
+        return self.model_copy(update={"max_aspect": 1.0, "crop": crop})
 
 
 class ValidConfig(Config):
@@ -105,7 +134,9 @@ class ValidConfig(Config):
     template: Annotated[str | None, AfterValidator(check_template)] = None
     streaming: bool | None = None
     background: tuple[_Level, _Level, _Level] | None = None
-    crop: Literal["center", "top"] | None = None
+    max_aspect: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    bucket_step: int | None = Field(default=None, ge=1)
+    crop: images.Crop | None = None
     enlarge: bool | None = None
     max_bad: float | None = Field(default=None, ge=0, le=1)
 
@@ -124,10 +155,11 @@ class ValidConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class CaptionedPictures:
-    """N square pictures, each with its captions."""
+    """N pictures, each with its captions."""
 
     pictures: Pictures = field(repr=False)
-    """(N, 3, R, R) uint8 sRGB: in memory, or in a cache on disk."""
+    """(N, 3, H, W) uint8 sRGB: in memory, or in a cache on disk. With aspect-ratio buckets several sizes, those of one
+    size side by side: see `spans`."""
     captions: list[list[str]] = field(repr=False)
     """Each picture's captions, the main one first, no two alike. All N lists are empty for pictures without text."""
     name: str
@@ -152,7 +184,11 @@ class CaptionedPictures:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the pictures, their resolution and captions in order; the same wherever they lie."""
-        header = json.dumps({"shape": self.pictures.shape, "captions": self.captions})
+        shapes_of_parts = [
+            (len(span), *shape) for span, shape in zip(self.spans, shapes_of(self.pictures), strict=True)
+        ]
+        shape = shapes_of_parts[0] if len(shapes_of_parts) == 1 else shapes_of_parts
+        header = json.dumps({"shape": shape, "captions": self.captions})
         digest = hashlib.sha256(header.encode())
         for piece in pieces(self.pictures):
             digest.update(np.ascontiguousarray(piece).data)
@@ -171,13 +207,39 @@ class CaptionedPictures:
         weights = {} if self.weights is None else {"weights": hashlib.sha256(self.weights.tobytes()).hexdigest()}
         return {"data": self.fingerprint, **weights}
 
+    @property
+    def spans(self) -> list[range]:
+        """The row numbers of each size of pictures."""
+        return spans(self.pictures)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the pictures of each span."""
+        return [Size(*shape[1:]) for shape in shapes_of(self.pictures)]
+
+    @property
+    def bucket_counts(self) -> list[int]:
+        """How many pictures there are of each size."""
+        return [len(span) for span in self.spans]
+
+    def runs(self, rows: slice | range, most: int) -> Iterator[range]:
+        """`rows` in order, at most so many at a time and all of one size."""
+        for span in self.spans:
+            first, last = max(rows.start, span.start), min(rows.stop, span.stop)
+            yield from (range(a, min(a + most, last)) for a in range(first, last, most))
+
+    def spread(self, most: int) -> list[int]:
+        """The first rows of every size in turn, at most so many: what a person is shown. In order."""
+        turns = (row for place in zip_longest(*self.spans) for row in place if row is not None)
+        return sorted(islice(turns, most))
+
     def pixels(self, ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """(B,) row numbers => (B, 3, R, R) float32 in [-1, 1]."""
+        """(B,) row numbers, of pictures of one size => (B, 3, H, W) float32 in [-1, 1]."""
         return images.to_pixels(self.pictures[np.asarray(ids, dtype=np.int64)])
 
     def pixel_parts(self, size: int = 256) -> Iterator[torch.Tensor]:
-        """The pixels of all, `size` at a time."""
-        return (self.pixels(range(a, min(a + size, len(self)))) for a in range(0, len(self), size))
+        """The pixels of all, at most `size` pictures at a time and all of one size."""
+        return (self.pixels(run) for run in self.runs(range(len(self)), size))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> CaptionedPictures:
         """These rows alone, in this order; pictures on disk stay there."""
@@ -190,6 +252,28 @@ class CaptionedPictures:
             None if self.weights is None else self.weights[np.asarray(rows)],
             None if self.sources is None else [self.sources[row] for row in rows],
         )
+
+
+def finished(data: CaptionedPictures, config: DataConfig) -> CaptionedPictures:
+    """What was read or drawn, with mirror images if `config` asks for them: each picture a second time, after all
+    others of its size. Raises UserError for scenes."""
+    if not config.mirror:
+        return data
+    if data.scenes is not None:
+        raise UserError("data.mirror: shapes are drawn by their scenes, which are not mirrored; ask for more (count)")
+    rows = [row for span in data.spans for row in [*span, *span]]
+    is_turned = [turned for span in data.spans for turned in [False] * len(span) + [True] * len(span)]
+    captions = [data.captions[row] for row in rows]
+    return replace(
+        data,
+        pictures=arrays.with_mirror_images(data.pictures),
+        captions=[
+            [with_sides_swapped(text) for text in own] if turned else own
+            for own, turned in zip(captions, is_turned, strict=True)
+        ],
+        weights=None if data.weights is None else data.weights[np.asarray(rows)],
+        sources=None if data.sources is None else [data.sources[row] for row in rows],
+    )
 
 
 def load(
@@ -207,7 +291,7 @@ def load(
     with something in it.
     """
     if config.source == "shapes":
-        return _load_shapes(config, part, folder)
+        return finished(_load_shapes(config, part, folder), config)
     return read_table(rows_of(config, part), config, part, pictures_only, folder)
 
 
@@ -256,7 +340,7 @@ def read_table(
 ) -> CaptionedPictures:
     read = read_rows(table, config, part, pictures_only, folder)
     whole = CaptionedPictures.of(read, source_name(config))
-    if config.side == "all":
-        return whole
-    own, held_out = sides(read, config.share)
-    return replace(whole.select(own if config.side == "train" else held_out), name=f"{whole.name} ({config.side})")
+    if config.side != "all":
+        own, held_out = sides(read, config.share)
+        whole = replace(whole.select(own if config.side == "train" else held_out), name=f"{whole.name} ({config.side})")
+    return finished(whole, config)

@@ -39,7 +39,11 @@ def near_pairs(hashes: np.ndarray, others: np.ndarray) -> Iterator[tuple[int, in
 
 
 def is_near(picture: np.ndarray, other: np.ndarray, is_mirrored: bool) -> bool:
-    """Whether two (3, R, R) uint8 pictures of near hashes are one picture, up to brightness, quality and mirroring."""
+    """Whether two (3, H, W) uint8 pictures of near hashes are one picture, up to brightness, quality and mirroring. Of
+    different sizes, the second is scaled to the first's."""
+    if other.shape != picture.shape:
+        scaled = Image.fromarray(np.ascontiguousarray(other.transpose(1, 2, 0))).resize(picture.shape[:0:-1])
+        other = np.asarray(scaled).transpose(2, 0, 1)
     if is_mirrored:
         other = other[..., ::-1]
     difference = picture.astype(np.float32) - other

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_mini.data.captioned import SHAPES_COUNT, CaptionedPictures, DataConfig, ValidConfig, load, read_table, rows_of
+from sd_mini.data.captioned import (
+    SHAPES_COUNT,
+    CaptionedPictures,
+    DataConfig,
+    ValidConfig,
+    finished,
+    load,
+    read_table,
+    rows_of,
+)
 from sd_mini.data.rejected import BadRows
 from sd_mini.data.rows import read_rows, sides, why_no_captions
 from sd_mini.data.sources import source_name
@@ -50,10 +59,10 @@ def resolved(train: DataConfig, valid: DataConfig | ValidConfig) -> tuple[DataCo
         return train, valid
     given = valid.given
     if valid.source is not None:  # another source
-        usual = {"split": "train", "count": None, "seed": 0, "side": "all", "streaming": False}
+        usual = {"split": "train", "count": None, "seed": 0, "side": "all", "streaming": False, "mirror": False}
         return train, train.model_copy(update=usual | given)
     if train.source == "shapes":
-        return train, train.model_copy(update={"split": "test", "count": None, "seed": 0} | given)
+        return train, train.model_copy(update={"split": "test", "count": None, "seed": 0, "mirror": False} | given)
     changed = sorted(name for name in given.keys() - {"share", "count"} if given[name] != getattr(train, name))
     if changed or valid.split is not None:
         name = "split" if valid.split is not None else changed[0]
@@ -62,7 +71,8 @@ def resolved(train: DataConfig, valid: DataConfig | ValidConfig) -> tuple[DataCo
             f"held out, as they are; give valid.source too ({train.source!r} for a split of it), or leave valid.{name} "
             "out"
         )
-    held_out = train.model_copy(update={"side": "valid", "share": given.get("share", train.share)})
+    share = given.get("share", train.share)
+    held_out = train.model_copy(update={"side": "valid", "share": share, "mirror": False})
     return train.model_copy(update={"side": "train", "share": held_out.share}), held_out
 
 
@@ -81,6 +91,10 @@ def check_alike(train: DataConfig, valid: DataConfig) -> None:
         raise UserError(
             f"data.resolution is {train.resolution}, valid.resolution {valid.resolution}; give both the same"
         )
+    for name in ("max_aspect", "bucket_step"):
+        ours, theirs = getattr(train, name), getattr(valid, name)
+        if ours != theirs:
+            raise UserError(f"data.{name} is {ours:g}, valid.{name} {theirs:g}; give both the same")
     if (train.source == "shapes") != (valid.source == "shapes"):
         raise UserError(
             f"data.source is {train.source!r}, valid.source {valid.source!r}; give both, from the same data"
@@ -93,7 +107,9 @@ def _load_both(
     most = valid.count
     train, valid = resolved(train, valid)
     check_alike(train, valid)
-    if (train.side, valid.side) == ("train", "valid") and valid == train.model_copy(update={"side": "valid"}):
+    if (train.side, valid.side) == ("train", "valid") and valid == train.model_copy(
+        update={"side": "valid", "mirror": False}
+    ):
         return _load_sides(train, HELD_OUT_MOST if most is None else most, pictures_only, folder)
     loaded, bad_rows, lacking = [], [], []
     for part, config in (("data", train), ("valid", valid)):
@@ -145,7 +161,8 @@ def _load_sides(
         "valid.source for pictures of their own"
     )
     names = [f"{whole.name} ({side})" for side in ("train", "valid")]
-    return replace(whole.select(own), name=names[0]), replace(whole.select(chosen), name=names[1], rejected=[])
+    trained = finished(replace(whole.select(own), name=names[0]), train)
+    return trained, replace(whole.select(chosen), name=names[1], rejected=[])
 
 
 def _at_most(table: Table, most: int, config: DataConfig) -> Table:
@@ -166,10 +183,10 @@ def _remark_on_captions(lacking: Sequence[str]) -> None:
 
 def _shared(train: CaptionedPictures, valid: CaptionedPictures) -> int:
     """How many held-out pictures are training pictures, to the last pixel; 0 where that is less than a tenth."""
-    step = -(-train.pictures.shape[-1] // _KEY_SIDE)
 
     def cells(picture: np.ndarray) -> bytes:
-        return picture[:, ::step, ::step].tobytes()
+        down, across = (-(-side // _KEY_SIDE) for side in picture.shape[1:])
+        return picture[:, ::down, ::across].tobytes()
 
     # whole pictures are compared only where a few of their pixels are alike, and by digests, which take no room
     alike = set(map(cells, valid.pictures))

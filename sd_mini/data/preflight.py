@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from sd_mini import images
+from sd_mini.data.arrays import shapes_of, spans
+from sd_mini.data.buckets import Size
 from sd_mini.data.captioned import DataConfig, rows_of
-from sd_mini.data.decoding import decoded, fault_of_picture, read_picture, remarks_on
+from sd_mini.data.decoding import Decoded, decoded, fault_of_picture, read_picture, remarks_on
 from sd_mini.data.rejected import reasons_of
 from sd_mini.data.rows import captions_of, check_column
 from sd_mini.data.sources import source_name
@@ -57,7 +59,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _tile(table: Table, config: DataConfig, row: int) -> np.ndarray | None:
-    found = read_picture(table, config.model_copy(update={"resolution": 96}), row)
+    found = read_picture(table, config.squares, row, Size(96, 96))
     return None if found is None else found[0]
 
 
@@ -78,7 +80,7 @@ def _of_pictures(sample: Table, config: DataConfig, count: int, faults: dict[int
     started = time.perf_counter()
     pictures = decoded(sample, config, "data", None)
     pace = (time.perf_counter() - started) / len(sample)
-    of_sample = {row: fault_of_picture(sample, config, row) for row in np.flatnonzero(~pictures.is_read).tolist()}
+    of_sample = {row: fault_of_picture(sample, config, row) for row in pictures.rows[~pictures.is_read].tolist()}
     good = pictures.is_read
     lines = []
     if good.any():
@@ -88,7 +90,9 @@ def _of_pictures(sample: Table, config: DataConfig, count: int, faults: dict[int
             f"{sizes[:, 1].min()} to {sizes[:, 1].max()} px high; width / height from "
             f"{(sizes[:, 0] / sizes[:, 1]).min():.2f} to {(sizes[:, 0] / sizes[:, 1]).max():.2f}"
         )
-        lines += [f"at {config.resolution} px: {line}" for line in remarks_on(sizes, hashes, config.resolution)]
+        lines += [f"at {config.resolution} px: {line}" for line in remarks_on(sizes, hashes, config)]
+        if config.max_aspect > 1:
+            lines.append(f"buckets: {_of_buckets(pictures)}")
     if faults:
         lines.append(f"cannot be used, of {count:,} rows: {len(faults):,}, the first: {next(iter(faults.values()))}")
     if of_sample:
@@ -96,6 +100,11 @@ def _of_pictures(sample: Table, config: DataConfig, count: int, faults: dict[int
     size, seconds = count * 3 * config.resolution**2 / 2**20, count * pace
     lines.append(f"cache at {config.resolution} px: {size:,.0f} MiB, in about {seconds:,.0f} s on {cores()} cores")
     return lines
+
+
+def _of_buckets(pictures: Decoded) -> str:
+    counts = zip(spans(pictures.pictures), shapes_of(pictures.pictures), strict=True)
+    return ", ".join(f"{len(span):,} of {Size(*shape[1:])}" for span, shape in counts)
 
 
 def _of_tokens(texts: Sequence[str], name: str) -> list[str]:

@@ -26,7 +26,8 @@ _MANY = 100  # rows from which on remarks are made on their pictures; fewer can 
 
 @dataclass(frozen=True)
 class ReadRows:
-    """N rows that can be used: `pictures` (N, 3, R, R) uint8, `captions`, and `hashes` (N, 2) uint64 (`near`).
+    """N rows that can be used, those of one bucket together: `pictures` (N, 3, H, W) uint8, `captions`, and `hashes`
+    (N, 2) uint64 (`near`).
 
     Of a mixture `weights` (N,) and the name of each row's source.
     """
@@ -53,19 +54,19 @@ def read_rows(table: Table, config: DataConfig, part: str, pictures_only: bool, 
     captions: list[list[str]] = [[] for _ in range(len(table))]
     if not pictures_only:
         captions = captions_of(table, config, part, faults)
-    pictures, hashes, sizes, is_read = decoded(table, config, part, folder)
-    for row in np.flatnonzero(~is_read).tolist():
+    pictures, hashes, sizes, is_read, rows = decoded(table, config, part, folder)
+    for row in rows[~is_read].tolist():
         faults.setdefault(row, fault_of_picture(table, config, row))
     rejected = [Rejected(part, source_name(config), table.id(row), faults[row]) for row in sorted(faults)]
-    weights, sources = table.weights, table.sources
     if faults:
         check_faults(table, config, part, faults)
-        kept = np.array([row for row in range(len(table)) if row not in faults])
-        pictures, captions = taken(pictures, kept), [captions[row] for row in kept]
-        hashes, sizes = hashes[kept], sizes[kept]
-        weights = None if weights is None else weights[kept]
-        sources = None if sources is None else [sources[row] for row in kept]
-    for line in remarks_on(sizes, hashes, config.resolution) if len(sizes) >= _MANY else ():
+        kept = np.flatnonzero([row not in faults for row in rows.tolist()])
+        pictures, hashes, sizes, rows = taken(pictures, kept), hashes[kept], sizes[kept], rows[kept]
+    captions = [captions[row] for row in rows]
+    weights, sources = table.weights, table.sources
+    weights = None if weights is None else weights[rows]
+    sources = None if sources is None else [sources[row] for row in rows]
+    for line in remarks_on(sizes, hashes, config) if len(sizes) >= _MANY else ():
         remark(f"{part}: {line}")
     return ReadRows(pictures, captions, hashes, rejected, weights, sources)
 

@@ -15,10 +15,12 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from sd_mini.data.file_states import FileStates
 from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
+from sd_mini.memory import let_go_of
 
 NO_ROWS = datasets.Dataset.from_dict({})  # `datasets` itself fails on empty sources, with an unrelated message
 _ID_COLUMNS = ("id", "key", "__key__")
 _BLOCK = 1024  # rows of a text column that are read at once, as each call of `datasets` costs as much as many rows
+_RESIDENT = 2**26  # bytes of pictures that are read before the pages of the Arrow files are let go
 
 
 class DatasetRows(SourceRows):
@@ -30,6 +32,7 @@ class DatasetRows(SourceRows):
         self.text_columns = [name for name, feature in rows.features.items() if holds_text(feature)]
         ids = _id_column(rows)
         self._place = place if ids is None else lambda row: str(self.text(row, ids))
+        self._read_bytes = 0
         self._block = lru_cache(maxsize=8)(self._read_block)
         self._pictures = lru_cache(maxsize=8)(self._encoded)
 
@@ -49,7 +52,13 @@ class DatasetRows(SourceRows):
         return [named_classes(feature, value) for value in values]
 
     def picture(self, row: int, column: str) -> bytes | Path | None:
-        return encoded_picture(self._pictures(column)[row][column])
+        found = encoded_picture(self._pictures(column)[row][column])
+        if isinstance(found, bytes):
+            self._read_bytes += len(found)
+            if self._read_bytes > _RESIDENT:
+                self._read_bytes = 0
+                let_go_of({file["filename"] for file in self._set.cache_files})
+        return found
 
     def _encoded(self, column: str) -> datasets.Dataset:
         with reading(f"column {column!r} of {self._source} as pictures (it holds {self._set.features[column]})"):

@@ -111,10 +111,10 @@ def test_a_file_that_changes_while_it_is_read_stops_the_launch(folder, tmp_path,
 
     real = decoding.read_picture
 
-    def changing(table, options, row):
+    def changing(table, options, row, size):
         if row == 200:
             Image.new("RGB", (9, 9)).save(folder / "200.jpg")
-        return real(table, options, row)
+        return real(table, options, row, size)
 
     monkeypatch.setattr(decoding, "read_picture", changing)
     with pytest.raises(UserError, match=r"200\.jpg"):

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from sd_mini.cli import main
+from sd_mini.data.captioned import DataConfig
 from sd_mini.data.decoding import remarks_on
 from sd_mini.text_encoder.loading import clip_tokenizer
 
@@ -71,6 +72,6 @@ def test_what_cannot_be_shown_is_one_line(folder, capsys, argv, said):
 
 def test_a_training_is_told_what_it_does_to_pictures():
     sizes, hashes = np.array([[64, 64], [63, 200], [130, 64]]), np.array([[1, 2], [2, 1], [5, 6]], np.uint64)
-    small, long, alike = remarks_on(sizes, hashes, 64)
+    small, long, alike = remarks_on(sizes, hashes, DataConfig(resolution=64))
     assert "1 of 3" in small and "2 of 3" in long and "1 of 3" in alike
-    assert remarks_on(np.array([[64, 128]]), hashes[:1], 64) == []
+    assert remarks_on(np.array([[64, 128]]), hashes[:1], DataConfig(resolution=64)) == []

@@ -19,6 +19,7 @@ from sd_mini import images, stages
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.config import Config
 from sd_mini.data.batches import Batch, generator
+from sd_mini.data.buckets import Size, bucket_sizes
 from sd_mini.data.captioned import DataConfig, ValidConfig
 from sd_mini.data.parts import check_alike, load_pictures, resolved
 from sd_mini.errors import UserError
@@ -93,9 +94,13 @@ class AutoencoderConfig(Config):
             raise UserError("loss: expected a term of the picture (l1, l2, ...) that starts at update 0")
         if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
             raise UserError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
-        if self.loss.ssim.weight and self.data.resolution < images.SSIM_WINDOW:
+        if self.loss.ssim.weight and min(map(min, bucket_sizes(self.data))) < images.SSIM_WINDOW:
             window = f"{images.SSIM_WINDOW} x {images.SSIM_WINDOW} pixels"
             raise UserError(f"loss.ssim needs {window}; data.resolution is {self.data.resolution}")
+        if self.loss.equivariance.weight and self.data.max_aspect > 1:
+            raise UserError(
+                f"loss.equivariance turns squares; with data.max_aspect {self.data.max_aspect:g} leave it out"
+            )
         return self
 
 
@@ -122,10 +127,12 @@ class AutoencoderTask:
         if loss.adversarial.weight:
             discriminator = Discriminator(config.adversary.width, config.adversary.layers)
             discriminator.to(memory_format=torch.channels_last)
-        _check_sizes(autoencoder, config.data.resolution, perceptual, discriminator)
+        for size in bucket_sizes(config.data):
+            _check_size(autoencoder, size, perceptual, discriminator)
         self.train, self.valid = load_pictures(config.data, config.valid, cache and cache / "pictures")
         self.rejected = [*self.train.rejected, *self.valid.rejected]
         self.weights, self.valid_sources = self.train.weights, self.valid.sources
+        self.bucket_counts = self.train.bucket_counts
         if (coarse := coarse_grid(autoencoder, config.data.resolution)) is not None:
             remark(coarse)
         self.count, self.valid_count = len(self.train), len(self.valid)
@@ -138,7 +145,7 @@ class AutoencoderTask:
             for part in autoencoder.encoder_parts:
                 part.requires_grad_(False)
         elif is_vq and config.model.start is None:
-            some = self.train.pixels(range(min(64, self.count)))
+            some = next(self.train.pixel_parts(64))
             with torch.no_grad():
                 latents = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
             autoencoder.start_codebook(latents, generator(config.train.seed, 0, "codebook"))
@@ -153,28 +160,29 @@ class AutoencoderTask:
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         pixels = augment(self.train.pixels(batch.own_ids), batch, self.config.augment)
+        stride = self.config.data.resolution // self.latent_shape[1]
+        latent_shape = self.latent_shape[0], *(side // stride for side in pixels.shape[2:])
         begun = self.config.loss.begun(batch.step)
         inputs = {"pixels": pixels, **{f"weight_{name}": torch.tensor(term.weight) for name, term in begun.items()}}
         if "equivariance" in begun:
             change = drawn_change(self.latent_shape[1], *(float(u) for u in batch.uniform_all("change", 2)[0]))
-            stride = pixels.shape[-1] // self.latent_shape[1]
             inputs |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
-        return inputs | {name: batch.normal(name, *self.latent_shape) for name in ("noise", "posterior_noise")}
+        return inputs | {name: batch.normal(name, *latent_shape) for name in ("noise", "posterior_noise")}
 
     def validate(self, objective: AutoencoderObjective, rows: slice) -> dict[str, np.ndarray]:
         """PSNR of each held-out picture, from its 8-bit reconstruction."""
         psnr = []
-        for start in range(rows.start, rows.stop, 128):
-            ids = range(start, min(start + 128, rows.stop))
+        for ids in self.valid.runs(rows, 128):
             decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
             psnr.append(images.psnr(self.valid.pictures[ids.start : ids.stop], decoded.numpy()))
         return {"psnr": np.concatenate(psnr)}
 
     def preview(self, objective: AutoencoderObjective) -> Image.Image:
         """Held-out pictures in the upper row, their reconstructions below."""
-        ids = range(min(8, len(self.valid)))
-        decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
-        return images.grid([*self.valid.pictures[: len(ids)], *decoded.numpy()], columns=len(ids), scale=2)
+        shown = self.valid.select(self.valid.spread(8))
+        decoded = [images.to_uint8(reconstruct(objective.autoencoder, pixels)) for pixels in shown.pixel_parts()]
+        reconstructed = [picture for part in decoded for picture in part.numpy()]
+        return images.grid([*shown.pictures, *reconstructed], columns=len(shown), scale=2)
 
     def export(self, objective: AutoencoderObjective, folder: Path, record: dict[str, Any]) -> None:
         """Measure the latents over the training set, store the statistics in the autoencoder, write the stage.
@@ -211,7 +219,7 @@ class AutoencoderTask:
     def _latents_error(self, autoencoder: Autoencoder) -> float:
         """Root mean square distance of its latents from the teacher's (of rms 1), on training pictures."""
         assert self.teacher is not None
-        pixels = self.train.pixels(range(min(256, self.count))).to(autoencoder.device)
+        pixels = next(self.train.pixel_parts(256)).to(autoencoder.device)
         return float((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().mean().sqrt())
 
     def _statistics(self, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
@@ -219,7 +227,10 @@ class AutoencoderTask:
         chosen = torch.randperm(self.count, generator=generator(self.config.train.seed, 0, "statistics"))
         total = square = torch.zeros(self.latent_shape[0], dtype=torch.float64)
         values = 0
-        for ids in chosen[: self.config.statistics_count].split(256):
+        chosen = chosen[: self.config.statistics_count].numpy()
+        of_sizes = (chosen[(span.start <= chosen) & (chosen < span.stop)] for span in self.train.spans)
+        parts = (own[start : start + 256] for own in of_sizes for start in range(0, len(own), 256))
+        for ids in parts:
             raw = autoencoder.raw_latents(self.train.pixels(ids).to(autoencoder.device))[0].cpu().double()
             total, square = total + raw.sum((0, 2, 3)), square + raw.square().sum((0, 2, 3))
             values += raw[:, 0].numel()
@@ -266,16 +277,21 @@ def coarse_grid(autoencoder: Autoencoder, resolution: int) -> str | None:
     )
 
 
-def _check_sizes(
-    autoencoder: Autoencoder, resolution: int, perceptual: nn.Module | None, discriminator: nn.Module | None
+def _check_size(
+    autoencoder: Autoencoder, size: Size, perceptual: nn.Module | None, discriminator: nn.Module | None
 ) -> None:
     """Run every network on one picture. Raises UserError if encoder and decoder differ in their levels, or the picture
-    is too small for LPIPS's network or the discriminator."""
-    pixels = torch.zeros(1, 3, resolution, resolution)
+    is too small for LPIPS's network or the discriminator, or its sides do not divide."""
+    what = f"{size.width} px" if size.width == size.height else str(size)
+    pixels = torch.zeros(1, 3, *size)
+    try:
+        autoencoder.latent_shape(*size)
+    except ValueError as error:
+        raise UserError(f"data.bucket_step: {error}") from None
     attempts = {
         "model: encoder and decoder do not fit": lambda: autoencoder.decode_raw(autoencoder.raw_latents(pixels)[0]),
-        f"loss.lpips_network is too deep for {resolution} px": lambda: perceptual and perceptual(pixels, pixels),
-        f"adversary.layers are too many for {resolution} px": lambda: discriminator and discriminator(pixels),
+        f"loss.lpips_network is too deep for {what}": lambda: perceptual and perceptual(pixels, pixels),
+        f"adversary.layers are too many for {what}": lambda: discriminator and discriminator(pixels),
     }
     results: list[Any] = []
     for complaint, attempt in attempts.items():
@@ -285,9 +301,7 @@ def _check_sizes(
         except RuntimeError as error:
             raise UserError(f"{complaint} ({' '.join(str(error).split())[:160]})") from None
     if results[0].shape != pixels.shape:
-        raise UserError(
-            f"model: {resolution} px go in and {results[0].shape[-1]} px come out; give both halves equal levels"
-        )
+        raise UserError(f"model: {what} go in and {results[0].shape[-1]} px come out; give both halves equal levels")
 
 
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:

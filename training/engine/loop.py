@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sd_mini.data.batches import Order, Pass, StepInputs, Steps, generator, iterate, row_slices, seed_network_draws
+from sd_mini.data.batches import Pass, StepInputs, Steps, generator, iterate, order_of, row_slices, seed_network_draws
 from sd_mini.errors import UserError
 from sd_mini.processes import patient_group, wait_for_everyone
 from training.distributed.processes import make_accelerator, rounded_products
@@ -58,7 +58,8 @@ class Loop:
             for number, (name, player) in enumerate(task.players.items())
         ]
         rows = [slices[self.rank] for slices in row_slices(config.batch_size, processes, config.accumulation)]
-        self.steps = Steps(task.inputs, Order(config.seed, task.count, config.batch_size, task.weights), rows)
+        order = order_of(config.seed, task.bucket_counts, config.batch_size, task.weights)
+        self.steps = Steps(task.inputs, order, rows)
         self.step, self.seconds, self.clock = 0, 0.0, origin.started
         self.means, self.finite = Means(self.accelerator), FiniteCheck()
         self.pace = Pace(self.accelerator, config.batch_size)

@@ -86,14 +86,14 @@ class Task(Protocol):
 
     players: dict[str, Player]
     """in the order of their updates; the first is validated, previewed, evaluated and exported"""
-    count: int
-    """training samples"""
     valid_count: int
     """held-out samples"""
     identity: dict[str, str]
     """hashes of the data and the other stages; a checkpoint with others is refused"""
     weights: np.ndarray | None
     """(count,): how often each training sample is drawn an epoch; all once where there are none"""
+    bucket_counts: list[int]
+    """how many training samples there are of each shape, side by side; each batch is of one shape"""
     valid_sources: list[str] | None
     """the source of each held-out sample, where they come from several: each is scored apart, too"""
     rejected: list[Rejected]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from sd_mini import files, stages
 from sd_mini.data import cache
+from sd_mini.data.arrays import Buckets, joined, spans
 from sd_mini.data.batches import Rows
 from sd_mini.data.captioned import CaptionedPictures, unique_captions
 from sd_mini.errors import UserError
@@ -23,11 +26,12 @@ STD = (0.97, 1.03)  # of latents that are standardised by their own statistics
 
 class EncodedRows(NamedTuple):
     """N pictures and T texts. `captions` (N, most captions of a picture): numbers of texts, of which the first
-    `counts` (N,) are used; `latents` (N, C, h, w), `tokens` (T, L, D), `mask` (T, L)."""
+    `counts` (N,) are used; `latents` (N, C, h, w), in `Buckets` where sizes differ, `tokens` (T, L, D), `mask`
+    (T, L)."""
 
     captions: np.ndarray
     counts: np.ndarray
-    latents: Rows
+    latents: Rows | Buckets
     tokens: Rows
     mask: Rows
 
@@ -55,26 +59,48 @@ def encode(
     autoencoder, stage = vae.parts["autoencoder"], TextStage.from_parts(text.parts)
     report_cuts(stage.encoders, texts, pictures.name, strict=False)
 
-    def encode_pictures(rows: slice) -> dict[str, np.ndarray]:
+    def encoded_pictures(pixels: Tensor) -> Tensor:
         with torch.no_grad():
-            pixels = pictures.pixels(range(rows.start, rows.stop)).to(device)
-            return {"latents": autoencoder.encode(pixels).float().contiguous().cpu().numpy()}
+            return autoencoder.encode(pixels.to(device))
 
     def encode_texts(rows: slice) -> dict[str, np.ndarray]:
         with torch.no_grad():
             encoded = stage.encode(unique[rows], warn=False)
         return {"tokens": encoded.tokens.float().cpu().numpy(), "mask": encoded.mask.cpu().numpy()}
 
-    key = {"stage": stages.encoder_of(vae.contract), "data": pictures.pictures_fingerprint}
-    title = f"latents of {pictures.name}"
-    where, count = folder / "latents", len(pictures)
-    latents = cache.encode(where, key, count, encode_pictures, title, dtype, models=[autoencoder])["latents"]
+    key, where = {"stage": stages.encoder_of(vae.contract)}, folder / "latents"
+    latents = cached_of_pictures(pictures, "latents", encoded_pictures, key, where, dtype, autoencoder)
     if not is_held_out:
         check_scale(latents, pictures, vae.contract)
     key = {"stage": text.hash, "texts": files.combined_hash(unique)}
     title = f"prompts of {pictures.name}"
     prompts = cache.encode(folder / "prompts", key, len(unique), encode_texts, title, dtype, CHUNK, stage.models)
     return EncodedRows(*_numbered(texts, unique), latents, prompts["tokens"], prompts["mask"])
+
+
+def cached_of_pictures(
+    pictures: CaptionedPictures,
+    name: str,
+    encode_pixels: Callable[[Tensor], Tensor],
+    key: Mapping[str, object],
+    folder: Path,
+    dtype: str,
+    model: nn.Module,
+) -> Rows | Buckets:
+    """pixels (b, 3, H, W) => (b, ...) of every picture, cached; a cache for each size of pictures. `name` is what
+    messages call them."""
+    parts, array = [], name.split()[-1]
+    for span in pictures.spans:
+        own = pictures if len(pictures.spans) == 1 else pictures.select(span)
+
+        def encode_rows(rows: slice, own: CaptionedPictures = own) -> dict[str, np.ndarray]:
+            pixels = own.pixels(range(rows.start, rows.stop))
+            return {array: encode_pixels(pixels).float().contiguous().cpu().numpy()}
+
+        title = f"{name} of {pictures.name}" + ("" if own is pictures else f", {own.sizes[0]}")
+        whole_key = {**key, "data": own.pictures_fingerprint}
+        parts.append(cache.encode(folder, whole_key, len(own), encode_rows, title, dtype, models=[model])[array])
+    return joined(parts)
 
 
 def _numbered(texts: list[list[str]], unique: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -93,14 +119,18 @@ def _some(captions: list[str], at_most: int, number: int) -> list[str]:
     return (captions[start:] + captions[:start])[:at_most]
 
 
-def check_scale(latents: Rows, pictures: CaptionedPictures, contract: dict[str, Any]) -> None:
+def check_scale(latents: Rows | Buckets, pictures: CaptionedPictures, contract: dict[str, Any]) -> None:
     """Check the std of each channel over up to 4,096 latents: noise of unit variance needs it to be 1.
 
     Outside STD a warning, if the autoencoder's statistics were measured on other pictures or are another
     autoencoder's. Raises UserError if they were measured on these.
     """
     rows = np.unique(np.linspace(0, len(latents) - 1, 4096).astype(int))
-    std = latents[rows].astype(np.float64).std((0, 2, 3))
+    inside = [rows[(span.start <= rows) & (rows < span.stop)] for span in spans(latents)]
+    values = [
+        latents[some].astype(np.float64).swapaxes(0, 1).reshape(len(latents[int(rows[0])]), -1) for some in inside
+    ]
+    std = np.concatenate(values, axis=1).std(1)
     if STD[0] <= std.min() and std.max() <= STD[1]:
         return
     finding = (

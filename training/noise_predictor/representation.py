@@ -6,12 +6,11 @@ projection, and features that are normalised over the picture.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from pydantic import Field
@@ -19,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpolate
 
 from sd_mini.config import Config
-from sd_mini.data import cache
+from sd_mini.data.arrays import Buckets
 from sd_mini.data.batches import Rows
+from sd_mini.data.buckets import Size
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.errors import UserError
 from sd_mini.stages.contract import Stage, model_hash
 from sd_mini.vision.towers import VisionTower, load_tower, matcher_tower
+from training.noise_predictor.data import cached_of_pictures
 
 OWN = "text_encoder"  # the picture tower trained with stage 1
 
@@ -53,22 +54,27 @@ def load_teacher(config: RepaConfig, text: Stage) -> VisionTower:
     return matcher_tower(text.parts["matcher"])
 
 
-def features(pictures: CaptionedPictures, tower: VisionTower, grid: tuple[int, int], folder: Path, dtype: str) -> Rows:
-    """The teacher's features of every picture, (n, K, rows, columns) at the noise predictor's own grid, cached."""
+def features(
+    pictures: CaptionedPictures,
+    tower: VisionTower,
+    grid_of: Callable[[Size], tuple[int, int]],
+    folder: Path,
+    dtype: str,
+) -> Rows | Buckets:
+    """The teacher's features of every picture, (n, K, rows, columns), cached. `grid_of`: the noise predictor's own
+    rows and columns for pictures of a size."""
     device = PartialState().device
 
-    def encode(rows: slice) -> dict[str, np.ndarray]:
-        grid_features = tower.grid(pictures.pixels(range(rows.start, rows.stop)).to(device))
+    def encode(pixels: Tensor) -> Tensor:
+        grid_features, grid = tower.grid(pixels.to(device)), grid_of(Size(*pixels.shape[2:]))
         is_finer = grid_features.shape[-2] >= grid[0]
         if is_finer:
-            resized = adaptive_avg_pool2d(grid_features, grid)
-        else:
-            resized = interpolate(grid_features, grid, mode="bilinear")
-        return {"features": resized.float().contiguous().cpu().numpy()}
+            return adaptive_avg_pool2d(grid_features, grid)
+        return interpolate(grid_features, grid, mode="bilinear")
 
-    key = {"tower": model_hash(tower.module), "data": pictures.pictures_fingerprint, "grid": list(grid)}
-    what = f"teacher features of {pictures.name}"
-    return cache.encode(folder / "features", key, len(pictures), encode, what, dtype, models=[tower.module])["features"]
+    grids = [list(grid_of(size)) for size in pictures.sizes]
+    key = {"tower": model_hash(tower.module), "grid": grids[0] if len(grids) == 1 else grids}
+    return cached_of_pictures(pictures, "teacher features", encode, key, folder / "features", dtype, tower.module)
 
 
 class Alignment(nn.Module):
@@ -88,7 +94,7 @@ class Alignment(nn.Module):
 
     def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
         """hidden (B, N, D) or (B, D, rows, columns), features (B, K, rows, columns) => (B,) from 0 (aligned) to 2."""
-        states = hidden if hidden.ndim == 4 else hidden.mT.unflatten(2, self.grid)
+        states = hidden if hidden.ndim == 4 else hidden.mT.unflatten(2, features.shape[2:])
         projected = self.projection(states)  # (B, K, rows, columns)
         if projected.shape[2:] != features.shape[2:]:
             projected = interpolate(projected, features.shape[2:], mode="bilinear")

@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
 from sd_mini import diffusion, images, lora, stages
-from sd_mini.data import cache
+from sd_mini.data import arrays, cache
 from sd_mini.data.batches import Batch, generator
+from sd_mini.data.buckets import Size, bucket_sizes
 from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.data.parts import load_captioned, resolved
+from sd_mini.errors import UserError
+from sd_mini.noise_predictor.network import check_call
 from sd_mini.offload import on_device
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.processes import process_device
@@ -55,18 +59,20 @@ class Encoded:
         rows = encode(pictures, text, vae, captions, folder, dtype, is_held_out, weights is not None)
         self.weights = weights
         self.captions, self.counts, self.latents, self.tokens, self.mask = rows
-        self.resident: tuple[Tensor, ...] | None = None
+        self.resident: tuple[Any, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def take(self, ids: np.ndarray, draw: Sequence[float]) -> dict[str, Tensor]:
-        """Sample numbers (b,), U[0, 1) draws that pick a caption of each => latents, prompt_embeds, prompt_mask."""
+        """Sample numbers (b,) of one shape, U[0, 1) draws that pick a caption of each => latents, prompt_embeds,
+        prompt_mask."""
         draws, counts = np.asarray(draw), self.counts[ids]
         alike = (draws * counts).astype(np.int64)
         texts = self.captions[ids, alike if self.weights is None else drawn_captions(draws, counts, self.weights)]
         if self.resident is not None:
-            latents, tokens, mask = self.resident
+            every, tokens, mask = self.resident
+            latents, ids = arrays.located(every, ids)
             at, words = (torch.from_numpy(x).to(latents.device, non_blocking=True) for x in (ids, texts))
             return {"latents": latents[at].float(), "prompt_embeds": tokens[words].float(), "prompt_mask": mask[words]}
         return {
@@ -77,8 +83,12 @@ class Encoded:
 
     def move(self, device: torch.device) -> None:
         """Hold all rows in that device's memory, in the cache's dtype; `take` then gathers them there."""
-        arrays = (self.latents, self.tokens, self.mask)
-        self.resident = tuple(torch.from_numpy(rows[np.arange(len(rows))]).to(device) for rows in arrays)
+
+        def moved(rows: arrays.Alike) -> Tensor:
+            return torch.from_numpy(rows[:]).to(device)
+
+        latents = self.latents.parts if isinstance(self.latents, arrays.Buckets) else [self.latents]
+        self.resident = arrays.joined([moved(part) for part in latents]), moved(self.tokens), moved(self.mask)
 
 
 class PredictorTask:
@@ -87,17 +97,20 @@ class PredictorTask:
         self.text = stages.load_stage(config.text_encoder or run / "text_encoder" / "final", "text_encoder")
         self.vae = stages.load_stage(config.autoencoder or run / "autoencoder" / "final", "autoencoder")
         resolution = config.data.resolution
-        self.latent_shape = self.vae.parts["autoencoder"].latent_shape(resolution, resolution)
+        self.autoencoder = self.vae.parts["autoencoder"]
+        self.latent_shape = self.autoencoder.latent_shape(resolution, resolution)
         torch.manual_seed(config.train.seed)
         length, dim = self.text.contract["conditioning"]
         network = make_network(config.network, self.latent_shape, dim, config.objective.process)
+        for size in bucket_sizes(config.data) if config.data.max_aspect > 1 else ():
+            self._check_size(network, size, dim)
         repa = config.objective.repa
         teacher = load_teacher(repa, self.text) if repa.weight else None
         pictures, valid = load_captioned(config.data, config.valid, run / "cache" / "pictures")
         self.rejected = [*pictures.rejected, *valid.rejected]
         self.weights, self.valid_sources = pictures.weights, valid.sources
+        self.bucket_counts, self.valid_pictures = pictures.bucket_counts, valid
         self.data = {"name": pictures.name, "count": len(pictures), "fingerprint": pictures.fingerprint}
-        self.valid_captions = [captions[0] for captions in valid.captions]
         how = (self.text, self.vae, config.captions_per_picture, run / "cache", config.cache_dtype)
         self.train = Encoded(pictures, *how, weights=config.data.caption_weights)
         self.valid = Encoded(valid, *how, is_held_out=True)
@@ -112,9 +125,13 @@ class PredictorTask:
         }
         alignment = None
         if teacher is not None:
+
+            def grid_of(size: Size) -> tuple[int, int]:
+                return token_grid(network, self.autoencoder.latent_shape(*size))
+
+            self.features = features(pictures, teacher, grid_of, run / "cache", config.cache_dtype)
             grid = token_grid(network, self.latent_shape)
-            self.features = features(pictures, teacher, grid, run / "cache", config.cache_dtype)
-            alignment = Alignment(network, self.features[np.arange(1)].shape[1], repa, grid)
+            alignment = Alignment(network, len(self.features[0]), repa, grid)
         objective = PredictorObjective(network, config.objective, alignment)
         self.players = {"noise_predictor": Player(objective, config.train)}
         cache.message(description(objective, self.latent_shape, (length, dim), config.train))
@@ -122,7 +139,17 @@ class PredictorTask:
             null = TextStage.from_parts(self.text.parts).null(1)
         self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
         self.evaluate_every = config.evaluate.every
-        self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1], run / "cache")
+        self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1].squares, run / "cache")
+
+    def _check_size(self, network: ModelMixin, size: Size, dim: int) -> None:
+        """Raises UserError for a bucket that the autoencoder or the network cannot take."""
+        try:
+            check_call(network, self.autoencoder.latent_shape(*size), dim)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"data.bucket_step {self.config.data.bucket_step}: pictures of {size} do not fit: "
+                f"{' '.join(str(error).split())[:160]}; give the stride times the patch size, or max_aspect 1"
+            ) from None
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """A batch's latents and noise (b, C, h, w), timesteps (b,), prompt_embeds (b, L, D), prompt_mask (b, L)."""
@@ -138,7 +165,7 @@ class PredictorTask:
         # Draw timesteps, stratified over the global batch, and noise; of several draws the nearest to the latents.
         timesteps = config.draw(batch.stratified("timesteps"))
         draws = [config.noise_draws] if config.noise_draws > 1 else []
-        noise = batch.normal("noise", *draws, *self.latent_shape, device=self.device)
+        noise = batch.normal("noise", *draws, *rows["latents"].shape[1:], device=self.device)
         if draws:
             noise = diffusion.nearest_noise(rows["latents"], noise)
 
@@ -154,13 +181,15 @@ class PredictorTask:
         The draws depend on nothing, so scores compare across steps and runs.
         """
         device, process = next(objective.parameters()).device, self.config.objective.process
-        fixed = generator(0, 0, "validation")
-        noise = torch.randn(len(self.valid), *self.latent_shape, generator=fixed)[rows]
-        ids = np.arange(rows.start, rows.stop)
-        batch = {**self.valid.take(ids, [0.0] * len(ids)), "noise": noise}
-        losses = []
-        for part in torch.arange(len(ids)).split(256):
-            rows_of_part = {name: value[part].to(device) for name, value in batch.items()}
+        fixed, valid, losses = generator(0, 0, "validation"), self.valid_pictures, []
+        shapes = arrays.shapes_of(self.valid.latents)
+        every_noise = arrays.joined(
+            [torch.randn(count, *s, generator=fixed) for count, s in zip(valid.bucket_counts, shapes, strict=True)]
+        )
+        for part in map(np.asarray, valid.runs(rows, 256)):
+            noise, inner = arrays.located(every_noise, part)
+            batch = {**self.valid.take(part, [0.0] * len(part)), "noise": noise[inner]}
+            rows_of_part = {name: value.to(device) for name, value in batch.items()}
             of_levels = []
             for level in VALID_TIMESTEPS:
                 timesteps = process.times(torch.full((len(part),), level, device=device))
@@ -171,12 +200,15 @@ class PredictorTask:
         return {"loss": curve.mean(0)} | {f"loss_t{t:.2f}": c for t, c in zip(VALID_TIMESTEPS, curve, strict=True)}
 
     def preview(self, objective: PredictorObjective) -> Image.Image:
-        """Pictures of the first eight held-out captions, each from its fixed seed, by the pipeline."""
-        captions = self.valid_captions[:8]
-        seeds = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+        """Pictures of eight held-out captions, each from its fixed seed and of its picture's size, by the pipeline."""
+        shown = self.valid_pictures.select(self.valid_pictures.spread(8))
+        captions, pictures = [own[0] for own in shown.captions], []
         with self._pipeline(objective.network) as pipeline:
-            pictures = pipeline(captions, generator=seeds)
-        return images.grid(pictures.images, columns=4, labels=captions, scale=2)
+            for span, size in zip(shown.spans, shown.sizes, strict=True):
+                seeds = [torch.Generator().manual_seed(row) for row in span]
+                own = captions[span.start : span.stop]
+                pictures += pipeline(own, generator=seeds, height=size.height, width=size.width).images
+        return images.grid(pictures, columns=4, labels=captions, scale=2)
 
     def evaluate(self, objective: PredictorObjective) -> dict[str, float]:
         with self._pipeline(objective.network) as pipeline:
@@ -186,7 +218,7 @@ class PredictorTask:
     def _pipeline(self, network: nn.Module) -> Generator[Pipeline]:
         """The pipeline of the network as it is; the two other stages are on its device meanwhile."""
         predictor = Stage(Path(), self._contract({}), {"noise_predictor": lora.merged(network)})
-        others = [*TextStage.from_parts(self.text.parts).models, self.vae.parts["autoencoder"]]
+        others = [*TextStage.from_parts(self.text.parts).models, self.autoencoder]
         with on_device(others, next(network.parameters()).device):
             pipeline = Pipeline.from_stages(self.text, self.vae, predictor)
             pipeline.set_progress_bar_config(disable=True)

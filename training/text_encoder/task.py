@@ -19,10 +19,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from sd_mini import images, lora, stages
 from sd_mini.data.batches import Batch, row_slices
+from sd_mini.data.buckets import bucket_sizes
 from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import unique_captions
 from sd_mini.data.parts import load_captioned
 from sd_mini.errors import UserError
+from sd_mini.remarks import remark
 from sd_mini.text_encoder.adapter import TextAdapter, TextStage
 from sd_mini.text_encoder.encoder import Encoder
 from sd_mini.text_encoder.loading import clip_tokenizer, is_open_clip, load_encoder, open_clip_encoder, small_clip
@@ -35,6 +37,7 @@ from sd_mini.text_encoder.matcher import (
     text_scores,
     twins,
 )
+from sd_mini.texts import with_sides_swapped
 from training.distributed.processes import rows_of_process
 from training.engine import launch
 from training.engine.augment import augment
@@ -55,6 +58,14 @@ class TextTask:
         self.train, self.valid = load_captioned(config.data, config.valid, cache / "pictures")
         self.rejected = [*self.train.rejected, *self.valid.rejected]
         self.weights, self.valid_sources = self.train.weights, self.valid.sources
+        self.bucket_counts = self.train.bucket_counts
+        if config.augment.mirror:
+            sided = sum(any(with_sides_swapped(text) != text for text in own) for own in self.train.captions)
+            if sided:
+                remark(
+                    f"augment.mirror {config.augment.mirror:g} shows the pictures of {sided:,} captions that name left or "
+                    "right the other way round; set data.mirror instead, which exchanges the words too"
+                )
         self.identity = dict(self.train.identity)
         self.count, self.valid_count = len(self.train), len(self.valid)
         torch.manual_seed(config.train.seed)
@@ -111,11 +122,14 @@ class TextTask:
         return None
 
     def _tower(self) -> dict[str, Any]:
-        tower, resolution = self.config.tower, self.config.data.resolution
+        tower = self.config.tower
         if self.features is not None:
             return {"feature_dim": self.features[0].shape[1]}
-        if resolution % tower.patch:
-            raise UserError(f"tower.patch {tower.patch} does not divide data.resolution {resolution}")
+        for size in bucket_sizes(self.config.data):
+            for side in size:
+                if side % tower.patch:
+                    name = "data.resolution" if size.height == size.width else f"{size}, a bucket: data.bucket_step"
+                    raise UserError(f"tower.patch {tower.patch} does not divide {name} {side}")
         return {"width": tower.width, "patch": tower.patch}
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

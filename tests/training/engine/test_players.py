@@ -51,12 +51,12 @@ class Discriminator(nn.Module):
 class Game:
     """Noise becomes a number that is to look as if drawn from N(3, 1)."""
 
-    count = valid_count = 64
+    valid_count = 64
     evaluate_every = weights = valid_sources = None
 
     def __init__(self, leaks=False, dtype=torch.float32):
         torch.manual_seed(0)
-        self.dtype, self.identity = dtype, {"data": "numbers"}
+        self.dtype, self.identity, self.bucket_counts = dtype, {"data": "numbers"}, [64]
         generator, discriminator = Generator().to(dtype), Discriminator(leaks).to(dtype)
         generator.critic.append(discriminator.network)
         discriminator.maker.append(generator.network)
