@@ -86,7 +86,8 @@ def _in_order(folder: Path, source: Path, there: Sequence[Path]) -> tuple[list[P
 
 def _listed(folder: Path, there: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """The pictures that metadata lists, in its order, each with its text."""
-    listed = list(read_listed(there))
+    every = list(read_listed(there))
+    listed = [(file, row, path) for file, row, path in every if row.fault is None]
     files = [path for _, _, path in listed]
     texts: list[Any] = [row.fields.get("text") for _, row, _ in listed]
     times = Counter(map(path_key, files))
@@ -99,6 +100,7 @@ def _listed(folder: Path, there: Sequence[Path]) -> tuple[list[Path], list[str]]
         if not isinstance(text, str) or not text.strip()
     ]
     faults = {
+        "unreadable": [f"{file.name}, {row.fault}" for file, row, _ in every if row.fault is not None],
         "not listed": [_within(folder, path) for path in unlisted if path.parent in spoken_of],
         "listed but not there": [row.file_name for _, row, path in listed if not path.is_file()],
         "listed more than once": [_within(folder, path) for path in dict.fromkeys(files) if times[path_key(path)] > 1],

@@ -192,6 +192,9 @@ class PictureFolder:
         first: dict[str, str] = {}
         for file, row, path in read_listed(self.files):
             key = path_key(path)
+            if row.fault is not None:
+                rows.append(PictureFile(path, self._split_of(file) or TRAIN, {}, row.fault, None, True))
+                continue
             fault = f"is listed twice, in {first[key]} and in {row.place}" if key in first else None
             first.setdefault(key, row.place)
             split, fields = self._split_of(file) or self._split_of(path), row.fields
@@ -220,7 +223,8 @@ class PictureFolder:
                 name for name in fields if name != SPLIT and any(is_caption(row.fields.get(name)) for row in rows)
             ]
         columns = [IMAGE, *(name for name in dict.fromkeys([*texts, *fields]) if name != IMAGE)]
-        read = [path for row in rows for path in (row.path, row.caption_file) if path is not None]
+        good = [row for row in rows if row.fault is None]
+        read = [path for row in good for path in (row.path, row.caption_file) if path is not None]
         states = self._states.joined(FileStates.of(self.folder, read))
         table = FolderRows(self.folder, rows, columns, list(dict.fromkeys(texts)), states)
         return table, self._left_out(rows, names)

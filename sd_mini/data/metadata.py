@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ class MetadataRow:
     """the other columns"""
     place: str
     """where it stands: "line 3 of set/metadata.jsonl\""""
+    fault: str | None = None
+    """why it cannot be used; `file_name` is then its place, "metadata.jsonl: line 3\""""
 
 
 def some(things: list[str], joint: str = "; ") -> str:
@@ -49,33 +51,41 @@ def is_metadata(path: Path) -> bool:
 def read_metadata(path: Path) -> list[MetadataRow]:
     """Every row of a metadata file.
 
-    Raises UserError for a file that cannot be read or has two columns of one name, and, all together, for the rows
-    that name no picture.
+    Raises UserError for a file that cannot be read, has two columns of one name, or no row that names a picture.
     """
-    rows, faults = [], []
+    rows = []
     for place, fields in read_table(path):
-        name = fields.get(FILE_NAME)
-        if isinstance(name, str) and name.strip():
-            rest = {key: value for key, value in fields.items() if key != FILE_NAME}
-            rows.append(MetadataRow(name, rest, f"{place} of {path}"))
-        else:
+        if not isinstance(fields, Fault):
+            name = fields.get(FILE_NAME)
+            if isinstance(name, str) and name.strip():
+                rest = {key: value for key, value in fields.items() if key != FILE_NAME}
+                rows.append(MetadataRow(name, rest, f"{place} of {path}"))
+                continue
             there = f"has {shown(name)} there" if FILE_NAME in fields else f"has {', '.join(fields) or 'nothing'}"
-            faults.append(f"{place} {there}")
-    if faults:
-        raise UserError(
-            f"{path}: expected a column {FILE_NAME!r} with the path of a picture, relative to this folder; "
-            f"{some(faults)}"
-        )
+            fields = Fault(
+                f"expected a column {FILE_NAME!r} with the path of a picture, relative to this folder; {place} {there}"
+            )
+        rows.append(MetadataRow(f"{path.name}: {place}", {}, f"{place} of {path}", fields))
+    check_any_good(path, [row.fault for row in rows])
     return rows
 
 
-def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+class Fault(str):
+    """Instead of a row's fields: why they cannot be read."""
+
+
+def check_any_good(path: Path, faults: Sequence[str | None]) -> None:
+    """Raises UserError where no row of a file can be used, which says more of the file than of its rows."""
+    if faults and None not in faults:
+        raise UserError(f"{path}: {some([fault for fault in faults if fault is not None])}")
+
+
+def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | Fault]]:
     """Each row of a .jsonl, .csv, .tsv or .parquet file, with its place: "line 3". Raises UserError as said above."""
     return _READERS[path.suffix.lower()](path)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    faults = []
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | Fault]]:
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -85,13 +95,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
-            yield f"line {number}", row
-        else:
-            faults.append(f"line {number} ({shown(line)})")
-    if faults:
         example = '{"file_name": ..., "text": ...}'
-        raise UserError(f"{path}: {some(faults)}: no JSON object; expected lines such as {example}")
+        fault = f"line {number} ({shown(line)}): no JSON object; expected lines such as {example}"
+        yield f"line {number}", row if isinstance(row, dict) else Fault(fault)
 
 
 def _json_object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,8 +112,8 @@ def _check_names(where: str, names: Iterable[str]) -> None:
         raise UserError(f"{where} has {some(twice, ', ')} more than once; give each column a name of its own")
 
 
-def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]:
-    def rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[str, Any] | Fault]]]:
+    def rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | Fault]]:
         # ends of lines are left as they are: within quotes they belong to the text
         reader = csv.DictReader(_kept_ends(read_text(path)), delimiter=delimiter, strict=True)
         usual = csv.field_size_limit(_LONGEST)
@@ -115,12 +121,13 @@ def _delimited(delimiter: str) -> Callable[[Path], Iterator[tuple[str, Mapping[s
             names = reader.fieldnames or ()
             _check_names(f"{path}: the first line", names)
             for row in reader:
-                if None in row or None in row.values():  # too many fields, too few
-                    raise UserError(
-                        f"{path}: line {reader.line_num} has another number of fields than the first line, which has "
-                        f"{len(names)}; put quotes around texts that hold the delimiter"
-                    )
-                yield f"line {reader.line_num}", row
+                place = f"line {reader.line_num}"
+                fault = (
+                    f"{place} has another number of fields than the first line, which has {len(names)}; put quotes "
+                    "around texts that hold the delimiter"
+                )
+                is_whole = None not in row and None not in row.values()  # else too many fields, or too few
+                yield place, row if is_whole else Fault(fault)
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num} is not readable as CSV: {error}") from None
         finally:
@@ -136,7 +143,7 @@ def _kept_ends(text: str) -> Iterator[str]:
         yield last
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | Fault]]:
     try:
         _check_names(f"{path}: the table", pq.read_schema(path).names)
         rows = pq.read_table(path).to_pylist()
@@ -145,7 +152,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from ((f"row {number}", row) for number, row in enumerate(rows))
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any] | Fault]]]] = {
     ".jsonl": _jsonl,
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sd_mini.data.downloads import Downloads, is_url
 from sd_mini.data.file_states import FileStates, check_unique, relative_id
 from sd_mini.data.folder import SPLIT, is_caption
-from sd_mini.data.metadata import read_table, some
+from sd_mini.data.metadata import Fault, check_any_good, read_table, some
 from sd_mini.data.splits import TRAIN, FieldError, Part, asked_splits
 from sd_mini.data.table import SourceRows
 from sd_mini.data.tar_index import TarPicture
@@ -66,7 +66,13 @@ def is_path_table(source: str, config: DataConfig) -> bool:
 def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:
     path = Path(source)
     states = FileStates.of(path.parent, [path])  # before it is read
-    table = list(read_table(path))
+    read_rows = list(read_table(path))
+    table = [(place, fields) for place, fields in read_rows if not isinstance(fields, Fault)]
+    faulty = [
+        PathRow(f"{path.name}: {place}", {}, None, fault) for place, fault in read_rows if isinstance(fault, Fault)
+    ]
+    if not table:
+        check_any_good(path, [row.fault for row in faulty])
     column = _picture_column(path, [fields for _, fields in table], config, part)
     splits = {SPLIT} & set(table[0][1] if table else ())
     if splits:
@@ -75,7 +81,7 @@ def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:
     known = sorted({fields[SPLIT] for _, fields in table}) if splits else [TRAIN, path.stem]
     chosen = asked_splits(config, part, known)
     table = [(place, fields) for place, fields in table if not splits or fields[SPLIT] in chosen]
-    rows = _located(path, table, column)
+    rows = [*_located(path, table, column), *faulty]
     columns = [name for name in (table[0][1] if table else ()) if name and name != column]
     read = (row.picture.tar.path if isinstance(row.picture, TarPicture) else row.picture for row in rows)
     pictures = FileStates.of(path.parent, dict.fromkeys(one for one in read if one is not None))

@@ -261,6 +261,24 @@ def test_metadata_that_cannot_be_read_is_refused_in_one_line(tmp_path, name, tex
     refused(config(tmp_path), *says)
 
 
+def test_lines_that_cannot_be_read_are_rows_that_cannot_be_used(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    rows = [json.dumps({"file_name": f"{i}.png", "text": f"{i}"}) for i in range(4)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*rows[:2], '{"file_name": ', '{"text": "none"}', *rows[2:]]))
+    refused(config(tmp_path), "2 of 6 rows", "no JSON object", "line 4 has text")
+    read = load(config(tmp_path, max_bad=0.4))
+    assert read.captions == [["0"], ["1"], ["2"], ["3"]]
+    assert [one.id for one in read.rejected] == ["metadata.jsonl: line 3", "metadata.jsonl: line 4"]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b,c\n2.png,d\n")
+    read = load(config(tmp_path, max_bad=0.4))
+    assert read.captions == [["a"], ["d"]] and [one.id for one in read.rejected] == ["metadata.csv: line 3"]
+    (tmp_path / "rows.csv").write_text("image,text\n0.png,a\n1.png,b,c\n2.png,d\n")
+    read = load(config(tmp_path / "rows.csv", max_bad=0.4))
+    assert read.captions == [["a"], ["d"]] and [one.id for one in read.rejected] == ["rows.csv: line 3"]
+
+
 def test_two_files_of_metadata_are_refused(tmp_path):
     picture(tmp_path / "1.png")
     metadata(tmp_path, [{"file_name": "1.png", "text": "a"}])

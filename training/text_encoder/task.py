@@ -63,8 +63,8 @@ class TextTask:
             sided = sum(any(with_sides_swapped(text) != text for text in own) for own in self.train.captions)
             if sided:
                 remark(
-                    f"augment.mirror {config.augment.mirror:g} shows the pictures of {sided:,} captions that name left or "
-                    "right the other way round; set data.mirror instead, which exchanges the words too"
+                    f"augment.mirror {config.augment.mirror:g} turns round pictures of {sided:,} captions that "
+                    "name left or right; set data.mirror instead, which exchanges the words too"
                 )
         self.identity = dict(self.train.identity)
         self.count, self.valid_count = len(self.train), len(self.valid)
