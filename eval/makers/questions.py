@@ -41,7 +41,8 @@ class Question:
     """All that is asked. The first split's pictures are compared with `reference`, (M, 3, R, R) uint8.
 
     is_apart: whether the reference holds none of the asked rows, so that those say how far real sets lie apart.
-    name, fingerprint: of the data that the reference comes from.
+    name, fingerprint: of the data that the reference comes from. reference_captions: of each of its pictures the first
+    one, where data other than shapes have them.
     """
 
     splits: list[PromptSet]
@@ -49,6 +50,7 @@ class Question:
     is_apart: bool
     name: str
     fingerprint: str
+    reference_captions: list[str] | None = None
 
 
 def shapes_question(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
@@ -94,7 +96,10 @@ def captions_question(
     asked = PromptSet(data.split, [captions[row] for row in chosen], rows.pictures[chosen], rows=chosen)
     is_apart = len(captions) - count >= 2
     others = sorted(set(range(len(captions))) - set(chosen)) if is_apart else range(len(captions))
-    return Question([asked], _reference(rows, others, most), is_apart, rows.name, rows.fingerprint)
+    compared = _compared(others, most)
+    pictures = rows.pictures if len(compared) == len(rows) else taken(rows.pictures, compared)
+    names = [captions[row] for row in compared]
+    return Question([asked], pictures, is_apart, rows.name, rows.fingerprint, names)
 
 
 def folder_question(
@@ -108,7 +113,7 @@ def folder_question(
         asked = test if test.captions == prompts else PromptSet(test.split, prompts)
         return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
     rows = load(data, pictures_only=True, folder=folder)
-    reference = _reference(rows, range(len(rows)), most)
+    reference = taken(rows.pictures, _compared(range(len(rows)), most))
     return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
 
 
@@ -122,10 +127,9 @@ def _spread(count: int, most: int) -> list[int]:
     return [low + int((i * _GOLDEN) % 1 * (high - low)) for i, (low, high) in enumerate(pairwise(edges))]
 
 
-def _reference(data: CaptionedPictures, rows: Sequence[int], most: int | None) -> Pictures:
-    """The pictures of these rows, or of `most` of them, evenly spread."""
-    chosen = rows if most is None or most >= len(rows) else [rows[i] for i in _spread(len(rows), most)]
-    return data.pictures if len(chosen) == len(data) else taken(data.pictures, chosen)
+def _compared(rows: Sequence[int], most: int | None) -> Sequence[int]:
+    """These rows, or `most` of them, evenly spread."""
+    return rows if most is None or most >= len(rows) else [rows[i] for i in _spread(len(rows), most)]
 
 
 def training_data(run: Path | None, cache: Path | None = None) -> CaptionedPictures | None:

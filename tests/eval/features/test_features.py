@@ -286,3 +286,24 @@ def test_r_precision_by_hand():
     # only 99 of the 500 others are looked at: by chance one in 100
     draw = np.random.default_rng(0).normal(size=(2, 500, 8))
     assert 0 < r_precision(draw[0], draw[1], [str(i) for i in range(500)]).mean() < 0.04
+
+
+def test_efficientnet_is_that_of_its_own_package():
+    """Of this picture `extract_features` of efficientnet-lite-pytorch 0.1.0, pooled, has this norm, mean and value."""
+    i = np.arange(224)
+    picture = np.stack([(i[:, None] * 3 + i * 5 + c * 40) % 256 for c in range(3)]).astype(np.uint8)
+    extractor = open_features("efficientnet")
+    found = extractor(picture[None])
+    assert extractor.distance == "FD-EfficientNet-Lite0" and found.shape == (1, 1280)
+    assert np.linalg.norm(found) == pytest.approx(15.99678, rel=1e-4) and found.mean() == pytest.approx(
+        0.1268507, rel=1e-4
+    )
+    assert found[0, 100] == pytest.approx(0.56164, rel=1e-3) and found[0, 50] == 0
+
+
+def test_a_file_of_another_network_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="efficientnet's weights"):
+        open_features(f"efficientnet={tmp_path / 'other.pth'}")
+    with pytest.raises(ValueError, match="efficientnet's weights"):
+        open_features(f"efficientnet={tmp_path / 'none.pth'}")
