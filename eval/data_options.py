@@ -31,9 +31,9 @@ def add_data(parser: argparse.ArgumentParser, own: str, split: str, columns: tup
         add(*names, dest=name, metavar="TEXT" if name == "template" else "COLUMN", help=helps[name])
 
 
-def recorded_data(stage: Path) -> dict[str, DataConfig]:
-    """`data` and `valid` of the config that a stage, RUN/STAGE, was trained with, none where it is not there; squares,
-    which are what evaluations draw and compare.
+def recorded_data(stage: Path, squares: bool = True) -> dict[str, DataConfig]:
+    """`data` and `valid` of the config that a stage, RUN/STAGE, was trained with, none where it is not there; as
+    `squares`, which evaluations draw and compare, or as they were.
 
     Raises UserError for one that cannot be read.
     """
@@ -43,7 +43,8 @@ def recorded_data(stage: Path) -> dict[str, DataConfig]:
         return {}
     train = check(DataConfig, values["data"], str(path))
     valid = check(ValidConfig, values.get("valid", {}), str(path))
-    return dict(zip(("data", "valid"), (part.squares for part in resolved(train, valid)), strict=True))
+    parts = resolved(train, valid)
+    return dict(zip(("data", "valid"), (part.squares for part in parts) if squares else parts, strict=True))
 
 
 def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], part: str, split: str) -> DataConfig:
@@ -62,7 +63,7 @@ def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], 
     own = recorded.get(part)
     if own is None or not _is_same(own.source, source):
         other = next((one for one in recorded.values() if _is_same(one.source, source)), DataConfig(source=source))
-        own = other.model_copy(update={"split": split, "count": None, "side": "all"})
+        own = other.model_copy(update={"split": split, "count": None, "side": "all", "mirror": False})
     changes = {"source": source}
     changes |= {name: given for name in COLUMNS if (given := getattr(options, name, None)) is not None}
     changes |= {"split": options.split, "count": None, "side": "all"} if options.split is not None else {}

@@ -80,9 +80,9 @@ def let_go_of(paths: Collection[str]) -> None:
     longer counted as this process's."""
     if not sys.platform.startswith("linux"):
         return
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc, real = ctypes.CDLL(None, use_errno=True), set(map(os.path.realpath, paths))  # as the system lists them
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         addresses, *_, path = line.split(maxsplit=5)
-        if path in paths:
+        if path in real:
             first, last = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -125,7 +125,8 @@ def _rebuilt(text: str, spans: list[tuple[int, int]], words: list[str]) -> str:
     return "".join([*parts, text[end:]])
 
 
-_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|[- ]hand(?:ed)?|side)?\b)", re.IGNORECASE)
+# an underscore parts words, as in tags: looking_left
+_SIDE = re.compile(r"(?<![^\W_])(left|right)(?=(?:most|wards?|[-_ ]?hand(?:ed)?|side)?(?![^\W_]))", re.IGNORECASE)
 
 
 def with_sides_swapped(text: str) -> str:

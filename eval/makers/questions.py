@@ -141,7 +141,8 @@ def training_data(run: Path | None, cache: Path | None = None) -> CaptionedPictu
     if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
         return None
     try:
-        data = load(recorded_data(folder)["data"], folder=cache)
+        config = recorded_data(folder, squares=False)["data"]
+        data = load(config, folder=cache)
     except UserError as error:
         raise UserError(
             f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"
@@ -152,4 +153,4 @@ def training_data(run: Path | None, cache: Path | None = None) -> CaptionedPictu
             f"{data.name}: is not what {folder} was trained on ({data.fingerprint[:12]}, {trained_on[:12]}); give it "
             "back its data, or --training none"
         )
-    return data
+    return data if config.max_aspect == 1 else load(config.squares, folder=cache)

@@ -41,7 +41,9 @@ def _measure(sample: Sample) -> dict[str, Any] | None:
     part = {}
     for extractor in sample.tools.networks:
         known = reference(extractor, question.reference, sample.tools.cache).features
-        sets = {name: extractor(sample.sets[name]) for name in (MADE, REAL) if name in sample.sets}
+        # real pictures that are in the reference are nearest to themselves
+        compared = (MADE, REAL) if question.is_apart else (MADE,)
+        sets = {name: extractor(sample.sets[name]) for name in compared if name in sample.sets}
         labels = {name: nearest_labels(features, known, names) for name, features in sets.items()}
         part[extractor.distance] = {
             "captions": {

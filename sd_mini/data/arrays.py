@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from sd_mini.data.batches import Rows  # imports torch, which processes that only decode do not need
 
+PIECE = 2**25  # bytes of rows that are read at a time where all are
+
 Alike: TypeAlias = "np.ndarray | Rows | Mirrored"  # (N, ...), all rows of one shape
 Pictures: TypeAlias = "Alike | Buckets"  # (N, 3, H, W) uint8 sRGB
 
@@ -37,7 +39,7 @@ class Mirrored:
         return (row for piece in self.pieces() for row in piece)
 
     def pieces(self) -> Iterator[np.ndarray]:
-        return (self[start : start + 256] for start in range(0, len(self), 256))
+        return pieces_of(self)
 
     def select(self, ids: np.ndarray) -> Mirrored:
         return Mirrored(self.pictures, self.rows[ids], self.turned[ids])
@@ -75,6 +77,12 @@ class Buckets:
             raise IndexError("rows of one shape have to stay together; give row numbers in order")
         chosen = [(k, ids[numbers == k] - self.edges[k]) for k in np.unique(numbers)]
         return joined([taken(self.parts[k], inner) for k, inner in chosen])
+
+
+def pieces_of(rows: Rows | Mirrored) -> Iterator[np.ndarray]:
+    """All rows in order, PIECE bytes at a time."""
+    step = max(1, PIECE // max(1, rows.dtype.itemsize * int(np.prod(rows.shape[1:]))))
+    return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
 def joined(parts: Sequence[Any]) -> Any:
@@ -116,5 +124,6 @@ def taken(pictures: Any, rows: Sequence[int] | np.ndarray) -> Any:
 
 def with_mirror_images(pictures: Pictures) -> Pictures:
     """Each shape's pictures, and after them their mirror images."""
-    parts = pictures.parts if isinstance(pictures, Buckets) else [pictures]
-    return joined([Mirrored(part) for part in parts if not isinstance(part, Mirrored)])
+    parts: list[Any] = pictures.parts if isinstance(pictures, Buckets) else [pictures]
+    assert not any(isinstance(part, Mirrored) for part in parts)
+    return joined([Mirrored(part) for part in parts])

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are the most evenly spread (Weyl's sequence)
+from sd_mini.data.arrays import pieces_of
 
-PIECE = 2**25  # bytes of rows that `pieces` holds at a time
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are the most evenly spread (Weyl's sequence)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Order:
         if self.cumulative is None:
             return places
         # systematic sampling: each sample its weight, rounded down or up, times
-        offset = float(torch.rand((), generator=generator(self.seed, epoch, "offset"), dtype=torch.float64))
+        draws = generator(self.seed, epoch, self.name.replace("order", "offset"))
+        offset = float(torch.rand((), generator=draws, dtype=torch.float64))
         levels = (places + offset) * (self.cumulative[-1] / self.epoch_size)
         return np.searchsorted(self.cumulative, levels, side="right").clip(max=len(self.cumulative) - 1)
 
@@ -327,8 +328,7 @@ class Rows:
 
     def pieces(self) -> Iterator[np.ndarray]:
         """All rows in order, some megabytes at a time."""
-        step = max(1, PIECE // max(1, self.dtype.itemsize * int(np.prod(self.shape[1:]))))
-        return (self[start : start + step] for start in range(0, len(self), step))
+        return pieces_of(self)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (row for piece in self.pieces() for row in piece)

@@ -30,7 +30,7 @@ class Size(NamedTuple):
 def bucket_sizes(config: DataConfig) -> list[Size]:
     """The sizes that `config` asks for, upright ones first; the square alone where `max_aspect` is 1.
 
-    Raises UserError for a resolution that is no multiple of `bucket_step`.
+    Raises UserError for a resolution that is no multiple of `bucket_step`, and where the square is the only one.
     """
     side, step = config.resolution, config.bucket_step
     if config.max_aspect == 1:
@@ -45,6 +45,11 @@ def bucket_sizes(config: DataConfig) -> list[Size]:
         if width > config.max_aspect * height:
             break
         wide.append(Size(height, width))
+    if not wide:
+        raise UserError(
+            f"data.max_aspect {config.max_aspect:g}: no bucket but the square has sides that are multiples of "
+            f"data.bucket_step {step}; give a smaller step, or a larger max_aspect"
+        )
     return [*(Size(width, height) for height, width in reversed(wide)), Size(side, side), *wide]
 
 
@@ -55,6 +60,11 @@ def nearest_bucket(sizes: np.ndarray, buckets: list[Size]) -> np.ndarray:
     own = np.log(np.maximum(sizes, 1).astype(np.float64)) @ [1, -1]
     theirs = np.log([width / height for height, width in buckets])
     return np.abs(own[:, None] - theirs).argmin(1)
+
+
+def longest_aspect(buckets: list[Size]) -> float:
+    """The ratio of the long side to the short one, of the longest bucket."""
+    return buckets[-1].width / buckets[-1].height
 
 
 def drawn_place(id: str) -> float:

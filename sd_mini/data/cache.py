@@ -168,14 +168,22 @@ def _read_shard(shard: Path, rows: range, hashed: bool) -> dict[str, Stored]:
 def _room(home: Path, rows: int, count: int, first: Arrays, title: str, dtype: str) -> str:
     """The line that announces what will be written. Raises UserError for a disk without the space."""
     row_bytes = sum(_stored_dtype(x, dtype).itemsize * x[0].size for x in first.values())
-    nearest = next(path for path in (home, *home.absolute().parents) if path.exists())
-    needed, free = rows * row_bytes, shutil.disk_usage(nearest).free
+    needed = rows * row_bytes
+    free = check_disk(home.parent, needed, title)
     needs, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
-    if needed > free:
-        raise UserError(f"{title}: {home.parent} needs {needs}, and has {has} free: make room, or give another --run")
     some = f"{rows:,} rows" if rows == count else f"the missing {rows:,} of {count:,} rows"
     as_floats = f" in {dtype}" if any(x.dtype.kind == "f" for x in first.values()) else ""
     return f"{title}: {some} of {row_bytes:,} bytes, {needs}{as_floats}, to {home} ({has} free)"
+
+
+def check_disk(folder: Path, needed: int, title: str) -> int:
+    """The bytes that are free where `folder` lies. Raises UserError for fewer than `needed`."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    needs, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
+    if needed > free:
+        raise UserError(f"{title}: {folder} needs {needs}, and has {has} free: make room, or give another --run")
+    return free
 
 
 def _stored_dtype(values: np.ndarray, dtype: str) -> np.dtype:

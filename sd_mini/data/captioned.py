@@ -104,6 +104,11 @@ class DataConfig(Config):
             raise UserError(
                 "crop none keeps whole pictures, which squares would distort; give max_aspect above 1, such as 2, too"
             )
+        if self.source == "shapes" and (self.max_aspect > 1 or self.mirror):
+            name = "mirror" if self.mirror else "max_aspect"
+            raise UserError(
+                f"{name} is for pictures that are read; shapes are drawn as squares, by scenes; leave it out"
+            )
         return self
 
     @property
@@ -255,12 +260,10 @@ class CaptionedPictures:
 
 
 def finished(data: CaptionedPictures, config: DataConfig) -> CaptionedPictures:
-    """What was read or drawn, with mirror images if `config` asks for them: each picture a second time, after all
-    others of its size. Raises UserError for scenes."""
+    """What was read, with mirror images if `config` asks for them: each picture a second time, after all others of its
+    size."""
     if not config.mirror:
         return data
-    if data.scenes is not None:
-        raise UserError("data.mirror: shapes are drawn by their scenes, which are not mirrored; ask for more (count)")
     rows = [row for span in data.spans for row in [*span, *span]]
     is_turned = [turned for span in data.spans for turned in [False] * len(span) + [True] * len(span)]
     captions = [data.captions[row] for row in rows]
@@ -291,7 +294,7 @@ def load(
     with something in it.
     """
     if config.source == "shapes":
-        return finished(_load_shapes(config, part, folder), config)
+        return _load_shapes(config, part, folder)
     return read_table(rows_of(config, part), config, part, pictures_only, folder)
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sd_mini import images
 from sd_mini.data.arrays import Pictures, joined
-from sd_mini.data.buckets import Size, bucket_sizes, drawn_place, nearest_bucket
+from sd_mini.data.buckets import Size, bucket_sizes, drawn_place, longest_aspect, nearest_bucket
 from sd_mini.data.near import picture_hashes
 from sd_mini.data.table import Table
 from sd_mini.errors import UserError
@@ -52,8 +52,14 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
     buckets = bucket_sizes(config)
     if len(buckets) == 1:
         return _decoded_alike(table, config, buckets[0], part, folder)
+    if table.is_streamed:
+        raise UserError(
+            f"{part}.max_aspect {config.max_aspect:g}: a stream is read once and in order, and buckets are read one "
+            "after the other; set streaming to false, or max_aspect to 1"
+        )
     # Which bucket each row is in, then the pictures of one bucket after the other.
     numbers = nearest_bucket(_own_sizes(table, config, part, folder), buckets)
+    _check_room_of_all(numbers, buckets, part, folder)
     parts, rows = [], []
     for number in np.unique(numbers):
         own = np.flatnonzero(numbers == number)
@@ -61,6 +67,17 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
         rows.append(own)
     pictures, *arrays, _ = zip(*parts, strict=True)
     return Decoded(joined(pictures), *map(np.concatenate, arrays), np.concatenate(rows))
+
+
+def _check_room_of_all(numbers: np.ndarray, buckets: list[Size], part: str, folder: Path | None) -> None:
+    """Raises UserError where the pictures of all buckets do not fit, before those of the first are decoded."""
+    side = buckets[len(buckets) // 2].height  # no bucket is larger than the square
+    if folder is None:
+        return check_room(part, len(numbers), side)
+    needed = int(3 * np.array([size.height * size.width for size in buckets])[numbers].sum())
+    from sd_mini.data import cache  # imports torch
+
+    cache.check_disk(folder, needed, f"{part}: pictures")
 
 
 def _decoded_alike(table: Table, config: DataConfig, size: Size, part: str, folder: Path | None) -> Decoded:
@@ -86,8 +103,8 @@ def _decoded_alike(table: Table, config: DataConfig, size: Size, part: str, fold
     }
     if config.crop == "none":  # else longer pictures are cropped
         key["max_aspect"] = config.max_aspect
-    if folder is None:
-        check_room(part, len(table), round((size.height * size.width) ** 0.5))
+    if folder is None and config.max_aspect == 1:
+        check_room(part, len(table), size.height)
     title = f"{part}: pictures" if is_square else f"{part}: pictures of {size}"
     stored = _stored(folder, key, len(table), encode_rows, title, chunk)
     table.check_unchanged()
@@ -183,7 +200,7 @@ def remarks_on(sizes: np.ndarray, hashes: np.ndarray, config: DataConfig) -> lis
     if small:
         what = f"{config.resolution} px" if len(buckets) == 1 else "their bucket"
         found.append(f"{small:,} of {count:,} pictures are smaller than {what} and are enlarged")
-    longest = _LONG * config.max_aspect
+    longest = _LONG * longest_aspect(buckets)
     long = int((sizes.max(1) > longest * sizes.min(1)).sum())
     if long:
         crop = "square crop" if len(buckets) == 1 else "crop"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from sd_mini.data.file_states import FileStates, check_unique, relative_id, relative_path
-from sd_mini.data.metadata import MetadataRow, is_metadata, read_metadata, some
+from sd_mini.data.metadata import MetadataRow, is_metadata, neighbours_split, read_metadata, some
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
 from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
@@ -190,19 +190,27 @@ class PictureFolder:
         """The pictures that metadata lists, sorted by path. The second of two rows of one picture has a fault."""
         rows: list[PictureFile] = []
         first: dict[str, str] = {}
-        for file, row, path in read_listed(self.files):
-            key = path_key(path)
+        listed = list(read_listed(self.files))
+        splits = neighbours_split([self._split_of_row(*one) for one in listed])
+        for (_, row, path), split in zip(listed, splits, strict=True):
             if row.fault is not None:
-                rows.append(PictureFile(path, self._split_of(file) or TRAIN, {}, row.fault, None, True))
+                rows.append(PictureFile(path, split, {}, row.fault, None, True))
                 continue
+            key, fields = path_key(path), row.fields
             fault = f"is listed twice, in {first[key]} and in {row.place}" if key in first else None
             first.setdefault(key, row.place)
-            split, fields = self._split_of(file) or self._split_of(path), row.fields
             if SPLIT in fields:
-                split, fault = fields[SPLIT], fault or _split_fault(fields[SPLIT])
+                fault = fault or _split_fault(fields[SPLIT])
             beside = self._texts.get(_stem_key(path)) if TEXT not in fields else None
-            rows.append(PictureFile(path, split if isinstance(split, str) else TRAIN, fields, fault, beside, True))
+            rows.append(PictureFile(path, split, fields, fault, beside, True))
         return sorted(rows, key=lambda row: path_key(row.path))
+
+    def _split_of_row(self, file: Path, row: MetadataRow, path: Path) -> str | None:
+        """None: a row that cannot be read does not say."""
+        if row.fault is not None:
+            return self._split_of(file) if self.split_folders else None
+        split = row.fields[SPLIT] if SPLIT in row.fields else self._split_of(file) or self._split_of(path)
+        return split if isinstance(split, str) else TRAIN
 
     @cached_property
     def splits(self) -> set[str]:

@@ -74,6 +74,15 @@ class Fault(str):
     """Instead of a row's fields: why they cannot be read."""
 
 
+def neighbours_split(splits: Sequence[str | None]) -> list[str | None]:
+    """The split of each row in order; a row that cannot be read, None, is of that of the row before it, or the next."""
+    known, found = next((split for split in splits if split is not None), None), []
+    for split in splits:
+        known = known if split is None else split
+        found.append(known)
+    return found
+
+
 def check_any_good(path: Path, faults: Sequence[str | None]) -> None:
     """Raises UserError where no row of a file can be used, which says more of the file than of its rows."""
     if faults and None not in faults:

@@ -91,6 +91,8 @@ def check_alike(train: DataConfig, valid: DataConfig) -> None:
         raise UserError(
             f"data.resolution is {train.resolution}, valid.resolution {valid.resolution}; give both the same"
         )
+    if valid.crop == "none" and valid.max_aspect == 1:
+        raise UserError("valid.crop none keeps whole pictures, which squares would distort; give data.max_aspect too")
     for name in ("max_aspect", "bucket_step"):
         ours, theirs = getattr(train, name), getattr(valid, name)
         if ours != theirs:

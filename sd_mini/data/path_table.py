@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sd_mini.data.downloads import Downloads, is_url
 from sd_mini.data.file_states import FileStates, check_unique, relative_id
 from sd_mini.data.folder import SPLIT, is_caption
-from sd_mini.data.metadata import Fault, check_any_good, read_table, some
+from sd_mini.data.metadata import Fault, check_any_good, neighbours_split, read_table, some
 from sd_mini.data.splits import TRAIN, FieldError, Part, asked_splits
 from sd_mini.data.table import SourceRows
 from sd_mini.data.tar_index import TarPicture
@@ -66,31 +66,32 @@ def is_path_table(source: str, config: DataConfig) -> bool:
 def open_path_table(source: str, config: DataConfig, part: Part) -> PathRows:
     path = Path(source)
     states = FileStates.of(path.parent, [path])  # before it is read
-    read_rows = list(read_table(path))
-    table = [(place, fields) for place, fields in read_rows if not isinstance(fields, Fault)]
-    faulty = [
-        PathRow(f"{path.name}: {place}", {}, None, fault) for place, fault in read_rows if isinstance(fault, Fault)
-    ]
+    listed = list(read_table(path))
+    table = [(place, fields) for place, fields in listed if not isinstance(fields, Fault)]
     if not table:
-        check_any_good(path, [row.fault for row in faulty])
+        check_any_good(path, [fields for _, fields in listed if isinstance(fields, Fault)])
     column = _picture_column(path, [fields for _, fields in table], config, part)
-    splits = {SPLIT} & set(table[0][1] if table else ())
-    if splits:
-        table = [(place, {**fields, SPLIT: str(fields[SPLIT] or "").strip()}) for place, fields in table]
+    names = list(table[0][1] if table else ())
+    if SPLIT in names:
         _check_splits(path, table)
-    known = sorted({fields[SPLIT] for _, fields in table}) if splits else [TRAIN, path.stem]
+    splits = neighbours_split([None if isinstance(fields, Fault) else _split(fields) for _, fields in listed])
+    known = sorted({split for split in splits if split is not None}) if SPLIT in names else [TRAIN, path.stem]
     chosen = asked_splits(config, part, known)
-    table = [(place, fields) for place, fields in table if not splits or fields[SPLIT] in chosen]
-    rows = [*_located(path, table, column), *faulty]
-    columns = [name for name in (table[0][1] if table else ()) if name and name != column]
+    kept = [one for one, split in zip(listed, splits, strict=True) if SPLIT not in names or split in chosen]
+    rows = _located(path, kept, column)
+    columns = [name for name in names if name and name != column]
     read = (row.picture.tar.path if isinstance(row.picture, TarPicture) else row.picture for row in rows)
     pictures = FileStates.of(path.parent, dict.fromkeys(one for one in read if one is not None))
     return PathRows(rows, columns, config.image_column, states.joined(pictures))
 
 
+def _split(fields: Mapping[str, Any]) -> str:
+    return str(fields.get(SPLIT) or "").strip()
+
+
 def _check_splits(path: Path, table: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Raises UserError for rows that belong to no split: they would be in none, unseen."""
-    blank = [place for place, fields in table if not fields[SPLIT]]
+    blank = [place for place, fields in table if not _split(fields)]
     if blank:
         raise UserError(f"{path}: column {SPLIT!r} is blank in {some(blank, ', ')}; give each row its split")
 
@@ -117,12 +118,15 @@ def _is_place(cell: Any) -> bool:
     return isinstance(cell, str) and bool(cell.strip()) and (is_url(cell) or is_picture(cell))
 
 
-def _located(path: Path, table: Sequence[tuple[str, Mapping[str, Any]]], column: str) -> list[PathRow]:
+def _located(path: Path, table: Sequence[tuple[str, Mapping[str, Any] | Fault]], column: str) -> list[PathRow]:
     """Each row with the place of its picture. The second of two rows of one picture has a fault."""
-    has_urls = any(is_url(fields[column]) for _, fields in table)
+    has_urls = any(is_url(fields[column]) for _, fields in table if not isinstance(fields, Fault))
     downloads = Downloads.beside(path, column) if has_urls else None
     rows, first = [], {}
     for place, fields in table:
+        if isinstance(fields, Fault):
+            rows.append(PathRow(f"{path.name}: {place}", {}, None, fields))
+            continue
         cell, picture, fault = fields[column], None, None
         if not isinstance(cell, str) or not cell.strip():
             key, fault = f"{path.name}/{place}", f"{place} has no path of a picture in column {column!r}"

@@ -92,7 +92,7 @@ def _of_pictures(sample: Table, config: DataConfig, count: int, faults: dict[int
         )
         lines += [f"at {config.resolution} px: {line}" for line in remarks_on(sizes, hashes, config)]
         if config.max_aspect > 1:
-            lines.append(f"buckets: {_of_buckets(pictures)}")
+            lines.append(f"buckets, of {len(sizes):,} looked at: {_of_buckets(pictures)}")
     if faults:
         lines.append(f"cannot be used, of {count:,} rows: {len(faults):,}, the first: {next(iter(faults.values()))}")
     if of_sample:
@@ -103,8 +103,9 @@ def _of_pictures(sample: Table, config: DataConfig, count: int, faults: dict[int
 
 
 def _of_buckets(pictures: Decoded) -> str:
-    counts = zip(spans(pictures.pictures), shapes_of(pictures.pictures), strict=True)
-    return ", ".join(f"{len(span):,} of {Size(*shape[1:])}" for span, shape in counts)
+    sizes = zip(spans(pictures.pictures), shapes_of(pictures.pictures), strict=True)
+    counts = {Size(*shape[1:]): int(pictures.is_read[span.start : span.stop].sum()) for span, shape in sizes}
+    return ", ".join(f"{count:,} of {size}" for size, count in counts.items() if count)
 
 
 def _of_tokens(texts: Sequence[str], name: str) -> list[str]:

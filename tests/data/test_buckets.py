@@ -1,26 +1,36 @@
 """Aspect-ratio buckets, crops and mirror images: against the rules written out, and through the three stages."""
 
 import json
+import os
 import shutil
+import sys
 from itertools import pairwise
 
+import datasets
 import numpy as np
+import psutil
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
+from eval.__main__ import main as evaluation
 from sd_mini import images
 from sd_mini.cli.commands import open_pipeline
 from sd_mini.config import check
+from sd_mini.data import cache
 from sd_mini.data.arrays import Buckets, Mirrored
-from sd_mini.data.batches import BucketOrder
-from sd_mini.data.buckets import Size, bucket_sizes, nearest_bucket
-from sd_mini.data.captioned import DataConfig, ValidConfig, load
+from sd_mini.data.batches import Batch, BucketOrder
+from sd_mini.data.buckets import bucket_sizes, nearest_bucket
+from sd_mini.data.captioned import CaptionedPictures, DataConfig, ValidConfig, load
 from sd_mini.data.near import is_near
 from sd_mini.data.parts import load_captioned
 from sd_mini.errors import UserError
+from sd_mini.memory import let_go_of
 from sd_mini.texts import with_sides_swapped
 from tests.support.faults import KillAt
 from tests.support.launching import assert_equal_runs, launch, launch_apart, lines, trace
+from training.engine.augment import AugmentConfig, augment
+from training.noise_predictor.data import check_scale
 
 NINE = [(40, 40), (80, 40), (40, 80), (60, 40), (40, 60), (90, 50), (50, 90), (70, 40), (400, 40)]  # width, height
 
@@ -46,9 +56,9 @@ def twenty(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(("resolution", "step", "aspect"), [(64, 8, 2.0), (256, 32, 3.0), (32, 16, 4.0), (64, 64, 9.0)])
+@pytest.mark.parametrize(("resolution", "step", "aspect"), [(64, 8, 2.0), (256, 32, 3.0), (32, 16, 4.0), (64, 32, 9.0)])
 def test_buckets_are_the_sides_of_at_most_the_squares_area(resolution, step, aspect):
-    found = bucket_sizes(DataConfig(resolution=resolution, bucket_step=step, max_aspect=aspect))
+    found = bucket_sizes(DataConfig(source="pictures", resolution=resolution, bucket_step=step, max_aspect=aspect))
     multiples = range(step, resolution**2 // step + 1, step)
     expected = {(resolution, resolution)}
     for long in (side for side in multiples if side > resolution):
@@ -61,7 +71,7 @@ def test_buckets_are_the_sides_of_at_most_the_squares_area(resolution, step, asp
 
 
 def test_a_picture_takes_the_nearest_ratio():
-    buckets = bucket_sizes(DataConfig(resolution=64, bucket_step=8, max_aspect=2))
+    buckets = bucket_sizes(DataConfig(source="pictures", resolution=64, bucket_step=8, max_aspect=2))
     own = np.array([(w, h) for w in range(10, 90, 7) for h in range(10, 90, 9)])
     found = nearest_bucket(own, buckets)
     for (width, height), number in zip(own, found, strict=True):
@@ -155,13 +165,15 @@ def test_whole_pictures_are_scaled_and_longer_ones_are_named(twenty):
     assert [one.id for one in read.rejected] == ["08.png"] and "10:1" in read.rejected[0].reason
     row = next(i for i, own in enumerate(read.captions) if own[0].startswith("picture 1,"))
     whole = Image.open(twenty / "01.png").resize((48, 16), Image.Resampling.LANCZOS)
-    size = next(size for span, size in zip(read.spans, read.sizes, strict=True) if row in span)
-    if size == Size(16, 48):
-        assert (read.pictures[row] == np.asarray(whole).transpose(2, 0, 1)).all()
+    assert (read.pictures[row] == np.asarray(whole).transpose(2, 0, 1)).all()
     with pytest.raises(UserError, match="crop none"):
         check(DataConfig, {"crop": "none"}, "data")
+    with pytest.raises(UserError, match=r"valid\.crop none"):
+        load_captioned(DataConfig(source=str(twenty)), ValidConfig(source=str(twenty), crop="none"))
+    with pytest.raises(UserError, match="no bucket but the square"):
+        bucket_sizes(DataConfig(source="pictures", resolution=64, max_aspect=1.5))
     with pytest.raises(UserError, match="bucket_step 24 does not divide"):
-        bucket_sizes(DataConfig(resolution=32, bucket_step=24, max_aspect=2))
+        bucket_sizes(DataConfig(source="pictures", resolution=32, bucket_step=24, max_aspect=2))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +183,7 @@ def test_whole_pictures_are_scaled_and_longer_ones_are_named(twenty):
         ("LEFT and Right, the rightmost; left-hand side", "RIGHT and Left, the leftmost; right-hand side"),
         ("an upright bright copyright, leftovers", "an upright bright copyright, leftovers"),
         ("leftwards, right.", "rightwards, left."),
+        ("looking_left, right_hand, lefthand side", "looking_right, left_hand, righthand side"),
     ],
 )
 def test_left_and_right_are_exchanged(text, mirrored):
@@ -193,8 +206,9 @@ def test_mirror_images_have_captions_of_their_own(twenty, aspect):
     train, valid = load_captioned(options.model_copy(update={"mirror": True, "share": 0.3}), ValidConfig(share=0.3))
     assert all(own[0].endswith("left") for own in valid.captions)
     assert sum(own[0].endswith("right") for own in train.captions) * 2 == len(train)
-    with pytest.raises(UserError, match=r"data\.mirror"):
-        load(DataConfig(count=4, mirror=True))
+    for name, value in (("mirror", True), ("max_aspect", 2)):
+        with pytest.raises(UserError, match=f"{name} is for pictures that are read"):
+            check(DataConfig, {name: value}, "data")
 
 
 def test_arrays_of_several_shapes_and_of_mirror_images_are_read_alike():
@@ -207,6 +221,62 @@ def test_arrays_of_several_shapes_and_of_mirror_images_are_read_alike():
     assert sum(len(piece) for piece in chosen.pieces()) == 3
     with pytest.raises(IndexError, match="stay together"):
         both.select(np.array([3, 0]))
+
+
+def test_runs_and_the_rows_that_are_shown():
+    pictures = Buckets([np.zeros((n, 3, 4, w), np.uint8) for n, w in ((5, 4), (1, 8), (3, 2))])
+    data = CaptionedPictures(pictures, [[str(i)] for i in range(9)], "nine")
+    assert [(run.start, run.stop) for run in data.runs(slice(1, 8), 2)] == [(1, 3), (3, 5), (5, 6), (6, 8)]
+    assert data.spread(4) == [0, 1, 5, 6] and data.spread(20) == list(range(9))
+    assert CaptionedPictures(pictures.parts[0], [[]] * 5, "one size").spread(3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [(20, 12), (12, 20)])
+def test_pictures_of_any_shape_are_shifted(size):
+    pixels = torch.arange(4 * 3 * size[0] * size[1]).reshape(4, 3, *size).float()
+    shifted = augment(pixels, Batch(0, 0, np.arange(4), slice(0, 4)), AugmentConfig(shift=2))
+    padded = torch.nn.functional.pad(pixels, [2] * 4, mode="replicate")
+    for one, whole in zip(shifted, padded, strict=True):
+        places = [whole[:, a : a + size[0], b : b + size[1]] for a in range(5) for b in range(5)]
+        assert any(torch.equal(one, place) for place in places)
+
+
+def test_a_large_set_with_a_tiny_bucket_has_its_scale_checked():
+    """The rows that are looked at may hold none of a bucket."""
+    draw = np.random.default_rng(0)
+    latents = Buckets([draw.normal(size=(n, 2, 2, w)).astype(np.float32) for n, w in ((5000, 2), (1, 3), (5000, 1))])
+    data = CaptionedPictures(np.zeros((1, 3, 4, 4), np.uint8), [["a"]], "many")
+    check_scale(latents, data, {})
+
+
+def test_a_stream_is_not_read_bucket_by_bucket(twenty, tmp_path):
+    rows = [{"image": {"bytes": (twenty / f"{i:02}.png").read_bytes(), "path": None}, "text": "a"} for i in range(20)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    options = DataConfig(source=str(tmp_path / "rows.parquet"), resolution=32, max_aspect=4)
+    assert len(load(options)) == 20
+    with pytest.raises(UserError, match="stream"):
+        load(options.model_copy(update={"streaming": True}))
+
+
+def test_a_cache_that_is_cut_short_while_it_is_open_is_named(tmp_path):
+    stored = cache.encode(tmp_path, {}, 10, lambda rows: {"x": np.arange(rows.start, rows.stop)[:, None]}, "x")["x"]
+    (file,) = tmp_path.rglob("x.npy")
+    assert (stored[[9, 2, 3]] == [[9], [2], [3]]).all()
+    os.truncate(file, file.stat().st_size - 4)
+    with pytest.raises(OSError, match="cut short"):
+        stored[[9]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are let go by Linux's madvise")
+def test_pages_of_a_file_behind_a_link_are_let_go(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "zeros").write_bytes(bytes(2**26))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    mapped = np.memmap(tmp_path / "link" / "zeros", mode="r")
+    before = psutil.Process().memory_info().rss
+    assert not mapped[::4096].any() and psutil.Process().memory_info().rss > before + 2**25
+    let_go_of({str(tmp_path / "link" / "zeros")})
+    assert psutil.Process().memory_info().rss < before + 2**24 and not mapped[-1]
 
 
 def test_one_picture_in_two_shapes_is_near():
@@ -244,6 +314,9 @@ def test_the_three_stages_train_on_twenty_pictures_in_nine_shapes(twenty, tmp_pa
     assert all(one[key]["id"] == two[key]["id"] for key in one)
     for left, right in zip(lines(straight), lines(parallel), strict=True):
         assert all(right[name] == pytest.approx(left[name], rel=1e-4) for name in left if "loss" in name)
+    # an evaluation draws and compares squares, and finds what was trained on
+    assert evaluation([str(runs[0]), "--out", str(tmp_path / "report"), "--prompts", "2", "--sweep"]) == 0
+    assert (tmp_path / "report" / "report.json").is_file()
     pipeline = open_pipeline(runs[0])
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(["a mark"], num_inference_steps=2, height=16, width=48).images[0].size == (48, 16)

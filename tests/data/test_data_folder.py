@@ -277,6 +277,14 @@ def test_lines_that_cannot_be_read_are_rows_that_cannot_be_used(tmp_path):
     (tmp_path / "rows.csv").write_text("image,text\n0.png,a\n1.png,b,c\n2.png,d\n")
     read = load(config(tmp_path / "rows.csv", max_bad=0.4))
     assert read.captions == [["a"], ["d"]] and [one.id for one in read.rejected] == ["rows.csv: line 3"]
+    # of splits, a line that cannot be read counts with the one before it
+    (tmp_path / "rows.csv").write_text("image,text,split\n0.png,a,train\n1.png,b,c,train\n2.png,d,test\n3.png,e,test\n")
+    assert load(config(tmp_path / "rows.csv", split="test", max_bad=0)).captions == [["d"], ["e"]]
+    assert len(load(config(tmp_path / "rows.csv", max_bad=0.5)).rejected) == 1
+    (tmp_path / "metadata.csv").write_text("file_name,text,split\n0.png,a,test\n1.png,b,c,d\n2.png,d,valid\n")
+    refused(config(tmp_path, split="train"), "train", "test, valid")
+    refused(config(tmp_path, split="test", max_bad=0), "metadata.csv: line 3")
+    assert load(config(tmp_path, split="valid", max_bad=0)).captions == [["d"]]
 
 
 def test_two_files_of_metadata_are_refused(tmp_path):

@@ -95,8 +95,9 @@ class AutoencoderConfig(Config):
         if self.loss.equivariance.weight and not any(name in self.loss.begun(0) for name in OF_ERROR):
             raise UserError(f"loss.equivariance repeats the terms {', '.join(OF_ERROR)}; expected one from update 0")
         if self.loss.ssim.weight and min(map(min, bucket_sizes(self.data))) < images.SSIM_WINDOW:
-            window = f"{images.SSIM_WINDOW} x {images.SSIM_WINDOW} pixels"
-            raise UserError(f"loss.ssim needs {window}; data.resolution is {self.data.resolution}")
+            smallest = min(bucket_sizes(self.data), key=min)
+            what = f"data.resolution is {smallest.height}" if self.data.max_aspect == 1 else f"a bucket is {smallest}"
+            raise UserError(f"loss.ssim needs {images.SSIM_WINDOW} x {images.SSIM_WINDOW} pixels; {what}")
         if self.loss.equivariance.weight and self.data.max_aspect > 1:
             raise UserError(
                 f"loss.equivariance turns squares; with data.max_aspect {self.data.max_aspect:g} leave it out"
@@ -145,10 +146,12 @@ class AutoencoderTask:
             for part in autoencoder.encoder_parts:
                 part.requires_grad_(False)
         elif is_vq and config.model.start is None:
-            some = next(self.train.pixel_parts(64))
             with torch.no_grad():
-                latents = autoencoder.raw_latents(some)[0] if teacher is None else teacher.encode(some)
-            autoencoder.start_codebook(latents, generator(config.train.seed, 0, "codebook"))
+                encode = (lambda pixels: autoencoder.raw_latents(pixels)[0]) if teacher is None else teacher.encode
+                some = [encode(pixels) for pixels in self.train.select(self.train.spread(64)).pixel_parts()]
+            # (b, C, h, w) of each size => (1, C, cells, 1)
+            cells = torch.cat([latents.transpose(0, 1).flatten(1) for latents in some], dim=1)[None, :, :, None]
+            autoencoder.start_codebook(cells, generator(config.train.seed, 0, "codebook"))
         self.teacher = teacher
         trio = (perceptual, teacher, discriminator)
         others: list[Any] = [part.to(PartialState().device) if part is not None else None for part in trio]
@@ -219,8 +222,11 @@ class AutoencoderTask:
     def _latents_error(self, autoencoder: Autoencoder) -> float:
         """Root mean square distance of its latents from the teacher's (of rms 1), on training pictures."""
         assert self.teacher is not None
-        pixels = next(self.train.pixel_parts(256)).to(autoencoder.device)
-        return float((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().mean().sqrt())
+        squares = []
+        for pixels in self.train.select(self.train.spread(256)).pixel_parts():
+            pixels = pixels.to(autoencoder.device)
+            squares.append((autoencoder.encode(pixels) - self.teacher.encode(pixels)).square().flatten())
+        return float(torch.cat(squares).mean().sqrt())
 
     def _statistics(self, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
         """Mean and std a channel, (C,) each, of the raw latents, in float64 over a fixed draw of training pictures."""

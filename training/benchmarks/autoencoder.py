@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sd_mini.cli.commands import Parser, whole_number
-from sd_mini.data.batches import Batch, Order, iterate
+from sd_mini.data.batches import Batch, iterate, order_of
 from sd_mini.errors import UserError
 from sd_mini.timing import Case
 from training.autoencoder import task as autoencoder
@@ -74,7 +74,7 @@ def reference(argv: Sequence[str], threads: int | None = None) -> Iterator[float
     module: Any = task.players["autoencoder"].objective.autoencoder.to(memory_format=torch.contiguous_format)
     weights = {name: term.weight for name, term in config.loss.begun(0).items()}
     with torch.no_grad():
-        ids = Order(train.seed, task.count, train.batch_size).ids(0)
+        ids = order_of(train.seed, task.bucket_counts, train.batch_size, task.weights).ids(0)
         inputs = task.inputs(Batch(train.seed, 0, ids, slice(0, train.batch_size)))
         yield _plain_loss(module, inputs["pixels"], inputs["noise"], inputs["posterior_noise"], weights).item()
 

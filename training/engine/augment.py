@@ -20,16 +20,18 @@ class AugmentConfig(Config):
 
 
 def augment(pixels: Tensor, batch: Batch, config: AugmentConfig) -> Tensor:
-    """pixels (b, 3, R, R) of the pass's rows => the same shape. Shifts are whole pixels: nothing is interpolated."""
+    """pixels (b, 3, H, W) of the pass's rows => the same shape. Shifts are whole pixels: nothing is interpolated."""
     if config.mirror:
         turned = batch.uniform("mirror") < config.mirror
         pixels = torch.where(turned[:, None, None, None], pixels.flip(-1), pixels)
     if config.shift:
-        side, places = pixels.shape[-1], 2 * config.shift + 1
+        places = 2 * config.shift + 1
         corners = (batch.uniform("shift", 2) * places).long()  # each in 0..2 shift
         padded = nn.functional.pad(pixels, [config.shift] * 4, mode="replicate")
-        rows, columns = (corner[:, None] + torch.arange(side) for corner in corners.unbind(1))
+        corner_rows, corner_columns = corners.unbind(1)
+        rows = corner_rows[:, None] + torch.arange(pixels.shape[2])
+        columns = corner_columns[:, None] + torch.arange(pixels.shape[3])
         picked = torch.arange(len(pixels))[:, None, None]
-        # advanced indexing puts the indexed axes first: (b, R, R, 3) => (b, 3, R, R)
+        # advanced indexing puts the indexed axes first: (b, H, W, 3) => (b, 3, H, W)
         pixels = padded[picked, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     return pixels

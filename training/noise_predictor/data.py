@@ -126,10 +126,9 @@ def check_scale(latents: Rows | Buckets, pictures: CaptionedPictures, contract: 
     autoencoder's. Raises UserError if they were measured on these.
     """
     rows = np.unique(np.linspace(0, len(latents) - 1, 4096).astype(int))
-    inside = [rows[(span.start <= rows) & (rows < span.stop)] for span in spans(latents)]
-    values = [
-        latents[some].astype(np.float64).swapaxes(0, 1).reshape(len(latents[int(rows[0])]), -1) for some in inside
-    ]
+    chosen = (rows[(span.start <= rows) & (rows < span.stop)] for span in spans(latents))
+    by_shape = (latents[some].astype(np.float64) for some in chosen if len(some))
+    values = [some.swapaxes(0, 1).reshape(some.shape[1], -1) for some in by_shape]  # (n, C, h, w) => (C, values)
     std = np.concatenate(values, axis=1).std(1)
     if STD[0] <= std.min() and std.max() <= STD[1]:
         return

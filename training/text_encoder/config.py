@@ -111,6 +111,11 @@ class TextConfig(Config):
     def _possible_together(self) -> TextConfig:
         if (self.tower.name or self.tower.features) and (self.augment.mirror or self.augment.shift):
             raise UserError("augment: features are made once, of the pictures as they are; leave mirror and shift at 0")
+        if self.tower.features and (self.data.max_aspect > 1 or self.data.mirror):
+            raise UserError(
+                "tower.features are a row for each picture in the source's order, which buckets and mirror images "
+                "change; leave out data.max_aspect and data.mirror, or give tower.name"
+            )
         partly = any(e.train_layers or e.lora_rank for e in self.encoders)
         if partly and self.train.gradient_checkpointing:
             raise UserError("train.gradient_checkpointing: not with a partly trained encoder; leave it out")

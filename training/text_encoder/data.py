@@ -137,7 +137,8 @@ def tower_features(name: str, weights: str | None, pictures: CaptionedPictures, 
     device = PartialState().device
 
     def encode_rows(rows: slice) -> dict[str, np.ndarray]:
-        batch = torch.stack([transform(images.to_pil(pictures.pictures[i])) for i in range(rows.start, rows.stop)])
+        own = (images.to_pil(pictures.pictures[[i]])[0] for i in range(rows.start, rows.stop))
+        batch = torch.stack([transform(picture) for picture in own])
         with torch.no_grad():
             return {"features": model.encode_image(batch.to(device)).float().cpu().numpy()}
 

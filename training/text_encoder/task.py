@@ -6,7 +6,7 @@ accelerate launch -m training.text_encoder --config training/configs/shapes/text
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,12 @@ class TextTask:
         self.rejected = [*self.train.rejected, *self.valid.rejected]
         self.weights, self.valid_sources = self.train.weights, self.valid.sources
         self.bucket_counts = self.train.bucket_counts
-        if config.augment.mirror:
+        if config.augment.mirror and not config.data.mirror and self.train.scenes is None:
             sided = sum(any(with_sides_swapped(text) != text for text in own) for own in self.train.captions)
             if sided:
                 remark(
-                    f"augment.mirror {config.augment.mirror:g} turns round pictures of {sided:,} captions that "
-                    "name left or right; set data.mirror instead, which exchanges the words too"
+                    f"augment.mirror {config.augment.mirror:g} turns round {sided:,} pictures whose captions name left "
+                    "or right; set data.mirror instead, which exchanges the words too"
                 )
         self.identity = dict(self.train.identity)
         self.count, self.valid_count = len(self.train), len(self.valid)
@@ -180,25 +180,23 @@ class TextTask:
             encoder.model.to(objective.adapter.device)
         return TextStage(encoders, objective.adapter)
 
-    def _valid_pictures(self, count: int) -> Iterator[Tensor]:
-        """The first held-out pictures, in parts as the matcher takes them."""
-        return (
-            self.valid.select(range(count)).pixel_parts() if self.features is None else iter([self.features[1][:count]])
-        )
+    def _valid_pictures(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        """Held-out pictures, in parts as the matcher takes them."""
+        return self.valid.select(rows).pixel_parts() if self.features is None else iter([self.features[1][list(rows)]])
 
     def validate(self, objective: TextObjective, rows: slice) -> dict[str, np.ndarray]:
         """Retrieval and binding of held-out samples; see `text_scores`."""
-        pictures = self._valid_pictures(len(self.valid))
+        pictures = self._valid_pictures(range(len(self.valid)))
         return text_scores(self.stage_of(objective), objective.matcher, self.valid, pictures, rows)
 
     def preview(self, objective: TextObjective) -> Image.Image:
         """For eight held-out captions, the held-out picture most similar to each."""
-        count = min(256, len(self.valid))
-        captions = [c[0] for c in self.valid.captions[: min(8, count)]]
+        candidates = self.valid.spread(256)
+        captions = [self.valid.captions[row][0] for row in self.valid.spread(8)]
         text_embeds, _ = embed_texts(self.stage_of(objective), objective.matcher, captions)
-        picture_embeds = embed_images(objective.matcher, self._valid_pictures(count))
+        picture_embeds = embed_images(objective.matcher, self._valid_pictures(candidates))
         nearest = similarity(picture_embeds, text_embeds).argmax(0).tolist()
-        return images.grid([self.valid.pictures[i] for i in nearest], columns=4, labels=captions, scale=2)
+        return images.grid([self.valid.pictures[candidates[i]] for i in nearest], columns=4, labels=captions, scale=2)
 
     def export(self, objective: TextObjective, folder: Path, record: dict[str, Any]) -> None:
         """Standardise the tokens over training captions, then write the stage."""
