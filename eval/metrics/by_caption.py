@@ -43,7 +43,7 @@ def _measure(sample: Sample) -> dict[str, Any] | None:
         known = reference(extractor, question.reference, sample.tools.cache).features
         # real pictures that are in the reference are nearest to themselves
         compared = (MADE, REAL) if question.is_apart else (MADE,)
-        sets = {name: extractor(sample.sets[name]) for name in compared if name in sample.sets}
+        sets = {name: sample.features(extractor, name) for name in compared if name in sample.sets}
         labels = {name: nearest_labels(features, known, names) for name, features in sets.items()}
         part[extractor.distance] = {
             "captions": {

@@ -26,7 +26,8 @@ _WIDEST = 256  # features; wider ones take too long for an interval
 def compare(
     extractor: Extractor, made: np.ndarray, real: Pictures, prompts: Sequence[str], cache: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    """Two (N, 3, R, R) uint8 => every distance by this network, and what is to be said about them, a line each.
+    """Features (N, D) of what was made, and (M, 3, R, R) uint8 => every distance by this network, and what is to be
+    said about them, a line each.
 
     fd: the Frechet distance, called `name`; fd_infinity: what it would be of infinitely many pictures, where there are
     enough for that; bias: the part of fd that is there by N alone; kid; precision, recall, density, coverage; their
@@ -34,7 +35,7 @@ def compare(
     n, n_reference, dim, extractor (its hash), preprocessing. An interval is over what is made: the reference is taken
     as it is.
     """
-    seen, known = FeatureSet.of(extractor(made)), reference(extractor, real, cache)
+    seen, known = FeatureSet.of(made), reference(extractor, real, cache)
     count, dim = seen.features.shape
     bias = null_bias(known.covariance, count, len(real))
     found = {
@@ -126,13 +127,13 @@ def _measure(sample: Sample) -> dict[str, Any]:
     part = {}
     for extractor in tools.networks:
         name = extractor.distance
-        made = sample.sets[MADE]
+        made = sample.features(extractor, MADE)
         part[name], remarks = compare(extractor, made, question.reference, sample.prompts, tools.cache)
         sample.remarks += remarks
         if tools.blame and REAL in sample.sets and question.is_apart:
             known = reference(extractor, question.reference, tools.cache)
-            others = {name: pictures for name, pictures in sample.sets.items() if name != MADE}
-            apart = {name: FeatureSet.of(extractor(pictures)).distance(known) for name, pictures in others.items()}
+            others = [name for name in sample.sets if name != MADE]
+            apart = {name: FeatureSet.of(sample.features(extractor, name)).distance(known) for name in others}
             shares = share_out({**apart, MADE: part[name]["fd"]})
             sample.blame[name] = {"shares": {stage: {"share": share} for stage, share in shares.items()}}
     return part

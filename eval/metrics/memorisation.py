@@ -32,8 +32,11 @@ class Nearest:
 def small_pixels(pictures: Pictures) -> np.ndarray:
     """(N, 3, H, W) uint8 => (N, 3 * 16 * 16) float32 in [0, 255], each cell the mean of its pixels."""
     parts = (part for piece in pieces(pictures) for part in torch.from_numpy(np.ascontiguousarray(piece)).split(512))
-    small = [torch.nn.functional.adaptive_avg_pool2d(part.float(), SIDE).flatten(1) for part in parts]
-    return torch.cat(small).numpy()
+    small, row = np.empty((len(pictures), 3 * SIDE * SIDE), np.float32), 0
+    for part in parts:
+        small[row : row + len(part)] = torch.nn.functional.adaptive_avg_pool2d(part.float(), SIDE).flatten(1).numpy()
+        row += len(part)
+    return small
 
 
 def nearest(features: np.ndarray, training: np.ndarray) -> Nearest:
@@ -92,6 +95,8 @@ def _two_sample_interval(made: np.ndarray, held_out: np.ndarray, close: int) -> 
 
 def _measure(sample: Sample) -> dict[str, Any] | None:
     """By pixels and by the first network's features, beside the reference pictures that nothing was trained on."""
+    from eval.analysis.blame import MADE  # which imports metrics of the same registry
+
     pictures, question, training = sample.pictures, sample.question, sample.tools.training
     if training is None:
         sample.remarks.append("memorisation left out: the training pictures are not known")
@@ -112,7 +117,7 @@ def _measure(sample: Sample) -> dict[str, Any] | None:
     part = {"pixels": audit(sample.nearest, nearest(small_pixels(apart), small))}
     known = reference(extractor, training.pictures, cache).features
     held_out_features = reference(extractor, question.reference, cache).features[held_out]
-    part[extractor.name] = audit(nearest(extractor(pictures), known), nearest(held_out_features, known))
+    part[extractor.name] = audit(nearest(sample.features(extractor, MADE), known), nearest(held_out_features, known))
     return {"training": training.name, "n_training": len(training), **part}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from sd_mini.errors import UserError
 
-_ROWS = 2048  # of each set at a time, so that no distance needs all pairs in memory
+_ROWS = 1024  # of each set at a time, so that no distance needs all pairs in memory
 
 
 def check_pair(name: str, a: np.ndarray, b: np.ndarray, minimum: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -67,6 +67,14 @@ class Sample:
     remarks: list[str] = field(default_factory=list)
     blame: dict[str, Any] = field(default_factory=dict)
     nearest: Nearest | None = None
+    _features: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+
+    def features(self, extractor: Extractor, name: str) -> np.ndarray:
+        """(N, D) of the set of that name, computed once for all metrics."""
+        key = (extractor.name, name)
+        if key not in self._features:
+            self._features[key] = extractor(self.sets[name])
+        return self._features[key]
 
     @property
     def prompts(self) -> list[str]:
