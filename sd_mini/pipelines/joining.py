@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -46,6 +48,7 @@ class JoinedPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
+    tile: int | None = None  # latent cells, of `enable_vae_tiling`
     _optional_components: ClassVar[list[str]] = [  # ty: ignore[incompatible-attribute-override]
         "tokenizer_2",
         "text_encoder_2",
@@ -180,10 +183,18 @@ class JoinedPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """diffusers': another pipeline of the same parts. By itself it would leave out a network whose class is not the
-        very one of the annotation."""
+        """diffusers': another pipeline of the same parts, of the same tiles, and of their dtype unless one is given.
+
+        By itself it would leave out a network whose class is not the very one of the annotation, and cast the parts,
+        which are `pipeline`'s too, to float32.
+        """
         networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
-        return super().from_pipe(pipeline, **networks | kwargs)
+        dtypes = [part.dtype for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        if dtypes and not {"dtype", "torch_dtype"} & set(kwargs):
+            kwargs["dtype"] = functools.reduce(torch.promote_types, dtypes)
+        joined: Any = super().from_pipe(pipeline, **networks | kwargs)
+        joined.tile = getattr(pipeline, "tile", None)
+        return joined
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:  # ty: ignore[incompatible-method-override]
