@@ -53,7 +53,7 @@ def _each(value: Any, name: str, split: Callable[[Any], list[Any]]) -> list[Any]
     if isinstance(value, Image.Image):
         return [value]
     if isinstance(value, np.ndarray) and value.dtype.kind in "bfiu":
-        return split(np.ascontiguousarray(value))
+        return split(np.array(value, order="C"))  # torch takes none that is read-only
     if isinstance(value, Tensor):
         return split(value)
     what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
