@@ -8,8 +8,7 @@ from PIL import Image
 from sd_mini import ImageToImagePipeline, InpaintingPipeline
 from sd_mini.cli import commands as cli
 from tests.cli.test_cli import DEVICE, PROMPT, assert_refused
-from tests.pipelines.test_image_to_image import picture
-from tests.pipelines.test_inpainting import HALF
+from tests.support.editing import HALF, picture
 
 
 @pytest.fixture

@@ -9,18 +9,9 @@ from sd_mini import ImageToImagePipeline, Pipeline, images
 from sd_mini.diffusion.objective import Process
 from sd_mini.pipelines.pictures import as_pictures
 from sd_mini.sampling.loop import first_step
+from tests.support.editing import latents_of, picture, seeded
 
 PROMPT, PROMPTS = "a small red circle", ["a small red circle", "two large blue squares"]
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def picture(seed=0, size=(32, 32)):
-    """A smooth one, RGB."""
-    cells = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +24,6 @@ def pipeline(talking_pipeline):
 def make(pipeline, prompt=PROMPT, image=None, **more):
     given = {"num_inference_steps": 5, "generator": seeded(1), "output_type": "pt", "strength": 0.6} | more
     return pipeline(prompt, picture() if image is None else image, **given).images
-
-
-def latents_of(pipeline, *pictures):
-    pixels = images.to_pixels(np.stack([images.decode(one) for one in pictures]))
-    with torch.no_grad():
-        return pipeline.autoencoder.encode(pixels)
 
 
 def test_it_shares_the_parts(pipeline, talking_pipeline, tiny_run):
@@ -196,6 +181,19 @@ def test_a_picture_is_scaled_and_cropped_only_if_asked(pipeline):
         expected = make(pipeline, image=Image.fromarray(images.fit(wide, 32).transpose(1, 2, 0)))
         assert torch.equal(made, expected)
     assert make(pipeline, image=picture(size=(36, 40)), width=32).shape == (1, 3, 40, 32)
+
+
+def test_a_sibling_can_be_saved_and_offloaded(pipeline, tmp_path):
+    pipeline.save(tmp_path / "saved")
+    expected = make(pipeline)
+    again = Pipeline.from_pretrained(tmp_path / "saved")
+    again.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        offloaded = ImageToImagePipeline.from_pipe(again)
+        offloaded.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(make(offloaded), expected, rtol=0, atol=1e-5)
+        offloaded.enable_model_cpu_offload(device="cpu")
+        torch.testing.assert_close(make(offloaded), expected, rtol=0, atol=1e-5)
 
 
 NAN = torch.full((3, 32, 32), torch.nan)

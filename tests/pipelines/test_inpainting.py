@@ -7,9 +7,10 @@ from PIL import Image
 
 from sd_mini import InpaintingPipeline
 from sd_mini.pipelines.pictures import as_masks
-from tests.pipelines.test_image_to_image import NAN, PROMPT, PROMPTS, latents_of, picture, seeded
+from tests.support.editing import HALF, latents_of, picture, seeded
 
-HALF = Image.fromarray(np.repeat([[0, 255]], 16, 1).repeat(32, 0).astype(np.uint8))  # the right half is white
+NAN = torch.full((32, 32), torch.nan)
+PROMPT, PROMPTS = "a small red circle", ["a small red circle", "two large blue squares"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,11 @@ def test_images_masks_arrays_and_tensors_are_one_mask(pipeline):
     assert len(as_masks(torch.zeros(3, 32, 32))) == len(as_masks(np.zeros((3, 32, 32)))) == 3
 
 
+def test_the_latents_of_a_picture_take_its_mask(pipeline):
+    made = make(pipeline, image=latents_of(pipeline, picture()))
+    torch.testing.assert_close(made, make(pipeline), rtol=0, atol=1e-4)
+
+
 def test_several_pictures_and_masks(pipeline):
     other = Image.fromarray(np.asarray(HALF).T.copy())
     sources = [picture(1), picture(2)]
@@ -107,7 +113,7 @@ def test_picture_and_mask_are_cropped_alike(pipeline):
         ([HALF, HALF], {}, "2 masks for 1 prompts; give one, or one each"),
         (None, {}, "mask_image is missing; expected PIL images"),
         ("m.png", {}, "mask_image is a str"),
-        (NAN[0], {}, "mask_image 0 holds NaN or infinity"),
+        (NAN, {}, "mask_image 0 holds NaN or infinity"),
         (torch.full((32, 32), 255.0), {}, "mask_image 0 has values from 255 to 255; expected floats in [0, 1]"),
         (np.ones((32, 32), np.uint8), {}, "mask_image 0 is uint8 of 0 and 1; expected 0 to 255"),
         (np.ones((32, 32), np.int64), {}, "mask_image 0 holds torch.int64"),
