@@ -87,10 +87,13 @@ class EditRequest(Request):
         for i, (own_height, own_width) in enumerate(self.own_sizes):
             if (own_height, own_width) != (height, width):
                 raise UserError(f"image {i} is {own_width} x {own_height} px, image 0 {width} x {height}; {mend}")
-        try:
-            self.pipeline.latent_shape(height, width)
-        except UserError as error:
-            raise UserError(f"image of {width} x {height} px: {error}; {mend}") from None
+        cell = self.pipeline.cell
+        if height % cell or width % cell:
+            near_height, near_width = (max(round(side / cell), 1) * cell for side in (height, width))
+            raise UserError(
+                f"image of {width} x {height} px: expected multiples of {cell}; the nearest size is {near_width} x "
+                f"{near_height}; {mend}"
+            )
 
 
 class ImageToImagePipeline(Pipeline):

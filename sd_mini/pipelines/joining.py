@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -183,17 +181,22 @@ class JoinedPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """diffusers': another pipeline of the same parts, of the same tiles, and of their dtype unless one is given.
+        """Another pipeline of the same parts, settings and tiles; `kwargs` replace some of them, or give a `dtype`.
 
-        By itself it would leave out a network whose class is not the very one of the annotation, and cast the parts,
-        which are `pipeline`'s too, to float32.
+        diffusers' own would leave out a network whose class is not the very one of the annotation, and cast the parts,
+        which are `pipeline`'s too, to float32. Raises UserError for a pipeline of other parts.
         """
-        networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
-        dtypes = [part.dtype for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        if dtypes and not {"dtype", "torch_dtype"} & set(kwargs):
-            kwargs["dtype"] = functools.reduce(torch.promote_types, dtypes)
-        joined: Any = super().from_pipe(pipeline, **networks | kwargs)
+        names, settings = cls._get_signature_keys(cls)
+        dtypes = [kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs]
+        config: Any = pipeline.config
+        parts = {name: part for name, part in pipeline.components.items() if name in names}
+        given = parts | {name: config[name] for name in settings if name in config} | kwargs
+        if missing := sorted(set(names) - set(cls._optional_components) - set(given)):
+            raise UserError(f"from_pipe: {type(pipeline).__name__} has no {missing[0]}; give a pipeline of sd_mini's")
+        joined = cls(**given)
         joined.tile = getattr(pipeline, "tile", None)
+        for dtype in dtypes:
+            joined.to(dtype=dtype)
         return joined
 
     @classmethod

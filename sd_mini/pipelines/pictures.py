@@ -52,8 +52,9 @@ def _each(value: Any, name: str, split: Callable[[Any], list[Any]]) -> list[Any]
         return single
     if isinstance(value, Image.Image):
         return [value]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "bfiu":
-        return split(np.array(value, order="C"))  # torch takes none that is read-only
+    if isinstance(value, np.ndarray) and value.dtype.kind in "bfiu" and value.dtype.itemsize <= 8:
+        # torch takes none that is read-only, nor of another byte order
+        return split(value.astype(value.dtype.newbyteorder("="), order="C"))
     if isinstance(value, Tensor):
         return split(value)
     what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"

@@ -267,11 +267,14 @@ class Pipeline(JoinedPipeline):
             raise UserError(f"{len(latents)} latents for {batch} pictures; give one each")
         return latents.to(self._execution_device, self.noise_predictor.dtype)
 
+    @property
+    def cell(self) -> int:
+        """Pixels that divide the sides of a picture: the autoencoder's stride times the network's patch."""
+        return self.autoencoder.stride * getattr(self.noise_predictor.config, "patch_size", 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
-        patch = getattr(self.noise_predictor.config, "patch_size", 1)
-        cell = self.autoencoder.stride * patch
-        height, width = number(height), number(width)
+        """(C, h, w) for a picture size that `cell` divides."""
+        cell, height, width = self.cell, number(height), number(width)
         for name, side in (("height", height), ("width", width)):
             if not isinstance(side, int) or isinstance(side, bool):
                 raise UserError(f"{name} {side!r}: expected a whole number of pixels, a multiple of {cell}")
