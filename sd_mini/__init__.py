@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from sd_mini.pipelines.image_to_image import ImageToImagePipeline
+    from sd_mini.pipelines.inpainting import InpaintingPipeline
     from sd_mini.pipelines.text_to_image import Pipeline
     from sd_mini.stages.contract import load_stage
 
-_HOME = {"Pipeline": "sd_mini.pipelines.text_to_image", "load_stage": "sd_mini.stages.contract"}
-__all__ = ["Pipeline", "__version__", "load_stage"]
+_HOME = {
+    "ImageToImagePipeline": "sd_mini.pipelines.image_to_image",
+    "InpaintingPipeline": "sd_mini.pipelines.inpainting",
+    "Pipeline": "sd_mini.pipelines.text_to_image",
+    "load_stage": "sd_mini.stages.contract",
+}
+__all__ = ["ImageToImagePipeline", "InpaintingPipeline", "Pipeline", "__version__", "load_stage"]
 
 
 def __getattr__(name: str):

@@ -52,6 +52,16 @@ def test_the_readme_s_python_makes_a_picture(tiny_run):
     assert names["picture"].size == (32, 32)
 
 
+def test_the_page_of_editing_makes_pictures(tiny_run, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "editing.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "m.png"):
+        Image.linear_gradient("L").resize((48, 32)).save(name)
+    names: dict = {}
+    exec(code.replace("runs/shapes/pipeline", str(tiny_run / "pipeline")), names)
+    assert names["similar"].images[0].size == names["repainted"].images[0].size == (48, 32)
+
+
 def test_the_readme_s_commands_on_a_model(tiny_run, tmp_path):
     commands = [words for words in COMMANDS if words[0] == ".venv/bin/sd-mini"]
     assert [words[1] for words in commands] == ["generate", "inspect"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sd_mini.cli.editing import add_edit_options, edit_inputs
 from sd_mini.cli.inspection import inspect
 from sd_mini.config import command, read
 from sd_mini.errors import UserError
@@ -76,8 +77,11 @@ def _parser() -> Parser:
     )
     generate.add_argument("--steps", type=whole_number(1), help="of the scheduler; the recipe's own if left out")
     generate.add_argument("--guidance", type=float, help="guidance scale, 1 is none; the recipe's own if left out")
-    generate.add_argument("--height", type=whole_number(1), help="px; the training resolution if left out")
-    generate.add_argument("--width", type=whole_number(1), help="px; the training resolution if left out")
+    generate.add_argument(
+        "--height", type=whole_number(1), help="px; if left out, the picture's of --image, or of the training"
+    )
+    generate.add_argument("--width", type=whole_number(1), help="px; as --height")
+    add_edit_options(generate)
     generate.add_argument(
         "--strict", action="store_true", help="refuse a prompt that is too long, instead of cutting it"
     )
@@ -196,6 +200,7 @@ def _generate(options: argparse.Namespace) -> None:
     targets = [options.out]
     if options.count > 1:
         targets = [options.out.with_stem(f"{options.out.stem}_{i}") for i in range(options.count)]
+    edit = edit_inputs(options)
     pipeline = open_pipeline(options.run)
     if options.tile is not None:
         pipeline.enable_vae_tiling(options.tile)
@@ -203,6 +208,11 @@ def _generate(options: argparse.Namespace) -> None:
         pipeline.use_sampler(options.sampler)
     if options.lora is not None:
         pipeline.load_lora(options.lora)
+    if edit:
+        from sd_mini import ImageToImagePipeline, InpaintingPipeline
+
+        sibling = InpaintingPipeline if "mask_image" in edit else ImageToImagePipeline
+        pipeline = sibling.from_pipe(pipeline)
     import torch
 
     for seed, target in enumerate(targets, options.seed):
@@ -217,6 +227,7 @@ def _generate(options: argparse.Namespace) -> None:
             autoguidance=options.autoguidance,
             strict=options.strict,
             generator=torch.Generator().manual_seed(seed),
+            **edit,
         )
         _save(made.images[0], target, picture_format)
         print(target)

@@ -46,6 +46,7 @@ class JoinedPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
+    tile: int | None = None  # latent cells, of `enable_vae_tiling`
     _optional_components: ClassVar[list[str]] = [  # ty: ignore[incompatible-attribute-override]
         "tokenizer_2",
         "text_encoder_2",
@@ -180,10 +181,23 @@ class JoinedPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """diffusers': another pipeline of the same parts. By itself it would leave out a network whose class is not the
-        very one of the annotation."""
-        networks = {name: getattr(pipeline, name, None) for name in ("noise_predictor", "guide")}
-        return super().from_pipe(pipeline, **networks | kwargs)
+        """Another pipeline of the same parts, settings and tiles; `kwargs` replace some of them, or give a `dtype`.
+
+        diffusers' own would leave out a network whose class is not the very one of the annotation, and cast the parts,
+        which are `pipeline`'s too, to float32. Raises UserError for a pipeline of other parts.
+        """
+        names, settings = cls._get_signature_keys(cls)
+        dtypes = [kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs]
+        config: Any = pipeline.config
+        parts = {name: part for name, part in pipeline.components.items() if name in names}
+        given = parts | {name: config[name] for name in settings if name in config} | kwargs
+        if missing := sorted(set(names) - set(cls._optional_components) - set(given)):
+            raise UserError(f"from_pipe: {type(pipeline).__name__} has no {missing[0]}; give a pipeline of sd_mini's")
+        joined = cls(**given)
+        joined.tile = getattr(pipeline, "tile", None)
+        for dtype in dtypes:
+            joined.to(dtype=dtype)
+        return joined
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:  # ty: ignore[incompatible-method-override]

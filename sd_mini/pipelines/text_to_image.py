@@ -26,8 +26,11 @@ from sd_mini.pipelines.inputs import (
 )
 from sd_mini.pipelines.joining import JoinedPipeline
 from sd_mini.sampling import samplers
-from sd_mini.sampling.loop import Condition, Generators, SamplingRun, as_generators, draws, number
+from sd_mini.sampling.loop import Condition, Edit, Generators, SamplingRun, as_generators, draws, number
 from sd_mini.text_encoder.adapter import PromptEmbeds, TextStage
+
+# pipeline, step, timestep, the requested tensors => those that are replaced
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 class Pipeline(JoinedPipeline):
@@ -39,7 +42,6 @@ class Pipeline(JoinedPipeline):
 
     _interrupt, _guidance_scale, _num_timesteps = CallState(False), CallState(None), CallState(0)
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "prompt_mask"]
-    tile: int | None = None  # latent cells, of `enable_vae_tiling`
     _checked_scheduler: tuple[Any, dict[str, Any]] | None = None
     _postprocess = staticmethod(VaeImageProcessor().postprocess)
 
@@ -99,7 +101,7 @@ class Pipeline(JoinedPipeline):
         strict: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """Make `num_images_per_prompt` pictures of each prompt.
@@ -127,10 +129,12 @@ class Pipeline(JoinedPipeline):
         Raises:
             UserError: a ValueError of one line: what was given, what was expected and how to mend it.
         """
-        request = Request.of(self, locals())
+        return self._make(Request.of(self, locals()), callback_on_step_end, return_dict)
 
+    def _make(self, request: Request, callback: Callback | None, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """The call itself, of this pipeline and of those that start from a picture."""
         # 1. text: prompts => embeddings
-        condition = self.encode_prompt(prompt, request.num_images_per_prompt, *request.embeds, strict)
+        condition = self.encode_prompt(request.prompt, request.num_images_per_prompt, *request.embeds, request.strict)
         batch = len(condition[0])
 
         # 2. noise => latents: one call of the network a step, guided within the interval
@@ -145,9 +149,11 @@ class Pipeline(JoinedPipeline):
             request.guidance,
             request.num_inference_steps,
             self._execution_device,
-            guide=self.guide if autoguidance else None,
+            guide=self.guide if request.autoguidance else None,
+            edit=self._prepare_edit(request, batch),
         )
-        latents = run.start(self.prepare_latents(batch, request.height, request.width, generator, request.latents))
+        noise = self.prepare_latents(batch, request.height, request.width, request.generator, request.latents)
+        latents = run.start(noise)
         self._interrupt, self._guidance_scale, self._num_timesteps = False, request.guidance.scale, len(run.timesteps)
         null: Condition | None = None
         with self.progress_bar(total=len(run.timesteps)) as progress:
@@ -157,10 +163,10 @@ class Pipeline(JoinedPipeline):
                 if null is None and run.needs_null:  # at the first step, or once a callback has set a scale
                     null = self.encode_negative(request, batch)
                 latents = run.step(i, latents, condition, null, request.generator)
-                if callback_on_step_end is not None:
+                if callback is not None:
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, wanted) or {}
+                    wanted = {name: tensors[name] for name in request.callback_on_step_end_tensor_inputs}
+                    changed = callback(self, i, t, wanted) or {}
                     for name in set(changed) - set(tensors):
                         check_choice("callback_on_step_end returned", name, self._callback_tensor_inputs)
                     tensors |= changed
@@ -171,11 +177,16 @@ class Pipeline(JoinedPipeline):
                 progress.update()
 
         # 3. latents => pictures
+        is_latent = request.output_type == "latent"
         try:
-            pictures: Any = latents if output_type == "latent" else self._decode(latents, output_type)
+            pictures: Any = latents if is_latent else self._decode(latents, request.output_type)
         finally:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _prepare_edit(self, request: Any, batch: int) -> Edit | None:
+        """The picture that the call starts from: none here."""
+        return None
 
     def encode_prompt(
         self,
@@ -256,11 +267,14 @@ class Pipeline(JoinedPipeline):
             raise UserError(f"{len(latents)} latents for {batch} pictures; give one each")
         return latents.to(self._execution_device, self.noise_predictor.dtype)
 
+    @property
+    def cell(self) -> int:
+        """Pixels that divide the sides of a picture: the autoencoder's stride times the network's patch."""
+        return self.autoencoder.stride * getattr(self.noise_predictor.config, "patch_size", 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) for a picture size that both the autoencoder's stride and the network's patch divide."""
-        patch = getattr(self.noise_predictor.config, "patch_size", 1)
-        cell = self.autoencoder.stride * patch
-        height, width = number(height), number(width)
+        """(C, h, w) for a picture size that `cell` divides."""
+        cell, height, width = self.cell, number(height), number(width)
         for name, side in (("height", height), ("width", width)):
             if not isinstance(side, int) or isinstance(side, bool):
                 raise UserError(f"{name} {side!r}: expected a whole number of pixels, a multiple of {cell}")

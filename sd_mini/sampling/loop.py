@@ -1,4 +1,4 @@
-"""One sampling run, from noise to clean latents: guidance, the timesteps, and the update at each of them."""
+"""One sampling run, from noise or a noised picture to clean latents: guidance, timesteps, the update at each."""
 
 from __future__ import annotations
 
@@ -82,12 +82,36 @@ def rescaled(prediction: Tensor, conditional: Tensor, weight: float) -> Tensor:
     return prediction * (weight * factor + 1 - weight)
 
 
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """A picture that a run begins with instead of pure noise.
+
+    latents: (B, C, h, w), of the picture. strength: in (0, 1], the part of the schedule that is run (`first_step`).
+    mask: (B, 1, h, w), 1 where the picture is repainted and 0 where it is kept; without one all of it changes.
+    """
+
+    latents: Tensor
+    strength: float
+    mask: Tensor | None = None
+
+
+def first_step(process: Process, steps: int, strength: float) -> int:
+    """The step with which an edit begins: of N steps the last N * strength are run, as diffusers counts them.
+
+    On a discrete schedule their number is rounded down (StableDiffusionImg2ImgPipeline), on the linear path up
+    (StableDiffusion3Img2ImgPipeline, FluxImg2ImgPipeline).
+    """
+    count = min(steps * strength, steps)
+    return int(steps - count) if process.is_flow else steps - int(count)
+
+
 class SamplingRun:
     """One sampling run: its timesteps and the update at each.
 
     `guide`: an earlier snapshot of `network`, whose prediction with the prompt replaces the unconditional one
     (autoguidance, Karras et al. 2024 "Guiding a Diffusion Model with a Bad Version of Itself", eq. 3). `scheduler` is
-    one that `samplers.check` has accepted; it is copied, as it keeps its place and its last predictions.
+    one that `samplers.check` has accepted; it is copied, as it keeps its place and its last predictions. `edit`: the
+    picture that is begun with; `timesteps` are then the last ones of the schedule alone.
     """
 
     def __init__(
@@ -99,11 +123,18 @@ class SamplingRun:
         steps: int,
         device: torch.device | str | None = None,
         guide: ModelMixin | None = None,
+        edit: Edit | None = None,
     ):
         self.network, self.guide, self.guidance = network, guide, guidance
-        self.process = process
+        self.process, self.edit = process, edit
         self.scheduler: Any = copy.deepcopy(scheduler)
         self.timesteps = set_timesteps(self.scheduler, steps, device)
+        if edit is not None:
+            # a second-order scheduler lists two timesteps a step, and all but DDIM and DDPM count their steps
+            begin = first_step(process, steps, edit.strength) * self.scheduler.order
+            self.timesteps = self.timesteps[begin:]
+            if hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(begin)
         self._levels = (self.timesteps / STEPS).clamp(0, 1).tolist()  # noise levels in [0, 1]
         # whole steps of a schedule are a thousandth apart: which of two stands for 0.7 depends on the spacing
         self._tolerance = 0.0 if _is_flow_match(scheduler) else 1 / STEPS
@@ -124,6 +155,10 @@ class SamplingRun:
 
     def start(self, noise: Tensor) -> Tensor:
         """Noise N(0, I) => the latents that the scheduler begins with."""
+        self._noise = noise
+        # inpainting at strength 1 begins with pure noise on every schedule: StableDiffusionInpaintPipeline
+        if self.edit is not None and (self.edit.mask is None or self.edit.strength < 1):
+            return self._noised(self.edit.latents, 0)
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def step(
@@ -147,7 +182,23 @@ class SamplingRun:
             unconditional, conditional = self._predict(self.network, t, torch.cat([inputs] * 2), both).chunk(2)
             prediction = self.guidance.combine(conditional, unconditional)
 
-        return scheduler_step(self.scheduler, prediction, t, latents, generator)
+        latents = scheduler_step(self.scheduler, prediction, t, latents, generator)
+        if self.edit is None or (mask := self.edit.mask) is None:
+            return latents
+        # where the mask is 0: the picture at the next noise level, of the run's own noise
+        return (1 - mask) * self._noised(self.edit.latents, i + 1) + mask * latents
+
+    def _noised(self, latents: Tensor, i: int) -> Tensor:
+        """Clean latents (B, C, h, w) => at the noise level with which step `i` begins; after the last they are clean.
+
+        `i` is the step that the scheduler takes next: most of them go by their own count, not by the timestep.
+        """
+        if i == len(self.timesteps):
+            return latents
+        t = self.timesteps[i : i + 1]
+        if hasattr(self.scheduler, "scale_noise"):  # the flow-matching schedulers'
+            return self.scheduler.scale_noise(latents, t, self._noise)
+        return self.scheduler.add_noise(latents, self._noise, t)
 
     def _predict(self, network: ModelMixin, t: Tensor, latents: Tensor, condition: Condition) -> Tensor:
         """What the scheduler steps by, (B, C, h, w), in the latents' dtype."""

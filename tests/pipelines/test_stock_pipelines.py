@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -14,20 +13,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.stages.start import wrapped
 from tests.support.networks import UNET
-
-DIM, LENGTH, SCALING = 32, 24, 0.18215
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+from tests.support.stock import DIM, LENGTH, SCHEDULE, autoencoder_kl, joined
 
 
 @pytest.fixture(scope="module")
 def vae():
-    torch.manual_seed(0)
-    levels = {"block_out_channels": (8, 16), "norm_num_groups": 4}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(latent_channels=4, scaling_factor=SCALING, sample_size=32, **levels, **blocks).eval()
+    return autoencoder_kl()
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +31,7 @@ def given():
 
 
 def ours(talking_pipeline, network, vae, scheduler, kind):
-    autoencoder = wrapped(vae)
-    # a stock pipeline divides latents by one factor, and has no mean
-    autoencoder.set_statistics(torch.zeros(4), torch.full((4,), 1 / SCALING))
-    parts = {"noise_predictor": network, "autoencoder": autoencoder.eval(), "scheduler": scheduler}
-    objective = {"kind": kind, "schedule": "scaled_linear"}
-    joined = Pipeline(**talking_pipeline.components | parts, resolution=32, objective=objective)
-    joined.set_progress_bar_config(disable=True)
-    return joined
+    return joined(talking_pipeline, network, vae, scheduler, {"kind": kind, "schedule": "scaled_linear"})
 
 
 def made_by(pipeline, given, **more):
@@ -101,8 +86,10 @@ def test_stable_diffusion_by_ddpm_draws_the_same_noise(talking_pipeline, vae, gi
     embeds = {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "latents": noise.clone()}
     sampling = {"num_inference_steps": 5, "guidance_scale": 4.0}
     expected = stock(**embeds, generator=generators(), output_type="pt", **sampling).images
-    joined = ours(talking_pipeline, unet, vae, DDPMScheduler(**fields), "epsilon")
-    torch.testing.assert_close(made_by(joined, given, generator=generators(), **sampling), expected, rtol=0, atol=1e-5)
+    pipeline = ours(talking_pipeline, unet, vae, DDPMScheduler(**fields), "epsilon")
+    torch.testing.assert_close(
+        made_by(pipeline, given, generator=generators(), **sampling), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_pixart(talking_pipeline, vae, given):
@@ -145,7 +132,7 @@ def test_pixart(talking_pipeline, vae, given):
         output_type="pt",
         **sampling,
     ).images
-    joined = ours(talking_pipeline, transformer, vae, DPMSolverMultistepScheduler(**SCHEDULE), "epsilon")
-    made = made_by(joined, (prompt, negative, mask, noise), **sampling)
+    pipeline = ours(talking_pipeline, transformer, vae, DPMSolverMultistepScheduler(**SCHEDULE), "epsilon")
+    made = made_by(pipeline, (prompt, negative, mask, noise), **sampling)
     assert expected.std() > 0.01
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)

@@ -93,6 +93,28 @@ def test_every_sampler_reaches_the_data_s_covariance(process, monkeypatch):
         assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("process", [p for p in PROCESSES if p.schedule != "linear" and not p.zero_snr], ids=says)
+def test_every_sampler_reaches_the_data_s_spread_from_the_middle(process, monkeypatch):
+    """Data that are noised to the level of a step in the middle come back to their spread, their values independent."""
+    monkeypatch.setattr(noise_predictor, "predict", lambda network, x, t, *text: network(x, t))
+    data, noise = torch.randn(2, 4096, 1, 2, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    for name in samplers.FLOW if process.is_flow else samplers.DISCRETE:
+        for strength in (0.3, 0.7):
+            edit = loop.Edit(SPREAD * data, strength)
+            denoising = SamplingRun(
+                Exact(process), samplers.build(name, process), process, Guidance(1.0), 125, edit=edit
+            )
+            count = 125 * strength
+            assert len(denoising.timesteps) == pytest.approx(2 * count - 1 if name == "heun" else count, abs=1)
+            latents, generator = denoising.start(noise), torch.Generator().manual_seed(1)
+            for i in range(len(denoising.timesteps)):
+                latents = denoising.step(i, latents, (), None, generator)
+            covariance = torch.cov(latents.flatten(1).double().T)
+            error = 0.08 if name == "ddpm" else 0.03
+            assert covariance.diagonal().sqrt().mean().item() == pytest.approx(SPREAD, rel=error), (name, strength)
+            assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 0.02
+
+
 def test_more_steps_and_a_higher_order_come_closer(monkeypatch):
     process = Process()
     wrong = {
