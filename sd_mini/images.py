@@ -50,6 +50,7 @@ def picture_suffixes() -> frozenset[str]:
 
     Left out are the formats that it knows without being able to read a pixel: its stubs (HDF5, GRIB, ...) and MPEG.
     """
+    Image.preinit()  # the common formats first: Pillow tries each plugin in the order in which they were loaded
     known = Image.registered_extensions()  # which also loads every plugin of Pillow's
     pixels = frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and _reads_pixels(name))
     return pixels | _HEIF_SUFFIXES

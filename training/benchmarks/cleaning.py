@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -13,8 +16,6 @@ import psutil
 
 from sd_mini.timing import Case
 from training.benchmarks.planted import score, write_planted
-from training.data.prepare.config import PrepareConfig
-from training.data.prepare.run import clean
 
 
 def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
@@ -24,9 +25,10 @@ def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
         source, out = Path(home) / "source", Path(home) / "out"
         write_planted(source, rows, max(rows // 100, 10), workers=os.cpu_count() or 1)
         fields = {"source": str(source), "split": "train"}
-        config = PrepareConfig.model_validate(
-            {"data": fields, "test": {**fields, "split": "test"}, "quality": {"max_repeats": max(rows // 1000, 2)}}
-        )
+        config = Path(home) / "config.yaml"
+        test, quality = {**fields, "split": "test"}, {"max_repeats": max(rows // 1000, 2)}
+        config.write_text(json.dumps({"data": fields, "test": test, "quality": quality}))
+        command = [sys.executable, "-m", "training.data.prepare", "--config", str(config), "--out", str(out)]
         memory = _Memory()
 
         def clear() -> None:
@@ -34,7 +36,13 @@ def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
 
         rate = {"pictures/s": lambda seconds: rows / seconds}
         with memory:
-            Case("cleaning", {"five steps": lambda: clean(config, out)}, rounds, figures=rate, prepare=clear).run()
+            Case(
+                "cleaning",
+                {"five steps": lambda: subprocess.run(command, check=True)},
+                rounds,
+                figures=rate,
+                prepare=clear,
+            ).run()
         print(f"resident memory at most {memory.total:.0f} MiB in all processes, {memory.largest:.0f} MiB in one")
         result = score(out, rows)
     for name, (right, total) in result.by_kind.items():
@@ -43,7 +51,7 @@ def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
 
 
 class _Memory:
-    """Resident memory (MiB) of this process and its children while a block runs, sampled twice a second.
+    """Resident memory (MiB) of this process's children while a block runs, sampled twice a second.
 
     `total` counts pages that several processes share once (PSS), `largest` is of one process with all its pages.
     """
@@ -63,11 +71,11 @@ class _Memory:
         own = psutil.Process()
         while not self._is_over.is_set():
             sizes = []
-            for process in (own, *own.children(recursive=True)):
+            for process in own.children(recursive=True):
                 try:
                     sizes.append(process.memory_full_info())
                 except psutil.Error:
                     continue
             self.total = max(self.total, sum(getattr(size, "pss", size.rss) for size in sizes) / 2**20)
-            self.largest = max(self.largest, *(size.rss / 2**20 for size in sizes))
+            self.largest = max([self.largest, *(size.rss / 2**20 for size in sizes)])
             self._is_over.wait(0.5)

@@ -134,15 +134,14 @@ def _model_side(config: PrepareConfig) -> int:
 
 def _measured(encoded: bytes, config: PrepareConfig, side: int) -> dict[str, Any]:
     rgb, (width, height) = images.decode_image(encoded, config.data.background, _DECODED_SIDE)
-    scaled = quality.scaled(rgb)
-    small = np.asarray(scaled.resize((hashes.SIDE, hashes.SIDE), images.Image.Resampling.BILINEAR))
+    small = rgb.resize((hashes.SIDE, hashes.SIDE), images.Image.Resampling.BILINEAR, reducing_gap=3.0)
     own = {
         "width": width,
         "height": height,
-        "sharpness": quality.sharpness(scaled),
+        "sharpness": quality.sharpness(quality.scaled_grey(rgb)),
         "source_hash": hashes.bytes_hash(encoded),
         "content": hashes.content_hash(width, height, rgb.tobytes()),
-        "small": small,
+        "small": np.asarray(small),
     }
     if side:
         own["model_picture"] = images.fit(rgb, side).tobytes()

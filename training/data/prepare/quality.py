@@ -98,20 +98,20 @@ def _script(letter: str) -> str:
 MEASURED_SIDE = 128  # px: all pictures are measured at one size, as a second derivative grows with the scale
 
 
-def scaled(rgb: Any) -> Any:
-    """A PIL image => the same with its short side scaled down to 128 px; smaller ones as they are."""
-    side = min(rgb.size)
+def scaled_grey(rgb: Any) -> Any:
+    """A PIL image => its brightness, the short side scaled down to 128 px; smaller ones as they are."""
+    grey, side = rgb.convert("L"), min(rgb.size)
     if side <= MEASURED_SIDE:
-        return rgb
+        return grey
     size = (round(rgb.width * MEASURED_SIDE / side), round(rgb.height * MEASURED_SIDE / side))
-    return rgb.resize(size, images.Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return grey.resize(size, images.Image.Resampling.BILINEAR, reducing_gap=3.0)
 
 
-def sharpness(rgb: Any) -> float:
-    """A scaled PIL image => the variance of the Laplacian of its brightness."""
-    if min(rgb.size) < 3:
+def sharpness(grey: Any) -> float:
+    """What `scaled_grey` gives => the variance of its Laplacian."""
+    if min(grey.size) < 3:
         return 0.0
-    at = np.asarray(rgb.convert("L")).astype(np.int16)
+    at = np.asarray(grey).astype(np.int16)
     laplacian = at[:-2, 1:-1] + at[2:, 1:-1]  # 5 points; of uint8 it fits into 16 bits
     laplacian += at[1:-1, :-2]
     laplacian += at[1:-1, 2:]

@@ -6,7 +6,6 @@ import errno
 import json
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from training.data.prepare.verdicts import Rows, Verdicts
 
 MARK = "prepare.json"  # by which a folder of ours is known
 WORK = ".work"  # what the passes leave for each other
-VERSION = 1  # of the rules: raise it when the same config gives other bytes
+VERSION = 2  # of the rules: raise it when the same config gives other bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _PACKAGES = ("selectolax", "datasketch", "xxhash", "scipy", "jinja2")
 _SAMPLE = 64  # rows by which the size of the pictures is estimated
@@ -99,8 +98,10 @@ def _clean(work: Work, engine: Engine) -> dict[str, Any]:
         )
     atomic_text(work.out / MARK, json.dumps(mark, indent=2) + "\n")
     work.folder.mkdir(exist_ok=True)
-    for part, title in (("data", "reading"), ("test", "reading the test source")):
-        run_missing(engine, work.paths(part), title, partial(_facts_task, work, part))
+    # both parts at once, so that no worker waits for the last of one
+    shards = [(part, number) for part in ("test", "data") for number in range(len(work.paths(part)))]
+    paths = [work.paths(part)[number] for part, number in shards]
+    run_missing(engine, paths, "reading", lambda i, path: _facts_task(work, *shards[i], path))
     verdicts = _verdicts(work, PairSearch(engine, work.folder, work.config.duplicates.bits))
     _write_kept(work, engine, verdicts)
     facts, test = work.facts("data"), work.test

@@ -17,6 +17,14 @@ from training.data.prepare.hashes import bytes_hash
 from training.data.prepare.source import open_rows
 from training.data.prepare.verdicts import REASONS, Verdicts
 
+# encoded pictures are compressed already
+_COMPRESSION = {
+    "image.bytes": "none",
+    "image.path": "zstd",
+    "text": "zstd",
+    "aliases.list.element": "zstd",
+    "id": "zstd",
+}
 GROUP_ROWS = 100  # of a row group: as many pictures are in memory at once
 REJECTED = pa.schema({"id": pa.string(), "step": pa.string(), "reason": pa.string(), "detail": pa.string()})
 
@@ -43,8 +51,7 @@ def write_shard(config: PrepareConfig, facts: Facts, kept: Path, number: int, sc
         pq.ParquetWriter(
             partial,
             schema,
-            compression="zstd",
-            compression_level=3,
+            compression=_COMPRESSION,
             use_dictionary=False,
             write_statistics=False,
         ) as writer,

@@ -159,7 +159,9 @@ def test_sharpness_does_not_depend_on_the_size():
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
     large, larger = (picture.resize((side, side), Image.Resampling.BICUBIC) for side in (256, 1024))
-    assert quality.sharpness(quality.scaled(large)) == pytest.approx(quality.sharpness(quality.scaled(larger)), rel=0.1)
+    assert quality.sharpness(quality.scaled_grey(large)) == pytest.approx(
+        quality.sharpness(quality.scaled_grey(larger)), rel=0.1
+    )
 
 
 def test_contrast_counts_colours_of_one_brightness():
