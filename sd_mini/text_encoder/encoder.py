@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import logging
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from sd_mini.texts import check_text, shown
 logger = logging.getLogger("sd_mini")
 
 _WARNINGS = 3  # prompts of one call that are named one by one
+_TOKENIZED = 4096  # texts at a time: a tokenizer's own results take a kilobyte or two each
 _tokenizing = threading.Lock()  # a tokenizer keeps in itself how the call at hand cuts
 _CAUSAL: dict[tuple, bool] = {}
 OPEN_CLIP_CLEANING = "open_clip_cleaning"  # a tokenizer's init argument, so that it is saved and loaded with it
@@ -85,22 +87,25 @@ class Encoder:
 
     def token_rows(
         self, prompts: Sequence[str], where: Callable[[int], str] = "prompt {}".format
-    ) -> tuple[list[list[int]], dict[int, str]]:
+    ) -> tuple[list[array[int]], dict[int, str]]:
         """N prompts => each one's token numbers, at most `max_length`, and of those that were cut, what was cut off.
 
         Raises ValueError as `tokenize` does; `where` names a prompt by its number.
         """
         for number, prompt in enumerate(prompts):
             check_text(prompt, where(number))
-        texts = [self.clean(prompt) for prompt in prompts]
-        with _tokenizing:
-            rows = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
-        cuts = {}
-        for number, row in enumerate(rows):
-            if not row:
-                raise UserError(f"{where(number)}, {shown(prompts[number])}, has no tokens; expected words to read")
-            if len(row) > self.max_length:
-                rows[number], cuts[number] = self._shortened(texts[number], row)
+        rows: list[array[int]] = []
+        cuts: dict[int, str] = {}
+        for start in range(0, len(prompts), _TOKENIZED):
+            texts = [self.clean(prompt) for prompt in prompts[start : start + _TOKENIZED]]
+            with _tokenizing:
+                found = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+            for number, (text, row) in enumerate(zip(texts, found, strict=True), start):
+                if not row:
+                    raise UserError(f"{where(number)}, {shown(prompts[number])}, has no tokens; expected words to read")
+                if len(row) > self.max_length:
+                    row, cuts[number] = self._shortened(text, row)
+                rows.append(array("i", row))
         return rows, cuts
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tokens:

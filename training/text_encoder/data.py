@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,6 @@ from sd_mini.data import cache
 from sd_mini.data.batches import Rows
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.errors import UserError
-from sd_mini.files import combined_hash
 from sd_mini.stages.contract import model_hash
 from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.encoder import Encoder, Hidden, Tokens, buckets
@@ -81,7 +83,7 @@ class Texts:
             if i not in self.trained:
                 self.caches[i] = self._encode(encoder, self.rows[i], folder, dtype)
 
-    def _encode(self, encoder: Encoder, rows: list[list[int]], folder: Path, dtype: str) -> dict[str, Rows]:
+    def _encode(self, encoder: Encoder, rows: list[array[int]], folder: Path, dtype: str) -> dict[str, Rows]:
         device = PartialState().device
 
         def encode_rows(part: slice) -> dict[str, np.ndarray]:
@@ -97,7 +99,7 @@ class Texts:
             return {"states": states.numpy(), "pooled": pooled.numpy()}
 
         name, (width, _, pooled_width) = type(encoder.model).__name__, encoder.widths
-        key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": combined_hash(rows)}
+        key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": _hash_of(rows)}
         title = f"texts by {name}"
         return cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, CHUNK, [encoder.model])
 
@@ -115,6 +117,16 @@ class Texts:
                 fields = Hidden(states, self.words[i].take(tokens), tokens.mask, pooled)
             inputs |= {f"{name}_{i}": value for name, value in fields._asdict().items()}
         return inputs
+
+
+def _hash_of(rows: Iterable[array[int]]) -> str:
+    """`files.combined_hash` of the rows as lists, which are not all made at once."""
+    digest, joint = hashlib.sha256(b"["), ""
+    for row in rows:
+        digest.update(f"{joint}{json.dumps(row.tolist())}".encode())
+        joint = ", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 class Words:
