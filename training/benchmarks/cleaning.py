@@ -17,15 +17,17 @@ import psutil
 from sd_mini.timing import Case
 from training.benchmarks.planted import score, write_planted
 
+_CHECKOUT = Path(__file__).parents[2]  # where the program is found
+
 
 def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
     """Pictures a second of all five steps, memory, and what was found of each planted fault."""
     rows = int(argv[0])
     with tempfile.TemporaryDirectory(dir=".") as home:
-        source, out = Path(home) / "source", Path(home) / "out"
+        source, out = (Path(home).absolute() / name for name in ("source", "out"))
         write_planted(source, rows, max(rows // 100, 10), workers=os.cpu_count() or 1)
         fields = {"source": str(source), "split": "train"}
-        config = Path(home) / "config.yaml"
+        config = source.with_name("config.yaml")
         test, quality = {**fields, "split": "test"}, {"max_repeats": max(rows // 1000, 2)}
         config.write_text(json.dumps({"data": fields, "test": test, "quality": quality}))
         command = [sys.executable, "-m", "training.data.prepare", "--config", str(config), "--out", str(out)]
@@ -38,7 +40,7 @@ def cleaning(argv: Sequence[str], rounds: int = 3) -> None:
         with memory:
             Case(
                 "cleaning",
-                {"five steps": lambda: subprocess.run(command, check=True)},
+                {"five steps": lambda: subprocess.run(command, check=True, cwd=_CHECKOUT)},
                 rounds,
                 figures=rate,
                 prepare=clear,
