@@ -274,30 +274,37 @@ class Stored(NamedTuple):
 
 class _Shard:
     """Reads rows of a memory-mapped array by `pread` where there is one: that is faster than touching the map's pages
-    row by row, and none of them becomes this process's."""
+    row by row, and none of them becomes this process's. The file is opened anew by each read, which takes some
+    microseconds: a data set may have more shards than a process may hold files open."""
 
     def __init__(self, array: np.ndarray):
-        self.array, self.file = array, None
+        self.array, self.path = array, None
         found = _map_of(array)
         if found is not None and hasattr(os, "preadv"):
-            self.file, self.offset = open(str(found.filename), "rb", buffering=0), found.offset  # noqa: SIM115
+            self.path, self.offset = str(found.filename), found.offset
             self.row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:]))
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """(b,) row numbers in order => (b, ...). Raises OSError for a file that was cut short."""
-        if self.file is None:
+        if self.path is None:
             return self.array[rows]
         out = np.empty((len(rows), *self.array.shape[1:]), self.array.dtype)
-        left = out.reshape(-1).view(np.uint8).data
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            self._read_into(out.reshape(-1).view(np.uint8).data, rows, file)
+        finally:
+            os.close(file)
+        return out
+
+    def _read_into(self, left: memoryview, rows: np.ndarray, file: int) -> None:
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of rows that lie side by side, read at once
         for first, count in zip(rows[starts].tolist(), np.diff(starts, append=len(rows)).tolist(), strict=True):
             place, end = self.offset + first * self.row_bytes, self.offset + (first + count) * self.row_bytes
             while place < end:
-                read = os.preadv(self.file.fileno(), [left[: end - place]], place)
+                read = os.preadv(file, [left[: end - place]], place)
                 if not read:
-                    raise OSError(f"{self.file.name} was cut short while it was read")
+                    raise OSError(f"{self.path} was cut short while it was read")
                 left, place = left[read:], place + read
-        return out
 
 
 class Rows:

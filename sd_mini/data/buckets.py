@@ -54,7 +54,8 @@ def bucket_sizes(config: DataConfig) -> list[Size]:
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[Size]) -> np.ndarray:
-    """(N, 2) pictures' own sizes in px, width first => (N,) the number of each one's bucket; unknown sizes are 0."""
+    """(N, 2) pictures' own sizes in px, width first => (N,) the number of each one's bucket; sizes of 0, which
+    are not known, have the square."""
     if len(buckets) == 1:
         return np.zeros(len(sizes), np.int64)
     own = np.log(np.maximum(sizes, 1).astype(np.float64)) @ [1, -1]

@@ -59,7 +59,7 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
         )
     # Which bucket each row is in, then the pictures of one bucket after the other.
     numbers = nearest_bucket(_own_sizes(table, config, part, folder), buckets)
-    _check_room_of_all(numbers, buckets, part, folder)
+    _check_room_of_all(numbers, buckets, config.resolution, part, folder)
     parts, rows = [], []
     for number in np.unique(numbers):
         own = np.flatnonzero(numbers == number)
@@ -69,11 +69,12 @@ def decoded(table: Table, config: DataConfig, part: str, folder: Path | None) ->
     return Decoded(joined(pictures), *map(np.concatenate, arrays), np.concatenate(rows))
 
 
-def _check_room_of_all(numbers: np.ndarray, buckets: list[Size], part: str, folder: Path | None) -> None:
+def _check_room_of_all(
+    numbers: np.ndarray, buckets: list[Size], resolution: int, part: str, folder: Path | None
+) -> None:
     """Raises UserError where the pictures of all buckets do not fit, before those of the first are decoded."""
-    side = buckets[len(buckets) // 2].height  # no bucket is larger than the square
     if folder is None:
-        return check_room(part, len(numbers), side)
+        return check_room(part, len(numbers), resolution)  # no bucket is larger than the square
     needed = int(3 * np.array([size.height * size.width for size in buckets])[numbers].sum())
     from sd_mini.data import cache  # imports torch
 

@@ -148,9 +148,11 @@ def test_no_bucket_loses_its_pictures_and_captions_stay_with_them(twenty, tmp_pa
     with pytest.raises(IndexError, match="shapes"):
         read.pixels([0, 19])
     # pictures that are moved, or whose file says that they are turned, are in the bucket of what is seen
-    turned = picture(80, 40, 1)
-    turned.save(twenty / "00.png", exif=_turned())
-    assert load(options).bucket_counts != read.bucket_counts
+    picture(80, 40, 1).save(twenty / "00.png", exif=_turned())
+    again = load(options)
+    row = next(row for row, own in enumerate(again.captions) if own[0].startswith("picture 0,"))
+    height, width = again.pictures[row].shape[1:]
+    assert height > width
 
 
 def _turned() -> Image.Exif:
@@ -277,6 +279,22 @@ def test_pages_of_a_file_behind_a_link_are_let_go(tmp_path):
     assert not mapped[::4096].any() and psutil.Process().memory_info().rss > before + 2**25
     let_go_of({str(tmp_path / "link" / "zeros")})
     assert psutil.Process().memory_info().rss < before + 2**24 and not mapped[-1]
+
+
+def test_all_buckets_have_to_fit_before_the_first_is_decoded(twenty, tmp_path, monkeypatch):
+    options = DataConfig(source=str(twenty), resolution=32, max_aspect=4)
+    needed = sum(3 * size.height * size.width * count for size, count in _counted(load(options)))
+    largest = max(3 * size.height * size.width * count for size, count in _counted(load(options)))
+    usage = shutil.disk_usage(tmp_path)
+    assert largest + 1000 < needed - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match="make room"):
+        load(options, folder=tmp_path / "cache")
+    assert not list(tmp_path.rglob("pictures.npy"))
+
+
+def _counted(data):
+    return list(zip(data.sizes, data.bucket_counts, strict=True))
 
 
 def test_one_picture_in_two_shapes_is_near():

@@ -10,7 +10,7 @@ from eval.makers.questions import PromptSet, Question
 from eval.measure import measure
 from eval.metrics.by_caption import BY_CAPTION, nearest_labels
 from eval.metrics.kid import kernel_distance
-from eval.metrics.registry import Tools
+from eval.metrics.registry import Sample, Tools
 from eval.report.headline import headline
 from eval.report.page import render
 
@@ -63,6 +63,17 @@ def test_a_report_says_how_each_caption_does(question, tmp_path):
     assert [row.value for row in headline(report)] == ["83.3 %"]
     page = render({**report, "remarks": [], "seconds": {}, "protocol": {"data": "pets"}}, [], {})
     assert all(f"<td>{caption}</td>" in page for caption in NAMES)
+
+
+def test_real_pictures_that_are_in_the_reference_are_not_compared_with_themselves(question, tmp_path):
+    extractor = Extractor("own", "FD-own", "1", "none", means)
+    made = colours(question.splits[0].captions, 2)
+    for is_apart in (True, False):
+        asked = Question(question.splits, question.reference, is_apart, "pets", "0" * 64, question.reference_captions)
+        sample = Sample(
+            asked, made, {"made": made, "real": asked.splits[0].pictures}, None, Tools([extractor], tmp_path)
+        )
+        assert ("found_real" in BY_CAPTION.measure(sample)["FD-own"]) is is_apart
 
 
 def test_without_enough_pictures_of_each_caption_there_is_no_such_part(question, tmp_path):
