@@ -32,6 +32,7 @@ FLOORS = [
     {"noise_predictor", "vision"},
     {"stages", "sampling"},
     {"pipelines"},
+    {"app"},
     {"cli"},
     {"__main__"},
 ]

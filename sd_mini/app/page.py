@@ -1,0 +1,245 @@
+"""The page's layout, and which action follows which press."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Generator
+from typing import Any
+
+import gradio as gr
+
+from sd_mini.app import side_by_side
+from sd_mini.app.handlers import NO_PICTURE, Handlers, status
+from sd_mini.app.inputs import MAX_PICTURES, MAX_SIDE, MAX_STEPS
+from sd_mini.stages.contract import KINDS
+
+REFRESH = 5  # seconds between two looks at a training's metrics
+AT_ONCE = 32  # requests that wait for the studio; more wait in gradio's own queue
+QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
+
+# the system's own fonts, as nothing is fetched from elsewhere
+THEME = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+h1 { font-size: 1.4rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+.preview { display: flex; justify-content: center; align-items: center; min-height: 256px; text-align: center; }
+.preview img { width: min(100%, 320px); image-rendering: pixelated; }
+.gallery img { image-rendering: pixelated; }
+.status, .note, .stages { margin: 0; min-height: 1.5em; overflow-wrap: anywhere; }
+iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); background: white; }
+"""
+
+
+class Page:
+    """The components by name, and the page itself as `blocks`."""
+
+    def __init__(self, handlers: Handlers):
+        self.handlers, self.names = handlers, list(handlers.runs)
+        self.fields: dict[str, Any] = {}
+        with gr.Blocks(title=f"sd_mini: {', '.join(self.names)}", analytics_enabled=False) as self.blocks:
+            gr.HTML(f"<h1>sd_mini: {html.escape(', '.join(self.names))}</h1>")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    self._inputs()
+                with gr.Column(scale=3, min_width=320):
+                    with gr.Tabs():
+                        self._pictures()
+                        self._side_by_side()
+                        self._about()
+            self._wire()
+
+    def _inputs(self) -> None:
+        fields = self.fields
+        fields["run"] = gr.Dropdown(self.names, value=self.names[0], label="Run", visible=len(self.names) > 1)
+        fields["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, autofocus=True)
+        fields["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=4)
+        with gr.Row():
+            self.generate = gr.Button("Generate", variant="primary", min_width=120)
+            self.cancel = gr.Button("Cancel", variant="stop", min_width=120)
+        with gr.Row():
+            fields["seed"] = gr.Number(0, label="Seed", precision=0, min_width=120)
+            fields["count"] = gr.Number(1, label="Count", precision=0, minimum=1, maximum=MAX_PICTURES, min_width=80)
+            self.dice = gr.Button("\N{GAME DIE} Random seed", min_width=120)
+        with gr.Row():
+            fields["steps"] = gr.Slider(1, 100, 20, step=1, label="Steps", min_width=140)
+            fields["guidance"] = gr.Slider(0, 15, 3, step=0.1, label="Guidance scale", min_width=140)
+        with gr.Row():
+            fields["low"] = gr.Slider(0, 1, 0, step=0.01, label="Guide from noise level", min_width=140)
+            fields["high"] = gr.Slider(0, 1, 1, step=0.01, label="Guide up to noise level", min_width=140)
+        with gr.Row():
+            fields["width"] = gr.Number(64, label="Width, px", precision=0, min_width=100)
+            fields["height"] = gr.Number(64, label="Height, px", precision=0, min_width=100)
+            fields["sampler"] = gr.Dropdown([], label="Sampler", min_width=100)
+        with gr.Accordion("Start from a picture", open=False):
+            fields["editor"] = gr.ImageEditor(
+                label="Picture; paint what is to be repainted",
+                type="pil",
+                image_mode="RGBA",
+                sources=["upload", "clipboard"],
+                transforms=[],
+                layers=False,
+                brush=gr.Brush(colors=["#ff00ff"], color_mode="fixed"),
+                buttons=[],
+                format="png",
+            )
+            fields["mask"] = gr.Image(
+                label="Mask file (instead of painting): white is repainted",
+                type="filepath",
+                image_mode=None,
+                sources=["upload"],
+                buttons=[],
+                format="png",
+            )
+            fields["strength"] = gr.Slider(0, 1, 0.8, step=0.01, label="Strength: how much may change")
+        self.file = gr.File(label="Take the settings of a PNG", file_count="single", file_types=[".png"], height=120)
+
+    def _pictures(self) -> None:
+        with gr.Tab("Pictures"):
+            self.status = gr.HTML(status("Ready"))
+            self.preview = gr.HTML(NO_PICTURE)
+            self.gallery = _gallery("Pictures")
+            self.parameters = gr.Textbox(
+                label="Settings of the selected picture", lines=4, interactive=False, buttons=["copy"]
+            )
+            with gr.Row():
+                self.reuse = gr.Button("Use these settings", min_width=140)
+                self.start_from = gr.Button("Start from this picture", min_width=140)
+        self.history, self.selected = gr.State([]), gr.State(0)
+
+    def _side_by_side(self) -> None:
+        with gr.Tab("Side by side"):
+            kinds = [kind for kind in side_by_side.KINDS if kind != side_by_side.RUNS or len(self.names) > 1]
+            self.fields["kind"] = gr.Radio(kinds, value=kinds[0], label="Compare")
+            self.fields["numbers"] = gr.Textbox("1, 2, 3, 5", label="Values, such as 1, 2, 4 or 0 to 15")
+            self.fields["runs"] = gr.CheckboxGroup(self.names, value=self.names, label="Runs", visible=False)
+            self.fields["checkpoints"] = gr.CheckboxGroup([], label="Steps of the training", visible=False)
+            self.compare = gr.Button("Draw the grid", variant="primary")
+            self.grid_status = gr.HTML(status("A column for each value, a row for each seed (Count)"))
+            self.grid_preview = gr.HTML("")
+            self.grid = _gallery("Grid")
+            self.grid_parameters = gr.Textbox(
+                label="Settings of the selected picture", lines=4, interactive=False, buttons=["copy"]
+            )
+            self.grid_reuse = gr.Button("Use these settings")
+        self.grid_files, self.grid_selected = gr.State([]), gr.State(0)
+
+    def _about(self) -> None:
+        with gr.Tab("Report") as self.report_tab:
+            self.report = gr.HTML("")
+            with gr.Accordion("report.json", open=False):
+                self.scores = gr.JSON(label="report.json", show_label=False, max_height=480)
+        with gr.Tab("Model card") as self.card_tab:
+            self.card = gr.Markdown("")
+        with gr.Tab("Loss curves") as self.curves_tab:
+            self.stages = gr.HTML("")
+            self.measure = gr.Dropdown(["loss"], value="loss", label="Measure")
+            self.plots = [
+                gr.LinePlot(x="step", y="value", color="measure", label=kind.replace("_", " "), height=240)
+                for kind in KINDS
+            ]
+        self.timer = gr.Timer(REFRESH, active=False)
+
+    def _wire(self) -> None:
+        on, fields = self.handlers, self.fields
+        drawn = [self.status, self.preview, self.gallery, self.history, self.parameters]
+        drawing: Any = {"concurrency_limit": AT_ONCE, "concurrency_id": "drawing", **QUIET}
+        everything = {*fields.values(), self.history}
+        gr.on(
+            [self.generate.click, fields["prompt"].submit],
+            self._with_fields(lambda values, session: on.draw(values, values["history"], session)),
+            everything,
+            drawn,
+            **drawing,
+        ).then(lambda: 0, None, self.selected, queue=False, **QUIET)
+        compared = [self.grid_status, self.grid_preview, self.grid, self.grid_files]
+        self.compare.click(self._with_fields(on.compare), everything, compared, **drawing)
+        self.cancel.click(_of_session(on.cancel), None, self.status, queue=False, **QUIET)
+        self.dice.click(on.dice, None, fields["seed"], queue=False, **QUIET)
+        fields["kind"].change(_shown, fields["kind"], [fields[n] for n in ("numbers", "runs", "checkpoints")], **QUIET)
+
+        self._wire_gallery(self.gallery, self.history, self.selected, self.parameters, self.reuse)
+        self._wire_gallery(self.grid, self.grid_files, self.grid_selected, self.grid_parameters, self.grid_reuse)
+        self.start_from.click(
+            lambda files, i: on.start_from(files, i), [self.history, self.selected], fields["editor"], **QUIET
+        )
+        self.file.upload(self._as_updates(on.reuse_file), self.file, list(fields.values()), **QUIET)
+        defaults = self._as_updates(on.defaults)
+        gr.on([self.blocks.load, fields["run"].change], defaults, fields["run"], list(fields.values()), **QUIET)
+        self._wire_about()
+
+    def _wire_about(self) -> None:
+        on, run = self.handlers, self.fields["run"]
+        gr.on([self.report_tab.select, run.change], on.report, run, self.report, **QUIET)
+        gr.on([self.report_tab.select, run.change], on.scores, run, self.scores, **QUIET)
+        gr.on([self.card_tab.select, run.change], on.card, run, self.card, **QUIET)
+        curves = [self.stages, self.measure, *self.plots]
+        triggers = [self.curves_tab.select, run.change, self.timer.tick, self.measure.input]
+        gr.on(triggers, on.curves, [run, self.measure], curves, **QUIET)
+        self.curves_tab.select(lambda: gr.Timer(active=True), None, self.timer, queue=False, **QUIET)
+
+    def _wire_gallery(self, gallery: Any, files: Any, selected: Any, parameters: Any, reuse: Any) -> None:
+        def select(files: list[str], event: gr.SelectData) -> tuple[int, str]:
+            return event.index, self.handlers.parameters(files, event.index)
+
+        gallery.select(select, files, [selected, parameters], queue=False, **QUIET)
+        reuse.click(self._as_updates(self.handlers.reuse), [files, selected], list(self.fields.values()), **QUIET)
+
+    def _with_fields(self, action: Callable[[dict[str, Any], str], Generator]) -> Callable:
+        """An action on the fields by name => gradio's, whose values come by component."""
+
+        def act(data: dict[Any, Any], request: gr.Request) -> Generator:
+            values = {name: data[field] for name, field in self.fields.items()}
+            yield from action({**values, "history": data[self.history]}, str(request.session_hash))
+
+        return act
+
+    def _as_updates(self, values_of: Callable[..., dict[str, Any]]) -> Callable:
+        """An action whose result are some fields' values => gradio's, with an update for every field."""
+
+        def act(*args: Any) -> list[Any]:
+            values = values_of(*args)
+            return [_update(name, values) for name in self.fields]
+
+        return act
+
+
+def _update(name: str, values: dict[str, Any]) -> Any:
+    if name in ("width", "height") and "cell" in values:
+        return gr.Number(value=values[name], step=values["cell"], minimum=values["cell"], maximum=MAX_SIDE)
+    if name == "steps" and name in values:
+        most = max(100, values[name])
+        return gr.Slider(value=values[name], maximum=min(most, MAX_STEPS))
+    if name not in values:
+        return gr.skip()
+    value = values[name]
+    if isinstance(value, tuple):  # choices and the chosen
+        return gr.update(choices=value[0], value=value[1])
+    return value
+
+
+def _shown(kind: str) -> list[Any]:
+    """Which field of the grid belongs to a kind."""
+    numbers = {side_by_side.GUIDANCE: "1, 2, 3, 5", side_by_side.SEEDS: "0 to 15"}
+    values = gr.update(visible=kind in numbers, **({"value": numbers[kind]} if kind in numbers else {}))
+    is_shown = [kind == side_by_side.RUNS, kind == side_by_side.CHECKPOINTS]
+    return [values, *(gr.update(visible=shown) for shown in is_shown)]
+
+
+def _gallery(label: str) -> Any:
+    return gr.Gallery(
+        label=label,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        format="png",
+        buttons=["download"],
+        elem_classes="gallery",
+    )
+
+
+def _of_session(action: Callable[[str], Any]) -> Callable:
+    def act(request: gr.Request) -> Any:
+        return action(str(request.session_hash))
+
+    return act
