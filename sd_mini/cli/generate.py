@@ -128,7 +128,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     given = {name: getattr(options, name, None) for name in png.Settings.model_fields if name not in _SOURCES}
     given = {name: value for name, value in given.items() if value is not None}
     if options.like is None and options.prompt is None:
-        raise UserError("PROMPT: missing; give it, or a picture that has one by --like PNG; see `sd-mini generate --help`")
+        raise UserError("PROMPT: missing; give it, or a picture with one by --like PNG; see `sd-mini generate --help`")
     if options.prompt is not None:
         check_text(options.prompt, "prompt 0")
     like = {} if options.like is None else png.read(options.like).model_dump()

@@ -17,7 +17,6 @@ from diffusers.utils.peft_utils import (
     set_adapter_layers,
     set_weights_and_activate_adapters,
 )
-from torch import nn
 
 from sd_mini import lora
 from sd_mini.config import check_choice
@@ -136,7 +135,7 @@ class Adapters:
             return
         for name in names:
             delete_adapter_layers(self._network, name)
-            self._network.peft_config.pop(name)  # ty: ignore[unresolved-attribute]
+            self._network.peft_config.pop(name)
 
     def unload_lora_weights(self) -> None:
         """Forget all adapters; what `fuse_lora` has added to the weights stays in them."""
@@ -153,7 +152,7 @@ class Adapters:
         lora.save(self._network, Path(save_directory), base, adapter_name or active[0])
 
     @property
-    def _network(self) -> nn.Module:
+    def _network(self) -> Any:
         return unwrapped(self.noise_predictor)
 
     def _layers(self) -> list[Any]:
