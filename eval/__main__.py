@@ -37,7 +37,7 @@ from eval.metrics.reconstruction import FIRST_SCENE_SEED
 from eval.options import BATCH, check_data, check_source, parser, swept_scales
 from eval.options import sampling as asked_sampling
 from eval.report import card, report
-from sd_mini.cli.commands import check_target
+from sd_mini.cli.arguments import check_target
 from sd_mini.config import command
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sd_mini.cli.commands import Parser, whole_number
+from sd_mini.cli.arguments import Parser, whole_number
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.timing import Case, Spread

@@ -9,7 +9,7 @@ from eval.analysis.sweep import PROMPTS as SWEEP_PROMPTS
 from eval.analysis.sweep import SCALES
 from eval.data_options import SHAPES, add_data, check_columns
 from eval.makers.sources import GeneratedFolder, PictureSource, Sampling
-from sd_mini.cli.commands import Parser, whole_number
+from sd_mini.cli.arguments import Parser, whole_number
 from sd_mini.errors import UserError
 from sd_mini.sampling.loop import Guidance
 

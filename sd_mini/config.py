@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd_mini.errors import UserError
-from sd_mini.texts import read_text
+from sd_mini.texts import read_text, shown
 
 C = TypeVar("C", bound="Config")
 
@@ -54,7 +54,7 @@ def check(cls: type[C], values: dict[str, Any], source: str) -> C:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_complaint(cls, error)}") from None
+        raise UserError(f"{source}: {complaint(cls, error)}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -100,7 +100,8 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _complaint(cls: type[Config], error: ValidationError) -> str:
+def complaint(cls: type[Config], error: ValidationError) -> str:
+    """pydantic's report => its first complaint, on one line."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     name = ".".join(where) or "the config"
@@ -111,7 +112,7 @@ def _complaint(cls: type[Config], error: ValidationError) -> str:
         return f"{name}: unknown field; {hint}fields here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{name}: missing; give it in the file or as --{name} VALUE"
-    return f"{name}: got {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{name}: got {shown(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _fields_at(cls: Any, where: Sequence[str]) -> set[str]:

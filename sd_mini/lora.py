@@ -27,6 +27,7 @@ from sd_mini.config import Config
 from sd_mini.errors import UserError
 from sd_mini.files import usual_modes
 
+DEFAULT = "default"  # peft's name of an adapter that has none
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "img_qkv_proj", "txt_kv_proj")  # diffusers' names, and PRX's
 _PEFT_PREFIX = "base_model.model."  # before every name in peft's files
@@ -58,8 +59,10 @@ def add(network: nn.Module, config: LoraConfig) -> None:
     add_to_layers(network, layers, config.rank, config.alpha)
 
 
-def add_to_layers(network: nn.Module, layers: Sequence[str], rank: int, alpha: float | None = None) -> None:
-    """As `add`, to the linear layers (nn.Linear, or GPT-2's Conv1D) of these full names."""
+def add_to_layers(
+    network: nn.Module, layers: Sequence[str], rank: int, alpha: float | None = None, adapter: str = DEFAULT
+) -> None:
+    """As `add`, to the linear layers (nn.Linear, or GPT-2's Conv1D) of these full names, as the adapter so named."""
     try:
         import peft
     except ImportError as error:
@@ -68,17 +71,17 @@ def add_to_layers(network: nn.Module, layers: Sequence[str], rank: int, alpha: f
     scale: Any = alpha or rank  # a float is right too, whatever peft's annotation
     config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=list(layers), fan_in_fan_out=is_transposed)
     network.requires_grad_(False)
-    peft.inject_adapter_in_model(config, network)
+    peft.inject_adapter_in_model(config, network, adapter_name=adapter)
 
 
-def save(network: nn.Module, folder: Path, base: dict[str, Any]) -> None:
-    """Write the adapters of `network` into `folder` in both formats; `base` records the network they belong to."""
-    weights = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in state(network).items()}
-    layer: Any = next(module for module in network.modules() if _is_adapted_layer(module))
+def save(network: nn.Module, folder: Path, base: dict[str, Any], adapter: str = DEFAULT) -> None:
+    """Write an adapter of `network` into `folder` in both formats; `base` records the network that it belongs to."""
+    weights = {n.replace(f".{adapter}.", "."): tensor.contiguous() for n, tensor in state(network, adapter).items()}
+    layer: Any = next(module for module in network.modules() if is_adapted_layer(module))
     config = {
         "peft_type": "LORA",
-        "r": layer.r["default"],
-        "lora_alpha": layer.lora_alpha["default"],
+        "r": layer.r[adapter],
+        "lora_alpha": layer.lora_alpha[adapter],
         "target_modules": sorted(_layers_of(weights)),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +96,8 @@ def save(network: nn.Module, folder: Path, base: dict[str, Any]) -> None:
         usual_modes(folder / name)
 
 
-def load(network: nn.Module, path: str | Path, objective: dict[str, Any] | None = None) -> None:
-    """Add the adapters saved in `path` to `network`, in place, ready to be trained or merged.
+def load(network: nn.Module, path: str | Path, objective: dict[str, Any] | None = None, adapter: str = DEFAULT) -> None:
+    """Add the adapter saved in `path` to `network` by that name, in place, ready to be trained or merged.
 
     `path`: a folder in peft's or diffusers' format, or diffusers' file. `objective`: what the network predicts, as a
     stage's contract records it, where that is known. Raises UserError, one line, with the network as it was: files that
@@ -111,10 +114,12 @@ def load(network: nn.Module, path: str | Path, objective: dict[str, Any] | None 
     broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise UserError(f"LoRA {path}: {broken} holds values that are not finite; give an earlier one")
-    add(network, LoraConfig(rank=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"]))
+    add_to_layers(
+        network, list(_matching(network, config["target_modules"])), config["r"], config["lora_alpha"], adapter
+    )
     with torch.no_grad():
-        for name, tensor in state(network).items():
-            tensor.copy_(weights[name.replace(".default.", ".")])
+        for name, tensor in state(network, adapter).items():
+            tensor.copy_(weights[name.replace(f".{adapter}.", ".")])
 
 
 def weights_file(path: str | Path) -> Path:
@@ -131,16 +136,17 @@ def weights_file(path: str | Path) -> Path:
     return file
 
 
-def state(network: nn.Module) -> dict[str, Tensor]:
-    """The adapters' own parameters, by name."""
-    return {name: p.detach() for name, p in network.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+def state(network: nn.Module, adapter: str = DEFAULT) -> dict[str, Tensor]:
+    """An adapter's own parameters, by name."""
+    own = tuple(f".lora_{side}.{adapter}." for side in "AB")
+    return {name: p.detach() for name, p in network.named_parameters() if any(part in name for part in own)}
 
 
 def merge(network: nn.Module) -> None:
     """Add each adapter's product to its layer's weight, in place; the plain network is left, trainable in all."""
     modules = dict(network.named_modules())
     for name, module in list(modules.items()):
-        if _is_adapted_layer(module):
+        if is_adapted_layer(module):
             module.merge(safe_merge=True)  # which refuses NaN
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module.get_base_layer())
@@ -158,10 +164,10 @@ def merged(network: Any) -> Any:
 
 
 def is_adapted(network: nn.Module) -> bool:
-    return any(map(_is_adapted_layer, network.modules()))
+    return any(map(is_adapted_layer, network.modules()))
 
 
-def _is_adapted_layer(module: nn.Module) -> bool:
+def is_adapted_layer(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "get_base_layer")
 
 
@@ -170,9 +176,13 @@ def _layers_of(weights: dict[str, Tensor]) -> set[str]:
 
 
 def _matching(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose names are one of `targets` or end with a dot and it."""
+    """The linear layers, adapted or not, whose names are one of `targets` or end with a dot and it."""
+    if not targets:
+        return {}
     pattern = re.compile("|".join(rf"(^|\.){re.escape(target)}$" for target in targets))
-    return {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and targets and pattern.search(n)}
+    found = {name: module for name, module in network.named_modules() if pattern.search(name)}
+    plain = {name: m.get_base_layer() if is_adapted_layer(m) else m for name, m in found.items()}
+    return {name: module for name, module in plain.items() if isinstance(module, nn.Linear)}
 
 
 def _read_peft(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

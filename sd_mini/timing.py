@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
+from sd_mini.progress import progress
 
 
 class Spread(NamedTuple):
@@ -53,7 +53,7 @@ class Case:
 
     def run(self) -> Turns:
         turns = Turns({name: [] for name in self.contestants}, {name: [] for name in self.contestants})
-        for number in tqdm(range(-self.warm_up_rounds, self.rounds), desc=f"{self.name}, rounds"):
+        for number in progress(range(-self.warm_up_rounds, self.rounds), desc=f"{self.name}, rounds"):
             for name, contestant in self.contestants.items():
                 self.prepare()
                 start = time.perf_counter()

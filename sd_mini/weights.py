@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sd_mini.files import PIPELINE_MARK, read_json
 _WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(\.(?P<first>\w+))?(-\d{5}-of-\d{5})?(\.(?P<last>\w+))?\.safetensors"
 )
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _NAMED = 3  # tensors that a message names
 _diffusers_logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
@@ -51,6 +52,30 @@ def load_complete(
             f"{what}: its weights file holds besides {extra[0]}, for which {cls.__name__} has no place; give its own"
         )
     return loaded
+
+
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # options of a hub name
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether it is a name such as user/name, and no file or folder on this machine."""
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+
+
+def snapshot(name: str, options: Mapping[str, Any], patterns: Sequence[str]) -> Path:
+    """A hub's repository => the folder of those of its files that match, downloaded or from the cache.
+
+    Raises UserError, one line: no such repository or revision, or no connection.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+    except Exception as error:  # its errors are of several libraries, and of the transport's
+        raise UserError(
+            f"{name}: no such folder here, and as a hub name it cannot be loaded ({reason(error)}); mend the name, or "
+            "give a folder"
+        ) from error
 
 
 @contextmanager

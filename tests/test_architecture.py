@@ -26,7 +26,7 @@ FLOORS = [
         "weights",
         "lora",
     }
-    | {"weights", "lora", "timing"},
+    | {"weights", "lora", "timing", "progress", "png"},
     {"shapes", "data", "cpu"},
     {"diffusion", "autoencoder", "text_encoder"},
     {"noise_predictor", "vision"},

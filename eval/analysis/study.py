@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_mini.cli.commands import Parser, check_target
+from sd_mini.cli.arguments import Parser, check_target
 from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, read_json, written_to

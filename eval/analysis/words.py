@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from eval.data_options import add_data, asked_data, check_columns, recorded_data
 from eval.judge.judge import wilson
@@ -25,11 +24,13 @@ from eval.makers.sources import Ours, Sampling
 from eval.metrics.memorisation import nearest, small_pixels
 from eval.report.report import run_of
 from sd_mini import images
-from sd_mini.cli.commands import Parser, check_target, open_pipeline, whole_number
+from sd_mini.cli.arguments import Parser, check_target, whole_number
+from sd_mini.cli.opening import open_pipeline
 from sd_mini.config import command
 from sd_mini.data.captioned import CaptionedPictures, load
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, written_to
+from sd_mini.progress import progress
 
 SCORES = "words.json"
 
@@ -54,7 +55,7 @@ def _main(argv: Sequence[str]) -> None:
     rows, known = [], small_pixels(data.pictures)
     for folder, pipeline in zip(options.runs, runs, strict=True):
         maker = Ours(pipeline)
-        with tqdm(total=len(prompts), desc=str(folder)) as bar:
+        with progress(total=len(prompts), desc=str(folder)) as bar:
             made = generate(maker, prompts, Sampling(maker.steps, maker.guidance, options.batch), bar)
         right = [
             bool(classes[p][n])

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eval.features import efficientnet, mini
 from eval.features.inception import load_inception
 from sd_mini import images
 from sd_mini.data.arrays import Pictures
 from sd_mini.errors import UserError
+from sd_mini.progress import progress
 from sd_mini.stages.contract import model_hash
 from sd_mini.text_encoder.loading import load_open_clip
 from sd_mini.vision.towers import cannot_load, open_timm, open_transformers
@@ -64,7 +64,7 @@ class Extractor:
     def __call__(self, pictures: Pictures) -> np.ndarray:
         """(N, 3, H, W) uint8 => (N, D) float32. Raises ValueError where the network gives NaN, or no vector each."""
         parts = []
-        for start in tqdm(range(0, len(pictures), _BATCH), desc=f"features ({self.name})", unit="batch", delay=2):
+        for start in progress(range(0, len(pictures), _BATCH), desc=f"features ({self.name})", unit="batch", delay=2):
             part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + _BATCH])).to(self.device)
             parts.append(self.network(part).float().cpu().numpy())
         features = np.concatenate(parts)

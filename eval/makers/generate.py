@@ -16,6 +16,7 @@ from tqdm import tqdm
 from eval.makers.sources import PictureSource, Sampling
 from sd_mini.errors import UserError
 from sd_mini.files import combined_hash, sync, usual_modes, written_to
+from sd_mini.progress import progress
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Kept:
         every = [(job, start) for job in self.jobs for start in _starts(job.prompts, job.sampling)]
         share = [(job, start) for job, start in every[rank::processes] if not self._path(job, start).is_file()]
         total = sum(len(job.prompts[start : start + job.sampling.batch]) for job, start in share)
-        with tqdm(total=total, desc="pictures", delay=1) as bar:
+        with progress(total=total, desc="pictures", delay=1) as bar:
             for job, start in share:
                 path = self._path(job, start)
                 partial = path.with_suffix(f".{os.getpid()}.partial")

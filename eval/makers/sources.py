@@ -17,10 +17,10 @@ from torch import nn
 from eval.makers.picture_folder import GeneratedFolder, is_picture_folder, lying
 from sd_mini import images
 from sd_mini.autoencoder.model import KINDS, Autoencoder
-from sd_mini.cli.commands import PIPELINE_MARK, open_pipeline
+from sd_mini.cli.opening import open_pipeline
 from sd_mini.cpu import accelerate
 from sd_mini.errors import UserError
-from sd_mini.files import combined_hash, file_hash, file_hashes, written
+from sd_mini.files import PIPELINE_MARK, combined_hash, file_hash, file_hashes, written
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.sampling.loop import Guidance, OwnDraws
 from sd_mini.stages.contract import KINDS as STAGE_KINDS

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.data_options import SHAPES, add_data, asked_data, check_columns, recorded_data
 from eval.features.features import open_features
@@ -25,11 +24,12 @@ from eval.metrics.bootstrap import prompt_interval
 from eval.metrics.registry import Metric, Row, Sample
 from sd_mini import images, shapes
 from sd_mini.autoencoder.model import Autoencoder
-from sd_mini.cli.commands import Parser, check_target, whole_number
+from sd_mini.cli.arguments import Parser, check_target, whole_number
 from sd_mini.config import command
 from sd_mini.data.captioned import load
 from sd_mini.files import CONTRACT, atomic_folder, written_to
 from sd_mini.memory import keep_freed_memory
+from sd_mini.progress import progress
 from sd_mini.stages.start import load_autoencoder
 from sd_mini.vision.lpips import load_lpips
 
@@ -44,7 +44,7 @@ PROMPTS = {"test": 500, "heldout_pairs": 300, "heldout_relations": 300}
 def reconstruct(autoencoder: Autoencoder, pictures: np.ndarray, batch: int) -> np.ndarray:
     """(N, 3, H, W) uint8 => their reconstructions, the same shape and range, `batch` at a time."""
     parts = []
-    for start in tqdm(range(0, len(pictures), batch), desc="reconstructions", unit="batch", delay=2):
+    for start in progress(range(0, len(pictures), batch), desc="reconstructions", unit="batch", delay=2):
         pixels = images.to_pixels(pictures[start : start + batch]).to(autoencoder.device, autoencoder.dtype)
         parts.append(images.to_uint8(autoencoder.decode(autoencoder.encode(pixels))).cpu().numpy())
     return np.concatenate(parts)

@@ -1,13 +1,38 @@
-"""What a run folder holds, in lines a person reads."""
+"""`sd-mini inspect`: what a run folder or a picture holds, in lines a person reads."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
 from sd_mini.stages.contract import KINDS, check_belonging, read_contract
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="print what a run holds, or what a picture was made with")
+    parser.set_defaults(run_command=run)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder, or a PNG that sd-mini made")
+
+
+def run(options: argparse.Namespace) -> None:
+    print(*(settings_in(options.run) if options.run.is_file() else inspect(options.run)), sep="\n")
+
+
+def settings_in(picture: Path) -> list[str]:
+    """Lines: what a PNG was made with. Raises UserError for one without."""
+    from sd_mini import png
+
+    values = png.read(picture).model_dump(exclude_none=True)
+    stages = {f"stage {kind}": digest[:12] for kind, digest in values.pop("stages", {}).items()}
+    return [str(picture), *(f"  {name:21}{_printable(value)}" for name, value in (values | stages).items())]
+
+
+def _printable(value: Any) -> str:
+    """A value in one line, whatever a forged file holds: control characters, as terminals obey, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def inspect(run: Path) -> list[str]:

@@ -33,6 +33,7 @@ from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, combined_hash, file_hash, only_writer
 from sd_mini.offload import on_device
 from sd_mini.processes import process_device, rank_and_ranks, wait_for_everyone
+from sd_mini.progress import progress
 
 MIN_SHARD_ROWS = 4096
 MAX_SHARDS = 32  # a random batch reads from all of them, at some microseconds each
@@ -89,7 +90,7 @@ def encode(
             if first is not None:
                 done |= {path for path, rows in local.items() if path.exists() and not _complaint(path, rows)}
                 total = sum(len(rows) for path, rows in local.items() if path not in done)
-                with tqdm(total=total, desc=title, unit="row", disable=not is_main, mininterval=1) as bar:
+                with progress(total=total, desc=title, unit="row", is_shown=is_main, mininterval=1) as bar:
                     for path, pieces in groupby(chain([first], work), key=itemgetter(0)):
                         if path not in done:
                             _write_shard(path, shards[path], pieces, title, dtype, bar)
@@ -119,9 +120,9 @@ def message(line: str) -> None:
 def _missing(shards: Shards, title: str) -> Shards:
     """The shards that are missing or damaged; damaged ones are named on stderr."""
     there = [path for path in shards if path.exists()]
-    bar = {"desc": f"checking {title}", "unit": "shard", "delay": 2, "disable": rank_and_ranks()[0] != 0}
+    bar = {"desc": f"checking {title}", "unit": "shard", "delay": 2, "is_shown": rank_and_ranks()[0] == 0}
     with ThreadPoolExecutor() as pool:  # hashing frees the GIL
-        checks = tqdm(pool.map(lambda path: _complaint(path, shards[path]), there), total=len(there), **bar)
+        checks = progress(pool.map(lambda path: _complaint(path, shards[path]), there), total=len(there), **bar)
         complaints = dict(zip(there, checks, strict=True))
     for path, complaint in complaints.items():
         if complaint:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from sd_mini import images
 from sd_mini.data.arrays import Pictures, joined
@@ -20,6 +19,7 @@ from sd_mini.data.table import Table
 from sd_mini.errors import UserError
 from sd_mini.memory import check_room
 from sd_mini.openmp import cores
+from sd_mini.progress import progress
 
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
@@ -146,7 +146,7 @@ def _stored(
         from sd_mini.data import cache  # imports torch, which processes that only decode do not need
 
         return cache.encode(folder, key, count, encode_rows, title, chunk=chunk)
-    steps = tqdm(range(0, count, chunk), desc=title, delay=2)
+    steps = progress(range(0, count, chunk), desc=title, delay=2)
     found = [encode_rows(slice(start, min(start + chunk, count))) for start in steps]
     return {name: np.concatenate([piece[name] for piece in found]) for name in found[0]}
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from sd_mini.data.metadata import some
 from sd_mini.errors import UserError
+from sd_mini.progress import progress
 
 _MISSING = (-1, -1)
 
@@ -58,7 +58,7 @@ class FileStates:
 
 
 def _states(paths: list[str]) -> np.ndarray:
-    bar = tqdm(paths, desc="checking files", delay=2, leave=False)
+    bar = progress(paths, desc="checking files", delay=2, leave=False)
     return np.array([_state(path) for path in bar], dtype=np.int64).reshape(-1, 2)
 
 

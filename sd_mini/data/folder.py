@@ -15,14 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from sd_mini.data.file_states import FileStates, check_unique, relative_id, relative_path
 from sd_mini.data.metadata import MetadataRow, is_metadata, neighbours_split, read_metadata, some
 from sd_mini.data.splits import TRAIN, Part, asked_splits, is_split
 from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
 from sd_mini.images import is_picture
+from sd_mini.progress import progress
 from sd_mini.remarks import remark
 from sd_mini.texts import read_lines
 
@@ -58,7 +57,7 @@ def list_files(folder: Path) -> list[Path]:
         bar.update(len(found) - bar.n)
 
     try:
-        with tqdm(desc="listing files", unit=" files", delay=2, leave=False) as bar:
+        with progress(desc="listing files", unit=" files", delay=2, leave=False) as bar:
             visit(folder, ())
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {(error.strerror or str(error)).lower()}") from None

@@ -54,6 +54,21 @@ def survey(config: DataConfig, tokenizer: str | None = None, sheet: Path | None 
     return lines
 
 
+def counted(config: DataConfig, most: int = 200) -> tuple[int, np.ndarray]:
+    """The rows of a source, and the width and height in px, (N, 2), of at most `most` of its pictures, evenly spread.
+
+    Raises UserError as `captioned.load`, and for a source without a picture that can be read.
+    """
+    table = rows_of(config, "data")
+    check_column(table, "data", "image_column", config.image_column)
+    captions_of(table, config, "data", {})
+    sample = table.select(_spread(len(table), most))
+    pictures = decoded(sample, config, "data", None)
+    if not pictures.is_read.any():
+        raise UserError(f"{source_name(config)}: none of {len(sample):,} pictures can be read; sd-mini data names why")
+    return len(table), pictures.sizes[pictures.is_read]
+
+
 def _spread(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [i * count // most for i in range(most)]
 

@@ -10,7 +10,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from tqdm import tqdm
 
 from sd_mini.data.file_states import FileStates
 from sd_mini.data.retries import iterate_with_retries, with_retries
@@ -18,6 +17,7 @@ from sd_mini.data.splits import FieldError, Part
 from sd_mini.data.stored import encoded_picture, holds_text, named_classes, reading
 from sd_mini.data.table import SourceRows
 from sd_mini.errors import UserError
+from sd_mini.progress import progress
 
 if TYPE_CHECKING:
     from sd_mini.data.captioned import DataConfig
@@ -91,7 +91,7 @@ class StreamedRows(SourceRows):
     def _texts(self) -> list[dict[str, Any]]:
         """Every cell that can be a caption."""
         names = [name for name, feature in self._features.items() if name in self.text_columns or _has_classes(feature)]
-        cells = tqdm(self._read(names, names), total=self._count, desc="reading captions", delay=2)
+        cells = progress(self._read(names, names), total=self._count, desc="reading captions", delay=2)
         return [{name: named_classes(self._features[name], row[name]) for name in names} for row in cells]
 
     def picture(self, row: int, column: str) -> bytes | Path | None:

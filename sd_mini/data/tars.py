@@ -11,8 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from sd_mini.data.file_states import FileStates, check_unique, relative_id
 from sd_mini.data.folder import IMAGE, TEXT, caption_lines, list_pictures
 from sd_mini.data.metadata import some
@@ -22,6 +20,7 @@ from sd_mini.data.table import SourceRows
 from sd_mini.data.tar_index import Member, Tar
 from sd_mini.errors import UserError
 from sd_mini.images import picture_suffixes
+from sd_mini.progress import progress
 from sd_mini.remarks import remark
 from sd_mini.texts import shown
 
@@ -150,7 +149,7 @@ def open_tars(source: str, config: DataConfig, part: Part) -> TarRows:
     paths = [path for name in asked_splits(config, part, splits) for path in splits[name]]
     files = FileStates.of(root, paths)
     samples, left_out = [], 0
-    for path in tqdm(paths, desc="listing tars", delay=2):
+    for path in progress(paths, desc="listing tars", delay=2):
         complete, others = _samples(Tar(path))
         samples += complete
         left_out += others

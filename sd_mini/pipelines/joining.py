@@ -27,14 +27,17 @@ from sd_mini.files import (
     written,
     written_to,
 )
+from sd_mini.pipelines.adapters import Adapters
 from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
 from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter
-from sd_mini.weights import load_components, pipeline_variant
+from sd_mini.weights import HUB, is_hub_name, load_components, pipeline_variant, snapshot
+
+_ENDINGS = ("json", "safetensors", "txt", "model")  # of a pipeline's files that can execute nothing
 
 
-class JoinedPipeline(DiffusionPipeline):
+class JoinedPipeline(Adapters, DiffusionPipeline):
     """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
 
     `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
@@ -195,17 +198,25 @@ class JoinedPipeline(DiffusionPipeline):
             raise UserError(f"from_pipe: {type(pipeline).__name__} has no {missing[0]}; give a pipeline of sd_mini's")
         joined = cls(**given)
         joined.tile = getattr(pipeline, "tile", None)
+        joined.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         for dtype in dtypes:
             joined.to(dtype=dtype)
         return joined
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> Self:  # ty: ignore[incompatible-method-override]
-        """Load what `save_pretrained` wrote. Weights come from safetensors only.
+        """Load what `save_pretrained` wrote: a folder, or a hub name such as user/name. Weights come from safetensors
+        only.
+
+        kwargs: diffusers', as dtype, variant, device_map and components; of a hub name also revision, token, cache_dir,
+        local_files_only and force_download.
 
         Raises UserError, one line, where a file is not the one that was saved (its manifest says so; an older folder
         has none), and for a tensor that a component's weights lack.
         """
+        hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+        if is_hub_name(folder):
+            folder = snapshot(str(folder), hub, [PIPELINE_MARK, MANIFEST, *(f"*/*.{e}" for e in _ENDINGS)])
         folder = Path(folder)
         if not (folder / PIPELINE_MARK).is_file():
             raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")

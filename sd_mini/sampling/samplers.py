@@ -98,6 +98,11 @@ def _spacing(process: Process) -> dict[str, Any]:
     return {"timestep_spacing": "trailing"}
 
 
+def name_of(scheduler: SchedulerMixin) -> str | None:
+    """A scheduler => the sampler that it is; none for one of another kind."""
+    return next((name for name, cls in [*FLOW.items(), *DISCRETE.items()] if type(scheduler) is cls), None)
+
+
 def check(scheduler: Any, process: Process) -> None:
     """Raises UserError, one line, for a scheduler that would step by something else than what the network predicts."""
     config, name = scheduler.config, type(scheduler).__name__

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sd_mini import Pipeline
+from sd_mini import Pipeline, png
 from sd_mini.cli import commands as cli
+from sd_mini.cli import generate
 
 PROMPT = "a small red circle in the centre"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the command's own choice
@@ -108,7 +109,7 @@ def test_a_run_without_a_pipeline_is_joined(tiny_run, tmp_path, by_hand):
 )
 def test_generate_refuses_before_it_loads_anything(options, parts, tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(generate, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
     assert_refused(["generate", tiny_run, PROMPT, *options], capsys, *parts)
     assert not list(tmp_path.iterdir())
 
@@ -204,7 +205,7 @@ NOWHERE = "/proc/self"  # where not even root can write
 @pytest.mark.parametrize("command", [["generate", "RUN", PROMPT, "--out", f"{NOWHERE}/a.png"],
                                      ["export", "RUN", "--out", f"{NOWHERE}/pipeline"]])  # fmt: skip
 def test_a_place_that_takes_nothing_is_found_out_before_the_work(command, tiny_run, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(generate, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
     monkeypatch.setattr(Pipeline, "from_run", lambda *given, **more: pytest.fail("the stages were loaded"))
     assert_refused([tiny_run if word == "RUN" else word for word in command], capsys, "nothing can be written", NOWHERE)
 
@@ -213,7 +214,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
     from sd_mini.errors import UserError
 
     with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
-        cli._save(Image.new("RGB", (8, 8)), tmp_path / f"{'a' * 300}.png", "PNG")
+        png.replace(Image.new("RGB", (8, 8)), tmp_path / f"{'a' * 300}.png", "PNG")
     assert not list(tmp_path.iterdir())
 
 

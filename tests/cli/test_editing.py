@@ -7,6 +7,7 @@ from PIL import Image
 
 from sd_mini import ImageToImagePipeline, InpaintingPipeline
 from sd_mini.cli import commands as cli
+from sd_mini.cli import generate
 from tests.cli.test_cli import DEVICE, PROMPT, assert_refused
 from tests.support.editing import HALF, picture
 
@@ -46,11 +47,11 @@ def test_pictures_from_a_picture(tiny_run, folder):
 
 def test_a_part_is_repainted(tiny_run, folder, capfd):
     argv = ["generate", tiny_run, PROMPT, "--image", folder / "a.png", "--mask", folder / "m.png"]
-    assert cli.main([str(word) for word in [*argv, "--out", folder / "out.bmp", "--seed", "3"]]) == 0
+    assert cli.main([str(word) for word in [*argv, "--out", folder / "out.png", "--seed", "3"]]) == 0
     # nor does a library warn, as diffusers does of parts that are cast
     assert all("it/s]" in line for line in capfd.readouterr().err.splitlines() if line.strip())
     expected = by_hand(InpaintingPipeline, tiny_run, 3, picture(), HALF)
-    assert np.array_equal(np.asarray(Image.open(folder / "out.bmp")), expected)
+    assert np.array_equal(np.asarray(Image.open(folder / "out.png")), expected)
 
 
 def test_the_size_is_the_turned_picture_s(tiny_run, folder):
@@ -78,7 +79,7 @@ def test_the_size_is_the_turned_picture_s(tiny_run, folder):
 def test_options_are_refused_before_anything_is_loaded(options, parts, tiny_run, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (folder / "a.txt").write_text("no picture")
-    monkeypatch.setattr(cli, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(generate, "open_pipeline", lambda folder: pytest.fail("the pipeline was loaded"))
     assert_refused(["generate", tiny_run, PROMPT, *options], capsys, *parts)
 
 

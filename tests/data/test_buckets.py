@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from eval.__main__ import main as evaluation
 from sd_mini import images
-from sd_mini.cli.commands import open_pipeline
+from sd_mini.cli.opening import open_pipeline
 from sd_mini.config import check
 from sd_mini.data import cache
 from sd_mini.data.arrays import Buckets, Mirrored

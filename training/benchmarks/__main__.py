@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sd_mini.cli.commands import Parser
+from sd_mini.cli.arguments import Parser
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable, read_json

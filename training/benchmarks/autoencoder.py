@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sd_mini.cli.commands import Parser, whole_number
+from sd_mini.cli.arguments import Parser, whole_number
 from sd_mini.data.batches import Batch, iterate, order_of
 from sd_mini.errors import UserError
 from sd_mini.timing import Case

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel
 from torch import Tensor
 
-from sd_mini.cli.commands import open_pipeline
+from sd_mini.cli.opening import open_pipeline
 from sd_mini.cpu import stock_copy
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline

@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from sd_mini.cli.commands import Parser
+from sd_mini.cli.arguments import Parser
 from sd_mini.config import command
 from sd_mini.errors import UserError
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from pydantic import Field
-from tqdm import tqdm
 
 from sd_mini.config import Config
 from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.processes import alone, process_device
+from sd_mini.progress import progress
 
 Scores = dict[str, float]
 DISTANCES = ("kid", "precision", "recall", "density", "coverage")  # logged as NETWORK/NAME, beside the Fréchet distance
@@ -83,7 +83,7 @@ def open_evaluators(config: EvaluateConfig, data: DataConfig, cache: Path) -> Ca
 
     def evaluate(pipeline: Pipeline) -> Scores:
         source = Ours(pipeline)
-        with tqdm(total=len(asked.captions), desc="pictures", delay=2, leave=False) as bar:
+        with progress(total=len(asked.captions), desc="pictures", delay=2, leave=False) as bar:
             pictures = generate(source, asked.captions, Sampling(source.steps, source.guidance, config.batch), bar)
         scores = named_scores(measure(question, {asked.split: pictures}, source, tools).scores)
         check_finite(scores, "scores")

@@ -184,7 +184,7 @@ class Loop:
             images_per_second=speed,
             model_flops_utilisation=utilisation,
         )
-        self.watch.show_progress(means["loss"], means["grad_norm"], speed, utilisation)
+        self.watch.show_progress(self.step, means["loss"], means["grad_norm"], speed, utilisation)
 
     def save(self) -> None:
         """Write `checkpoints/step-NNNNNNNN`: all that the updates to come depend on."""

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,12 @@ from tqdm.auto import tqdm
 from sd_mini.data.batches import StepInputs
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, sync
+from sd_mini.progress import is_seen, progress
 from training.engine.flops import count_flops, measured_peak
 from training.engine.learner import Learner
 
 NO_TRACKER = "none"
+_A_LINE_EVERY = 60  # s, in a log file
 SCORE, EVALUATION = "valid/", "eval/"  # before the names of held-out scores, and of the evaluators' scores
 
 
@@ -193,13 +196,14 @@ class Watch:
             plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
             self.accelerator.init_trackers("logs", plain, {"tensorboard": {"purge_step": step + 1}})
             threading.excepthook = _leave_to_main
-        self.bar = tqdm(
+        self.said = time.monotonic()
+        self.bar = progress(
             total=self.steps,
             initial=step,
             desc=self.folder.name,
             unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-            disable=not self.main,
+            mininterval=0.5,
+            is_shown=self.main,
         )
 
     @contextmanager
@@ -234,9 +238,13 @@ class Watch:
     def write_scores(self, step: int, scores: dict[str, float], kind: str = SCORE) -> None:
         self.write({"step": step, **{kind + name: value for name, value in scores.items()}})
 
-    def show_progress(self, loss: float, norm: float, speed: float, utilisation: float) -> None:
+    def show_progress(self, step: int, loss: float, norm: float, speed: float, utilisation: float) -> None:
+        """In the bar; without a terminal a line a minute, for who reads the log."""
         values = {"loss": f"{loss:.4f}", "grad": f"{norm:.2g}", "img/s": f"{speed:.0f}", "MFU": f"{utilisation:.0%}"}
         self.bar.set_postfix(values, refresh=False)
+        if not is_seen() and time.monotonic() - self.said >= _A_LINE_EVERY:
+            self.said = time.monotonic()
+            self.message(f"step {step:,} of {self.steps:,}, " + ", ".join(f"{k} {v}" for k, v in values.items()))
 
     def scores(self, step: int, kind: str = SCORE) -> dict[str, float]:
         """The scores of that kind that were logged at `step`; empty if there are none."""

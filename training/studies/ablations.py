@@ -20,12 +20,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from pydantic import Field
-from tqdm.auto import tqdm
 
-from sd_mini.cli.commands import Parser, whole_number
+from sd_mini.cli.arguments import Parser, whole_number
 from sd_mini.config import Config, check, command, read, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable, read_json
+from sd_mini.progress import progress
 from sd_mini.stages.contract import read_contract
 from training.autoencoder.task import AutoencoderConfig
 from training.engine.launch import parse
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     (options.run / "cache").mkdir(exist_ok=True)
     atomic_text(options.out / RESULTS, json.dumps(found, indent=2) + "\n")
     given = options, [*overrides, *kept], arms, shares
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="trainings") as bar:
+    with ThreadPoolExecutor(options.jobs) as pool, progress(total=len(jobs), desc="trainings") as bar:
         running = [pool.submit(_measured, *given, job) for job in jobs]
         try:
             for done in as_completed(running):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_mini.cli.commands import Parser, whole_number
+from sd_mini.cli.arguments import Parser, whole_number
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable

@@ -15,9 +15,8 @@ from multiprocessing.connection import wait as wait_for_sentinels
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from tqdm import tqdm
-
 from sd_mini.errors import UserError
+from sd_mini.progress import progress
 from training.data.prepare.config import PrepareConfig
 
 ATTEMPTS = 3  # at a task whose worker dies
@@ -57,7 +56,7 @@ def open_engine(config: PrepareConfig) -> Generator[Engine]:
 
 def run_all(engine: Engine, tasks: Sequence[Task], title: str, done: int = 0) -> None:
     """Run the tasks with a bar that begins at `done`."""
-    for _ in tqdm(engine(tasks), desc=title, initial=done, total=done + len(tasks), unit="shard", delay=1):
+    for _ in progress(engine(tasks), desc=title, initial=done, total=done + len(tasks), unit="shard", delay=1):
         pass
 
 

@@ -1,0 +1,139 @@
+"""What a picture was made with, in its PNG file: written and read here alone.
+
+Two text chunks (iTXt, UTF-8) before the pixels: `sd_mini`, the settings as JSON, from which the same picture can be
+made again; and `parameters`, the same in the form that Automatic1111's web UI writes and galleries show. Reading one
+decodes no pixels and executes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from pydantic import Field, ValidationError
+
+from sd_mini import __version__
+from sd_mini.config import Config, complaint
+from sd_mini.errors import UserError
+from sd_mini.files import written_to
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SETTINGS, PARAMETERS = "sd_mini", "parameters"  # keys of the text chunks
+MAX_PROMPT = 100_000  # characters; a tokenizer keeps a few hundred of them
+_MAX_CHUNK = 2**20  # characters of the settings as JSON
+
+
+class Settings(Config):
+    """What one picture is made with. None stands for the pipeline's own value, until the picture is made.
+
+    Raises UserError through `config.check` for values of the wrong kind; what fits the pipeline is its call's to check.
+    """
+
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT)
+    """what the picture shows"""
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
+    """what guidance leads away from; null: the trained condition of no prompt"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """of the noise"""
+    num_inference_steps: int | None = Field(None, ge=1, le=10_000)
+    """of the sampler"""
+    guidance_scale: float | None = Field(None, allow_inf_nan=False)
+    """1: no guidance"""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """how far the spread of a guided prediction is brought back, 0 to 1"""
+    guidance_interval: tuple[float, float] | None = None
+    """noise levels, 0 to 1, between which steps are guided"""
+    sampler: str | None = Field(None, max_length=100)
+    """euler, heun, dpm++, unipc, ddim or ddpm"""
+    height: int | None = Field(None, ge=1, le=65_536)
+    """px"""
+    width: int | None = Field(None, ge=1, le=65_536)
+    """px"""
+    autoguidance: bool = False
+    """guidance leads away from the pipeline's guide"""
+    tile: int | None = Field(None, ge=1, le=65_536)
+    """latent cells a side of the squares that are decoded one at a time"""
+    strength: float | None = Field(None, ge=0, le=1)
+    """with a picture to start from: how much of it may change"""
+    image: str | None = Field(None, max_length=64)
+    """SHA-256 of the pixels of the picture to start from"""
+    mask_image: str | None = Field(None, max_length=64)
+    """SHA-256 of the pixels of its mask"""
+    stages: dict[str, str] = Field({}, max_length=16)
+    """hashes of the stages that made it, by kind"""
+    version: str = Field(__version__, max_length=100)
+    """of sd_mini"""
+
+
+def save(picture: Image.Image, target: str | Path | BinaryIO, settings: Settings) -> None:
+    """Write a PNG with `settings` in it: a file, whole or not at all, or into a stream. Raises UserError."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_itxt(SETTINGS, settings.model_dump_json())
+    chunks.add_itxt(PARAMETERS, as_parameters(settings))
+    if isinstance(target, str | Path):
+        replace(picture, Path(target), "PNG", pnginfo=chunks)
+    else:
+        picture.save(target, "PNG", pnginfo=chunks)
+
+
+def replace(picture: Image.Image, path: Path, picture_format: str, **options: object) -> None:
+    """Write beside `path`, then rename: whoever opens it finds a whole picture or none. Raises UserError."""
+    partial = path.with_name(f".{path.name}.partial")
+    with written_to(path):
+        try:
+            picture.save(partial, picture_format, **options)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> Settings:
+    """The settings in a PNG that `save` wrote. Raises UserError: no such file, no PNG, none in it, or forged ones."""
+    text = _chunk(Path(path))
+    try:
+        return Settings.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: its settings cannot be used: {complaint(Settings, error)}") from None
+
+
+def _chunk(path: Path) -> str:
+    """The JSON in a PNG file, of bounded length, read from the chunks before its pixels."""
+    from PIL import Image
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a PNG that sd-mini made")
+    try:
+        # the pixels stay undecoded, and Pillow bounds what a text chunk may unpack to (1 MiB each, 64 MiB in all)
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get(SETTINGS)
+    except Exception as error:  # on damaged bytes Pillow raises anything, from SyntaxError to struct.error
+        raise UserError(f"{path}: cannot be read as a PNG ({error}); give one that sd-mini made") from error
+    if not isinstance(text, str):
+        raise UserError(f"{path}: holds no settings of sd_mini's; an editor or a web site may have removed them")
+    if len(text) > _MAX_CHUNK:
+        raise UserError(f"{path}: its settings have {len(text):,} characters; expected at most {_MAX_CHUNK:,}")
+    return text
+
+
+def as_parameters(settings: Settings) -> str:
+    """The settings in Automatic1111's form: the prompt, the negative prompt, a line of `name: value`."""
+    values = {
+        "Steps": settings.num_inference_steps,
+        "Sampler": settings.sampler,
+        "CFG scale": settings.guidance_scale,
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}" if settings.width else None,
+        "Model hash": settings.stages.get("noise_predictor", "")[:10] or None,
+        "Denoising strength": settings.strength,
+        "Version": f"sd_mini {settings.version}",
+    }
+    lines = [settings.prompt]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in values.items() if value is not None))
+    return "\n".join(lines)

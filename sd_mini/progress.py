@@ -1,0 +1,18 @@
+"""Progress bars, on a terminal or in a notebook; elsewhere, as in a log file or a pipe, there are none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def is_seen() -> bool:
+    """Whether stderr is a place where a bar moves."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def progress(*args: Any, is_shown: bool = True, **options: Any) -> tqdm:
+    """tqdm's bar with these arguments, quiet where nobody would see it move, and where not `is_shown`."""
+    return tqdm(*args, disable=not (is_shown and is_seen()), **options)

@@ -1,0 +1,109 @@
+"""sd-mini init: a recipe that the launchers take, equal to the measured one where data and machine are its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from sd_mini.cli import commands as cli
+from sd_mini.cli.init import STAGES, Recipe
+from sd_mini.config import read
+from sd_mini.data.captioned import DataConfig
+from tests.cli.test_cli import assert_refused
+from training.autoencoder.task import AutoencoderConfig
+from training.noise_predictor.config import PredictorConfig
+from training.text_encoder.config import TextConfig
+
+CONFIGS = dict(zip(STAGES, (AutoencoderConfig, TextConfig, PredictorConfig), strict=True))
+MEASURED = {"cpu": "pictures", "cuda": "emoji_gpu"}
+ROOT = Path(__file__).parents[2]
+
+
+def folder_of(place, count, size, name="die Bilder"):
+    folder = place / name
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)  # none is like another
+        Image.fromarray(pixels).resize(size).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def test_the_files_are_read_by_the_launchers(tmp_path, monkeypatch, capsys):
+    source = folder_of(tmp_path, 30, (80, 70))
+    monkeypatch.chdir(tmp_path)
+    argv = ["init", "mine", "--data", source.name, "--max_aspect", "2"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "30 pictures of about 70 px" in out and " of disk" in out and ("minutes" in out or "hours" in out)
+    for stage, config in CONFIGS.items():
+        read_back = read(config, tmp_path / "mine" / f"{stage}.yaml")
+        assert read_back.data.source == str(source) and read_back.data.max_aspect == 2
+        assert read_back.train.batch_size <= 29
+    readme = (tmp_path / "mine" / "README.md").read_text()
+    assert all(f"training.{stage} --config mine/{stage}.yaml --run runs/mine" in readme for stage in STAGES)
+    assert f"sd-mini data '{source}' --max_aspect 2.0 --sheet sheet.png" in readme
+    assert_refused(argv, capsys, "mine", "there already")
+
+
+@pytest.mark.parametrize(("device", "side"), [("cpu", 64), ("cuda", 128)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_is_the_measured_recipe(device, side, stage, tmp_path):
+    """Of 3,243 pictures like the emoji: the fields of the files in training/configs, but for where the data is."""
+    recipe = Recipe(tmp_path, DataConfig(source="pictures"), 3243, side, device, 1e12)
+    ours = yaml.safe_load(getattr(recipe, stage)())
+    measured = ROOT / "training" / "configs" / MEASURED[device] / f"{stage}.yaml"
+    if not measured.is_file():  # the GPU's recipe takes the text encoder of the CPU's
+        measured = ROOT / "training" / "configs" / "pictures" / f"{stage}.yaml"
+    theirs = yaml.safe_load(measured.read_text())
+    for fields in (ours, theirs):
+        for name in ("data", "valid", "resident"):
+            fields.pop(name, None)
+        for name in ("preview_every", "checkpoint_every", "valid_every", "log_every"):
+            fields["train"].pop(name, None)
+        fields.get("sampling", {}).pop("interval", None)
+        if device == "cuda" and stage != "noise_predictor":  # which the recipe for one large GPU leaves out
+            for name in ("mixed_precision", "compile"):
+                fields["train"].pop(name, None)
+        fields["train"].pop("ema_every", None)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("side", "resolution"), [(20, 32), (50, 64), (40, 32), (500, 64)])
+def test_small_pictures_are_not_blown_up(side, resolution, tmp_path):
+    recipe = Recipe(tmp_path, DataConfig(source="pictures"), 10, side, "cpu", 1e11)
+    assert recipe.resolution == resolution and recipe.batch(64) == 8
+
+
+def test_what_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    new = tmp_path / "new"
+    assert_refused(["init", new, "--data", "shapes"], capsys, "has its recipe already")
+    assert_refused(["init", new, "--data", tmp_path / "empty"], capsys, str(tmp_path / "empty"))
+    assert_refused(["init", new], capsys, "--data")
+    assert_refused(["init", new, "--data", folder_of(tmp_path, 2, (9, 9)), "--text_colum", "a"], capsys, "text_column")
+    assert not new.exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_trains(tmp_path):
+    """20 pictures, from `init` to the first updates of each stage, by the commands that it names."""
+    folder_of(tmp_path, 20, (40, 40), "pictures")
+    assert cli.main(["init", str(tmp_path / "mine"), "--data", str(tmp_path / "pictures")]) == 0
+    for stage in STAGES:
+        config = tmp_path / "mine" / f"{stage}.yaml"
+        argv = [
+            "-m",
+            f"training.{stage}",
+            "--config",
+            str(config),
+            "--run",
+            str(tmp_path / "run"),
+            "--train.steps",
+            "2",
+        ]
+        subprocess.run([sys.executable, *argv], check=True, cwd=ROOT)
