@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -118,9 +119,12 @@ def whole_number(value: Any, name: str, low: int, high: int) -> int:
 
 def number(value: Any, name: str) -> float:
     try:
-        return float(value)
+        parsed = float(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name}: got {value!r:.40}, expected a number") from None
+        parsed = math.nan
+    if not math.isfinite(parsed):
+        raise UserError(f"{name}: got {value!r:.40}, expected a number")
+    return parsed
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from sd_mini.errors import UserError
-from sd_mini.files import CONTRACT, MANIFEST, PIPELINE_MARK, check_files, combined_hash, read_json
-from sd_mini.stages.contract import KINDS
+from sd_mini.files import CONTRACT, MANIFEST, PIPELINE_MARK, combined_hash, read_json
+from sd_mini.stages.contract import KINDS, check_files
 from sd_mini.texts import read_text
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ class Run:
     Raises UserError for a folder that is neither.
     """
 
-    def __init__(self, folder: Path, open_pipeline: Callable[[Path], Pipeline], name: str | None = None):
-        self.folder, self.name = folder, name or folder.name
+    def __init__(self, folder: Path, open_pipeline: Callable[[Path], Pipeline]):
+        self.folder = folder
         self._open, self._lock = open_pipeline, Lock()
         self._pipeline: Pipeline | None = None
         self._opened_from: list[int] = []
-        # of a pipeline folder, the run that it lies in
-        self.root = folder if _is_run(folder) or not _is_run(folder.parent) else folder.parent
-        if not _is_run(folder) and not (folder / PIPELINE_MARK).is_file():
+        is_pipeline, parent = (folder / PIPELINE_MARK).is_file(), folder.resolve().parent
+        self.root = parent if is_pipeline and _is_run(parent) else folder  # where the stages, logs and report are
+        self.name = self.root.resolve().name
+        if not is_pipeline and not _is_run(folder):
             what = "neither a run folder nor a pipeline folder" if folder.is_dir() else "no such folder"
             raise UserError(
                 f"{folder}: {what}; expected a run folder ({', '.join(KINDS)} in it), or a pipeline folder "
@@ -147,10 +148,9 @@ class Run:
 def open_runs(folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline]) -> dict[str, Run]:
     """Run folders by the names under which the page shows them, each once: the folder's own, or its path where two have
     the same."""
-    paths = list(dict.fromkeys(Path(folder) for folder in folders))
-    own = [path.resolve().name for path in paths]
-    names = [name if own.count(name) == 1 else str(path) for name, path in zip(own, paths, strict=True)]
-    return {name: Run(path, open_pipeline, name) for name, path in zip(names, paths, strict=True)}
+    runs = [Run(folder, open_pipeline) for folder in dict.fromkeys(map(Path, folders))]
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else str(run.folder): run for run in runs}
 
 
 def _is_run(folder: Path) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from sd_mini.cli import doctor, export, generate, init, inspection, survey
+from sd_mini.cli import app, doctor, export, generate, init, inspection, survey
 from sd_mini.cli.arguments import Parser
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.openmp import let_threads_sleep
 
-COMMANDS = (generate, inspection, export, survey, init, doctor)  # each has `add_command`, in the order of `--help`
+COMMANDS = (generate, app, inspection, export, survey, init, doctor)  # each has `add_command`, in the order of `--help`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,7 +59,7 @@ def test_fields_and_settings_are_inverse():
         ({"steps": float("nan")}, "steps: got nan"),
         ({"width": 1e9}, "width: got 1000000000"),
         ({"guidance": "much"}, "guidance: got 'much'"),
-        ({"guidance": float("inf")}, "guidance_scale"),
+        ({"guidance": float("inf")}, "guidance: got inf"),
     ],
 )
 def test_wrong_fields_are_named_in_one_short_line(changed, message):

@@ -28,9 +28,10 @@ def test_names_are_told_apart(tiny_run, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(tiny_run, tmp_path / place / "run")
     runs = open_runs([tmp_path / "a" / "run", tmp_path / "b" / "run", tiny_run / "pipeline"], open_pipeline)
-    assert list(runs) == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), "pipeline"]
+    assert list(runs) == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), str(tiny_run / "pipeline")]
     assert list(open_runs([tiny_run, tiny_run], open_pipeline)) == ["run"]
-    assert runs["pipeline"].root == tiny_run  # whose curves and report are shown with it
+    (pipeline,) = open_runs([tiny_run / "pipeline"], open_pipeline).values()
+    assert (pipeline.name, pipeline.root) == ("run", tiny_run)  # whose curves and report are shown with it
 
 
 def test_what_is_no_run(tmp_path):
