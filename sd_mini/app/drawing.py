@@ -6,6 +6,7 @@ two people who draw at once get a picture each in turn.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Event
+from threading import Event as Flag
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from sd_mini.png import Settings
 
 PATIENCE = 0.2  # seconds after which a request that waits looks whether it was cancelled
-BETWEEN_PREVIEWS = 0.1  # seconds; a browser shows no more than that to any use
+OFTEN, SELDOM = 0.1, 0.5  # seconds between two previews: of a picture one waits for, of many in a row
 _NAMED = 60  # characters of a prompt in a file's name
 
 
@@ -53,12 +54,12 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Preview:
-    """The picture `number` after `step` of `steps`; `picture` is None where the last preview is too young."""
+    """The picture `number` as it is after `step` of `steps`."""
 
     number: int
     step: int
     steps: int
-    picture: Image.Image | None
+    picture: Image.Image
 
 
 @dataclass(frozen=True)
@@ -71,31 +72,55 @@ class Drawn:
     settings: Settings
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """The drawing was stopped before the picture `number` was finished."""
+
+    number: int
+
+
+Event = Waiting | Preview | Drawn | Stopped
+
+
+class Pace:
+    """Lets something happen at once, and then again after `pause` seconds each."""
+
+    def __init__(self, pause: float):
+        self.pause, self._last = pause, -math.inf
+
+    def is_due(self) -> bool:
+        now = monotonic()
+        if now - self._last < self.pause:
+            return False
+        self._last = now
+        return True
+
+
 class Studio:
     """Draws tasks into PNG files below `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="studio")
-        self._stops: dict[str, set[Event]] = defaultdict(set)
+        self._stops: dict[str, set[Flag]] = defaultdict(set)
         self._previews: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by autoencoder
         self._numbers = count()
 
-    def draw(self, tasks: Sequence[Task], session: str) -> Generator[Waiting | Preview | Drawn, None, bool]:
-        """Draw the tasks in order, with what happens on the way; returns whether all were drawn.
+    def draw(self, tasks: Sequence[Task], session: str, pause: float = OFTEN) -> Generator[Event, None, None]:
+        """Draw the tasks in order: what happens on the way. Previews come at least `pause` seconds after each other.
 
         Closing the generator, as gradio does when a browser has gone, ends the drawing after the step that runs, as
         `stop` does from another thread. Raises UserError for settings from which no picture can be drawn.
         """
-        stop = Event()
+        stop, pace = Flag(), Pace(pause)
         self._stops[session].add(stop)
         try:
             for number, task in enumerate(tasks):
-                drawn = yield from self._one(number, task, stop)
+                drawn = yield from self._one(number, task, stop, pace)
                 if drawn is None:
-                    return False
+                    yield Stopped(number)
+                    return
                 yield drawn
-            return True
         finally:
             stop.set()
             self._stops[session].discard(stop)
@@ -114,7 +139,7 @@ class Studio:
         from sd_mini.png import Settings
 
         task = Task(lambda: pipeline, Settings(prompt="a first picture", num_inference_steps=1), "")
-        self._thread.submit(self._picture, 0, task, Event(), lambda event: None, is_kept=False).result()
+        self._thread.submit(self._picture, 0, task, Flag(), Pace(0.0), lambda event: None, is_kept=False).result()
 
     def close(self) -> None:
         """End all drawing."""
@@ -122,9 +147,9 @@ class Studio:
             self.stop(session)
         self._thread.shutdown(cancel_futures=True)
 
-    def _one(self, number: int, task: Task, stop: Event) -> Generator[Waiting | Preview, None, Drawn | None]:
+    def _one(self, number: int, task: Task, stop: Flag, pace: Pace) -> Generator[Waiting | Preview, None, Drawn | None]:
         news: SimpleQueue[Waiting | Preview | None] = SimpleQueue()
-        future: Future[Drawn | None] = self._thread.submit(self._picture, number, task, stop, news.put)
+        future: Future[Drawn | None] = self._thread.submit(self._picture, number, task, stop, pace, news.put)
         future.add_done_callback(lambda _: news.put(None))
         try:
             while True:
@@ -145,7 +170,13 @@ class Studio:
         return None if future.cancelled() else future.result()
 
     def _picture(
-        self, number: int, task: Task, stop: Event, tell: Callable[[Preview], None], is_kept: bool = True
+        self,
+        number: int,
+        task: Task,
+        stop: Flag,
+        pace: Pace,
+        tell: Callable[[Preview], None],
+        is_kept: bool = True,
     ) -> Drawn | None:
         """One picture, in the studio's thread; none if it was stopped."""
         if stop.is_set():
@@ -154,23 +185,15 @@ class Studio:
 
         pipeline = task.open()
         previews = self._previews_of(pipeline)
-        shown_at = -BETWEEN_PREVIEWS
 
         def on_step(pipeline: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal shown_at
             if stop.is_set():
                 pipeline._interrupt = True
-                return {}
-            picture = None
-            if monotonic() - shown_at >= BETWEEN_PREVIEWS:
-                picture = previews(tensors["latents"])
-                shown_at = monotonic()
-            tell(Preview(number, i + 1, pipeline.num_timesteps, picture))
+            elif pace.is_due():
+                tell(Preview(number, i + 1, pipeline.num_timesteps, previews(tensors["latents"])))
             return {}
 
-        picture, settings = generate(
-            pipeline, task.settings, task.image, task.mask, callback_on_step_end=on_step
-        )
+        picture, settings = generate(pipeline, task.settings, task.image, task.mask, callback_on_step_end=on_step)
         if stop.is_set() or not is_kept:
             return None
         folder = self.folder / f"{next(self._numbers):06d}"

@@ -7,6 +7,7 @@ import html
 import io
 import random
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from sd_mini import png
 from sd_mini.app import curves, side_by_side
-from sd_mini.app.drawing import Drawn, Preview, Studio, Task, Waiting
+from sd_mini.app.drawing import OFTEN, SELDOM, Drawn, Event, Pace, Preview, Stopped, Studio, Task, Waiting
 from sd_mini.app.inputs import Values, fields_of, messages
 from sd_mini.app.runs import Run
 from sd_mini.errors import UserError
@@ -35,7 +36,6 @@ class Handlers:
 
     def draw(self, values: Values, history: list[str], session: str) -> Generator[tuple[Any, ...]]:
         """Pictures => status, preview, gallery, history (files, the newest first), settings of the newest."""
-        yield status("Waiting ..."), gr.skip(), gr.skip(), gr.skip(), gr.skip()
         with messages():
             tasks = side_by_side.pictures(values, self.runs)
             history = list(history)
@@ -48,39 +48,34 @@ class Handlers:
 
     def compare(self, values: Values, session: str) -> Generator[tuple[Any, ...]]:
         """A grid => status, preview, gallery in columns, its files, row by row."""
-        yield status("Waiting ..."), gr.skip(), gr.skip(), gr.skip()
         with messages():
             tasks, columns = side_by_side.grid(values, self.runs)
             drawn: list[Drawn] = []
-            for event, line in self._drawn(tasks, session):
-                if not isinstance(event, Drawn):
+            pace = Pace(SELDOM)  # the browser, which may share the cores with the studio, lays the whole grid out anew
+            for event, line in self._drawn(tasks, session, SELDOM):
+                if isinstance(event, Drawn):
+                    drawn.append(event)
+                if isinstance(event, Waiting | Preview):
                     yield status(line), preview(event), gr.skip(), gr.skip()
-                    continue
-                drawn.append(event)
-                shown = gr.Gallery([(str(one.path), one.label) for one in drawn], columns=columns)
-                yield status(line), picture_of(event.path), shown, [str(one.path) for one in drawn]
+                elif pace.is_due() or isinstance(event, Stopped) or len(drawn) == len(tasks):
+                    shown = gr.Gallery([(str(one.path), one.label) for one in drawn], columns=columns)
+                    yield status(line), gr.skip(), shown, [str(one.path) for one in drawn]
 
-    def _drawn(self, tasks: Sequence[Task], session: str) -> Generator[tuple[Waiting | Preview | Drawn, str]]:
-        """What happens to the tasks, each with a line for the page; the last line is about all of them."""
-        drawing = self.studio.draw(tasks, session)
-        finished, event = 0, None
-        try:
-            while True:
-                event = next(drawing)
-                of = f"picture {event.number + 1} of {len(tasks)}"
+    def _drawn(self, tasks: Sequence[Task], session: str, pause: float = OFTEN) -> Generator[tuple[Event, str]]:
+        """What happens to the tasks, each with a line for the page."""
+        finished, count = 0, len(tasks)
+        with closing(self.studio.draw(tasks, session, pause)) as events:
+            for event in events:
+                of = f"picture {event.number + 1} of {count}"
                 if isinstance(event, Drawn):
                     finished += 1
-                    line = f"{finished} of {len(tasks)} drawn" if finished < len(tasks) else f"Done: {_count(finished)}"
+                    yield event, f"{finished} of {count} drawn" if finished < count else f"Done: {_count(finished)}"
                 elif isinstance(event, Preview):
-                    line = f"Drawing {of}, step {event.step} of {event.steps}"
+                    yield event, f"Drawing {of}, step {event.step} of {event.steps}"
+                elif isinstance(event, Stopped):
+                    yield event, f"Cancelled: {finished} of {_count(count)} drawn"
                 else:
-                    line = f"Drawing {of} ..." if event.is_begun else f"Waiting: others draw first ({of})"
-                yield event, line
-        except StopIteration as end:
-            if not end.value:
-                yield Waiting(finished, False), f"Cancelled: {finished} of {_count(len(tasks))} drawn"
-        finally:
-            drawing.close()
+                    yield event, f"Drawing {of} ..." if event.is_begun else f"Waiting: others draw first ({of})"
 
     def cancel(self, session: str) -> str:
         return status("Cancelling ..." if self.studio.stop(session) else "Nothing is being drawn")
@@ -174,9 +169,9 @@ def note(line: str) -> str:
     return f'<p class="note">{html.escape(line)}</p>'
 
 
-def preview(event: Waiting | Preview) -> Any:
-    """HTML of a preview; nothing new of an event without one."""
-    return gr.skip() if isinstance(event, Waiting) or event.picture is None else _shown(event.picture, "Preview")
+def preview(event: Event) -> Any:
+    """HTML of a preview; nothing new of another event."""
+    return _shown(event.picture, "Preview") if isinstance(event, Preview) else gr.skip()
 
 
 def picture_of(path: Path) -> str:

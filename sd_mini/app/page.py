@@ -17,17 +17,31 @@ REFRESH = 5  # seconds between two looks at a training's metrics
 AT_ONCE = 32  # requests that wait for the studio; more wait in gradio's own queue
 QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
-# the system's own fonts, as nothing is fetched from elsewhere
-THEME = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 h1 { font-size: 1.4rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 .preview { display: flex; justify-content: center; align-items: center; min-height: 256px; text-align: center; }
 .preview img { width: min(100%, 320px); image-rendering: pixelated; }
 .gallery img { image-rendering: pixelated; }
+.gallery .grid-wrap { max-height: none; min-height: 0; }
+.gallery .thumbnail-item { aspect-ratio: auto; height: auto; }
+.gallery .caption-label { position: static; max-width: 100%; white-space: normal; border: 0; }
 .status, .note, .stages { margin: 0; min-height: 1.5em; overflow-wrap: anywhere; }
+button[role=tab].selected { color: var(--primary-700); }
+.dark button[role=tab].selected { color: var(--primary-300); }
+.card pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden; }
+.card .token { color: inherit !important; }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); background: white; }
 """
+
+
+def theme() -> Any:
+    """gradio's default, with the system's own fonts, as nothing is fetched from elsewhere, and with colours that
+    contrast by 4.5 to 1."""
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fill = dict.fromkeys(("button_primary_background_fill", "button_primary_background_fill_dark"), "*primary_700")
+    return gr.themes.Default(primary_hue="blue", neutral_hue="gray", **fonts).set(
+        **fill, button_primary_background_fill_hover="*primary_800", body_text_color_subdued="*neutral_600"
+    )
 
 
 class Page:
@@ -38,11 +52,15 @@ class Page:
         self.fields: dict[str, Any] = {}
         with gr.Blocks(title=f"sd_mini: {', '.join(self.names)}", analytics_enabled=False) as self.blocks:
             gr.HTML(f"<h1>sd_mini: {html.escape(', '.join(self.names))}</h1>")
+            # files, the newest first, and which of them is selected; not within Tabs, whose children are counted
+            self.history, self.selected = gr.State([]), gr.State(0)
+            self.grid_files, self.grid_selected = gr.State([]), gr.State(0)
+            self.timer = gr.Timer(REFRESH, active=False)
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     self._inputs()
                 with gr.Column(scale=3, min_width=320):
-                    with gr.Tabs():
+                    with gr.Tabs(overflow_behavior="wrap"):
                         self._pictures()
                         self._side_by_side()
                         self._about()
@@ -55,11 +73,11 @@ class Page:
         fields["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=4)
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", min_width=120)
-            self.cancel = gr.Button("Cancel", variant="stop", min_width=120)
+            self.cancel = gr.Button("Cancel", min_width=120)
         with gr.Row():
             fields["seed"] = gr.Number(0, label="Seed", precision=0, min_width=120)
             fields["count"] = gr.Number(1, label="Count", precision=0, minimum=1, maximum=MAX_PICTURES, min_width=80)
-            self.dice = gr.Button("\N{GAME DIE} Random seed", min_width=120)
+            self.dice = gr.Button("\N{GAME DIE} Random seed", size="sm", min_width=120)
         with gr.Row():
             fields["steps"] = gr.Slider(1, 100, 20, step=1, label="Steps", min_width=140)
             fields["guidance"] = gr.Slider(0, 15, 3, step=0.1, label="Guidance scale", min_width=140)
@@ -69,7 +87,7 @@ class Page:
         with gr.Row():
             fields["width"] = gr.Number(64, label="Width, px", precision=0, min_width=100)
             fields["height"] = gr.Number(64, label="Height, px", precision=0, min_width=100)
-            fields["sampler"] = gr.Dropdown([], label="Sampler", min_width=100)
+            fields["sampler"] = gr.Dropdown([], label="Sampler", min_width=140)
         with gr.Accordion("Start from a picture", open=False):
             fields["editor"] = gr.ImageEditor(
                 label="Picture; paint what is to be repainted",
@@ -104,7 +122,6 @@ class Page:
             with gr.Row():
                 self.reuse = gr.Button("Use these settings", min_width=140)
                 self.start_from = gr.Button("Start from this picture", min_width=140)
-        self.history, self.selected = gr.State([]), gr.State(0)
 
     def _side_by_side(self) -> None:
         with gr.Tab("Side by side"):
@@ -121,7 +138,6 @@ class Page:
                 label="Settings of the selected picture", lines=4, interactive=False, buttons=["copy"]
             )
             self.grid_reuse = gr.Button("Use these settings")
-        self.grid_files, self.grid_selected = gr.State([]), gr.State(0)
 
     def _about(self) -> None:
         with gr.Tab("Report") as self.report_tab:
@@ -129,7 +145,7 @@ class Page:
             with gr.Accordion("report.json", open=False):
                 self.scores = gr.JSON(label="report.json", show_label=False, max_height=480)
         with gr.Tab("Model card") as self.card_tab:
-            self.card = gr.Markdown("")
+            self.card = gr.Markdown("", elem_classes="card")
         with gr.Tab("Loss curves") as self.curves_tab:
             self.stages = gr.HTML("")
             self.measure = gr.Dropdown(["loss"], value="loss", label="Measure")
@@ -137,7 +153,6 @@ class Page:
                 gr.LinePlot(x="step", y="value", color="measure", label=kind.replace("_", " "), height=240)
                 for kind in KINDS
             ]
-        self.timer = gr.Timer(REFRESH, active=False)
 
     def _wire(self) -> None:
         on, fields = self.handlers, self.fields
@@ -229,6 +244,7 @@ def _gallery(label: str) -> Any:
     return gr.Gallery(
         label=label,
         columns=4,
+        fit_columns=False,
         height="auto",
         object_fit="contain",
         interactive=False,

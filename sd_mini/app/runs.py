@@ -105,7 +105,9 @@ class Run:
         parameters = dict(network.named_parameters())
         for key, tensor in load_file(folder / name).items():
             if key not in parameters or parameters[key].shape != tensor.shape:
-                raise UserError(f"{folder / name}: {key} has no place in the run's noise predictor; train it as a whole")
+                raise UserError(
+                    f"{folder / name}: {key} has no place in the run's noise predictor; train it as a whole"
+                )
             parameters[key].data.copy_(tensor)
         stages = {**pipeline.config.stages, "noise_predictor": combined_hash(files)}
         return Pipeline.from_pipe(pipeline, noise_predictor=network, stages=stages)

@@ -32,9 +32,7 @@ _HEADERS = {
 
 
 @contextmanager
-def serving(
-    folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline], host: str, port: int
-) -> Generator[str]:
+def serving(folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline], host: str, port: int) -> Generator[str]:
     """Load the runs, draw a first picture with each, and serve the page; yields its address.
 
     Raises UserError, one line, for a folder that is no run, for a port in use, and without gradio.
@@ -47,10 +45,10 @@ def serving(
 def _serving(
     folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline], host: str, port: int, scratch: Path
 ) -> Generator[str]:
-    gradio = import_gradio(scratch / "gradio")
+    import_gradio(scratch / "gradio")
     from sd_mini.app.drawing import Studio
     from sd_mini.app.handlers import Handlers
-    from sd_mini.app.page import CSS, THEME, Page
+    from sd_mini.app.page import CSS, Page, theme
     from sd_mini.app.runs import open_runs
 
     runs = open_runs(folders, open_pipeline)
@@ -65,7 +63,7 @@ def _serving(
         _, address, _ = page.blocks.launch(
             server_name=host,
             server_port=port,
-            theme=gradio.themes.Default(**THEME),
+            theme=theme(),
             css=CSS,
             app_kwargs={"middleware": _middleware(host)},
             max_file_size=MAX_UPLOAD,
@@ -100,17 +98,18 @@ def serve(folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline], ho
         stop.wait()
 
 
-def import_gradio(files: Path) -> Any:
-    """gradio, told before its import that it reports to nobody, and keeps uploads, and what browsers are given, in
-    `files`. Raises UserError where it is not installed."""
+def import_gradio(files: Path) -> None:
+    """Import gradio, told before that it reports to nobody, and keeps uploads, and what browsers are given, in `files`.
+
+    Raises UserError where it is not installed.
+    """
     os.environ["GRADIO_TEMP_DIR"] = str(files)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError as error:
         raise UserError(f"the page needs gradio ({error}): pip install 'sd-mini[app]'") from None
-    return gradio
 
 
 def free_port(host: str, port: int) -> int:
@@ -120,9 +119,13 @@ def free_port(host: str, port: int) -> int:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             free = _bound(host, 0)
-            raise UserError(f"--port {port}: is in use on {host}; take another, as --port {free}, or 0 for any") from None
+            raise UserError(
+                f"--port {port}: is in use on {host}; take another, as --port {free}, or 0 for any"
+            ) from None
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"--host {host}: is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all") from None
+            raise UserError(
+                f"--host {host}: is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all"
+            ) from None
         raise UserError(f"--port {port}: cannot be used on {host} ({error.strerror}); use one above 1023") from None
 
 

@@ -19,7 +19,10 @@ def add_command(commands: Any) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders, or pipeline folders themselves")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     parser.add_argument(
-        "--port", type=whole_number(0), default=PORT, help="port to listen at, 0 for any free one (default: %(default)s)"
+        "--port",
+        type=whole_number(0),
+        default=PORT,
+        help="port to listen at, 0 for any free one (default: %(default)s)",
     )
 
 

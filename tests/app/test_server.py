@@ -65,5 +65,3 @@ def test_the_address_who_may_ask_and_the_end(tiny_run, tmp_path):
         page.send_signal(signal.SIGTERM)
         assert page.wait(timeout=20) == 0
     assert [path for path in tmp_path.iterdir() if path.name.startswith("sd-mini-app-")] == []
-
-
