@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sd_mini import png
+from sd_mini.remarks import collected
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,12 +65,13 @@ class Preview:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture, the PNG file with its settings."""
+    """A finished picture, the PNG file with its settings, and what its maker should know, as of a prompt cut short."""
 
     number: int
     path: Path
     label: str
     settings: Settings
+    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,8 @@ class Studio:
         return bool(stops)
 
     def warm(self, pipeline: Pipeline) -> None:
-        """Draw a first picture and preview, in the thread that draws the others: the libraries' first calls are slow."""
-        from sd_mini.png import Settings
-
-        task = Task(lambda: pipeline, Settings(prompt="a first picture", num_inference_steps=1), "")
+        """Draw a first picture and preview, in the thread that draws the others: a library's first calls are slow."""
+        task = Task(lambda: pipeline, png.Settings(prompt="a first picture", num_inference_steps=1), "")
         self._thread.submit(self._picture, 0, task, Flag(), Pace(0.0), lambda event: None, is_kept=False).result()
 
     def close(self) -> None:
@@ -193,14 +193,15 @@ class Studio:
                 tell(Preview(number, i + 1, pipeline.num_timesteps, previews(tensors["latents"])))
             return {}
 
-        picture, settings = generate(pipeline, task.settings, task.image, task.mask, callback_on_step_end=on_step)
+        with collected() as remarks:
+            picture, settings = generate(pipeline, task.settings, task.image, task.mask, callback_on_step_end=on_step)
         if stop.is_set() or not is_kept:
             return None
         folder = self.folder / f"{next(self._numbers):06d}"
         folder.mkdir(parents=True)
         path = folder / file_name(settings)
         png.save(picture, path, settings)
-        return Drawn(number, path, task.label, settings)
+        return Drawn(number, path, task.label, settings, remarks)
 
     def _previews_of(self, pipeline: Pipeline) -> Any:
         from sd_mini.app.previews import Previews

@@ -25,7 +25,7 @@ from sd_mini.stages.contract import KINDS
 
 KEPT = 200  # pictures that a session's gallery holds
 _LAST_RANDOM = 2**32 - 1
-NO_PICTURE = '<div class="preview empty">The picture appears here while it is drawn.</div>'
+NO_PICTURE = '<div class="drawn">The picture appears here while it is drawn.</div>'
 
 
 class Handlers:
@@ -35,16 +35,17 @@ class Handlers:
         self.runs, self.studio = runs, studio
 
     def draw(self, values: Values, history: list[str], session: str) -> Generator[tuple[Any, ...]]:
-        """Pictures => status, preview, gallery, history (files, the newest first), settings of the newest."""
+        """Pictures => status, preview, gallery, history (files, the newest first), settings and file of the newest."""
         with messages():
             tasks = side_by_side.pictures(values, self.runs)
             history = list(history)
             for event, line in self._drawn(tasks, session):
                 if not isinstance(event, Drawn):
-                    yield status(line), preview(event), gr.skip(), gr.skip(), gr.skip()
+                    yield status(line), preview(event), *[gr.skip()] * 4
                     continue
                 history = [str(event.path), *history][:KEPT]
-                yield status(line), picture_of(event.path), gallery(history), history, png.as_parameters(event.settings)
+                shown, *chosen = self.select(history, 0)
+                yield status(line), shown, gallery(history), history, *chosen
 
     def compare(self, values: Values, session: str) -> Generator[tuple[Any, ...]]:
         """A grid => status, preview, gallery in columns, its files, row by row."""
@@ -69,6 +70,8 @@ class Handlers:
                 of = f"picture {event.number + 1} of {count}"
                 if isinstance(event, Drawn):
                     finished += 1
+                    for line in event.remarks if finished == 1 else ():  # the others' are the same
+                        gr.Warning(html.escape(line), title="Please note")
                     yield event, f"{finished} of {count} drawn" if finished < count else f"Done: {_count(finished)}"
                 elif isinstance(event, Preview):
                     yield event, f"Drawing {of}, step {event.step} of {event.steps}"
@@ -83,10 +86,14 @@ class Handlers:
     def dice(self) -> int:
         return random.SystemRandom().randint(0, _LAST_RANDOM)
 
-    def parameters(self, history: list[str], index: int) -> str:
-        """The settings of the picture at `index` of a gallery, as text."""
+    def select(self, files: list[str], index: int) -> tuple[Any, ...]:
+        """The picture at `index` of a gallery => itself, its settings as text, and its file to download."""
         with messages():
-            return png.as_parameters(png.read(_at(history, index)))
+            path = _at(files, index)
+            values = png.read(path).model_dump(exclude_none=True)
+            stages = {f"stage {kind}": digest[:12] for kind, digest in values.pop("stages").items()}
+            lines = [f"{name}: {value}" for name, value in (values | stages).items()]
+            return picture_of(Path(path)), "\n".join(lines), gr.DownloadButton(value=path, interactive=True)
 
     def reuse(self, history: list[str], index: int) -> dict[str, Any]:
         """The fields' values with which a picture of a gallery was drawn."""
@@ -188,7 +195,7 @@ def _shown(picture: Image.Image, what: str) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<div class="preview"><img alt="{what}" src="data:image/png;base64,{data}"></div>'
+    return f'<div class="drawn"><img alt="{what}" src="data:image/png;base64,{data}"></div>'
 
 
 def _at(history: Sequence[str], index: int) -> str:

@@ -88,7 +88,7 @@ def sources_of(values: Values) -> tuple[Image.Image | None, Image.Image | None]:
 
 def _painted(layers: list[Image.Image]) -> Image.Image | None:
     """Layers of strokes => white wherever anything was painted; none where nothing was."""
-    from PIL import Image, ImageChops
+    from PIL import ImageChops
 
     mask: Image.Image | None = None
     for layer in layers:

@@ -19,8 +19,8 @@ QUIET: Any = {"show_progress": "hidden", "api_visibility": "private"}
 
 CSS = """
 h1 { font-size: 1.4rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
-.preview { display: flex; justify-content: center; align-items: center; min-height: 256px; text-align: center; }
-.preview img { width: min(100%, 320px); image-rendering: pixelated; }
+.drawn { display: flex; justify-content: center; align-items: center; min-height: 256px; text-align: center; }
+.drawn img { width: min(100%, 320px); image-rendering: pixelated; }
 .gallery img { image-rendering: pixelated; }
 .gallery .grid-wrap { max-height: none; min-height: 0; }
 .gallery .thumbnail-item { aspect-ratio: auto; height: auto; }
@@ -59,16 +59,16 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     self._inputs()
-                with gr.Column(scale=3, min_width=320):
-                    with gr.Tabs(overflow_behavior="wrap"):
-                        self._pictures()
-                        self._side_by_side()
-                        self._about()
+                with gr.Column(scale=3, min_width=320), gr.Tabs(overflow_behavior="wrap"):
+                    self._pictures()
+                    self._side_by_side()
+                    self._about()
             self._wire()
 
     def _inputs(self) -> None:
         fields = self.fields
-        fields["run"] = gr.Dropdown(self.names, value=self.names[0], label="Run", visible=len(self.names) > 1)
+        run, own = self.names[0], self.handlers.defaults(self.names[0])
+        fields["run"] = gr.Dropdown(self.names, value=run, label="Run", visible=len(self.names) > 1)
         fields["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, autofocus=True)
         fields["negative"] = gr.Textbox(label="Negative prompt", lines=1, max_lines=4)
         with gr.Row():
@@ -79,15 +79,23 @@ class Page:
             fields["count"] = gr.Number(1, label="Count", precision=0, minimum=1, maximum=MAX_PICTURES, min_width=80)
             self.dice = gr.Button("\N{GAME DIE} Random seed", size="sm", min_width=120)
         with gr.Row():
-            fields["steps"] = gr.Slider(1, 100, 20, step=1, label="Steps", min_width=140)
-            fields["guidance"] = gr.Slider(0, 15, 3, step=0.1, label="Guidance scale", min_width=140)
+            fields["steps"] = gr.Slider(
+                1, max(100, own.get("steps", 1)), own.get("steps", 20), step=1, label="Steps", min_width=140
+            )
+            fields["guidance"] = gr.Slider(
+                0, 15, own.get("guidance", 3), step=0.1, label="Guidance scale", min_width=140
+            )
         with gr.Row():
-            fields["low"] = gr.Slider(0, 1, 0, step=0.01, label="Guide from noise level", min_width=140)
-            fields["high"] = gr.Slider(0, 1, 1, step=0.01, label="Guide up to noise level", min_width=140)
+            fields["low"] = gr.Slider(0, 1, own.get("low", 0), step=0.01, label="Guide from noise level", min_width=140)
+            fields["high"] = gr.Slider(
+                0, 1, own.get("high", 1), step=0.01, label="Guide up to noise level", min_width=140
+            )
         with gr.Row():
-            fields["width"] = gr.Number(64, label="Width, px", precision=0, min_width=100)
-            fields["height"] = gr.Number(64, label="Height, px", precision=0, min_width=100)
-            fields["sampler"] = gr.Dropdown([], label="Sampler", min_width=140)
+            for side in ("width", "height"):
+                label, pixels = f"{side.capitalize()}, px", own.get(side, 64)
+                fields[side] = gr.Number(pixels, label=label, precision=0, step=own.get("cell", 1), min_width=100)
+            samplers, sampler = own.get("sampler", ([], None))
+            fields["sampler"] = gr.Dropdown(samplers, value=sampler, label="Sampler", min_width=140)
         with gr.Accordion("Start from a picture", open=False):
             fields["editor"] = gr.ImageEditor(
                 label="Picture; paint what is to be repainted",
@@ -109,19 +117,15 @@ class Page:
                 format="png",
             )
             fields["strength"] = gr.Slider(0, 1, 0.8, step=0.01, label="Strength: how much may change")
-        self.file = gr.File(label="Take the settings of a PNG", file_count="single", file_types=[".png"], height=120)
+        self.file = gr.UploadButton("Take the settings of a PNG", file_types=[".png"])
 
     def _pictures(self) -> None:
         with gr.Tab("Pictures"):
             self.status = gr.HTML(status("Ready"))
             self.preview = gr.HTML(NO_PICTURE)
             self.gallery = _gallery("Pictures")
-            self.parameters = gr.Textbox(
-                label="Settings of the selected picture", lines=4, interactive=False, buttons=["copy"]
-            )
-            with gr.Row():
-                self.reuse = gr.Button("Use these settings", min_width=140)
-                self.start_from = gr.Button("Start from this picture", min_width=140)
+            self.parameters, self.reuse, self.download = _of_selected()
+            self.start_from = gr.Button("Start from this picture")
 
     def _side_by_side(self) -> None:
         with gr.Tab("Side by side"):
@@ -134,10 +138,7 @@ class Page:
             self.grid_status = gr.HTML(status("A column for each value, a row for each seed (Count)"))
             self.grid_preview = gr.HTML("")
             self.grid = _gallery("Grid")
-            self.grid_parameters = gr.Textbox(
-                label="Settings of the selected picture", lines=4, interactive=False, buttons=["copy"]
-            )
-            self.grid_reuse = gr.Button("Use these settings")
+            self.grid_parameters, self.grid_reuse, self.grid_download = _of_selected()
 
     def _about(self) -> None:
         with gr.Tab("Report") as self.report_tab:
@@ -156,7 +157,7 @@ class Page:
 
     def _wire(self) -> None:
         on, fields = self.handlers, self.fields
-        drawn = [self.status, self.preview, self.gallery, self.history, self.parameters]
+        drawn = [self.status, self.preview, self.gallery, self.history, self.parameters, self.download]
         drawing: Any = {"concurrency_limit": AT_ONCE, "concurrency_id": "drawing", **QUIET}
         everything = {*fields.values(), self.history}
         gr.on(
@@ -170,16 +171,21 @@ class Page:
         self.compare.click(self._with_fields(on.compare), everything, compared, **drawing)
         self.cancel.click(_of_session(on.cancel), None, self.status, queue=False, **QUIET)
         self.dice.click(on.dice, None, fields["seed"], queue=False, **QUIET)
-        fields["kind"].change(_shown, fields["kind"], [fields[n] for n in ("numbers", "runs", "checkpoints")], **QUIET)
+        of_kind = [fields[name] for name in ("numbers", "runs", "checkpoints")]
+        fields["kind"].change(self._for_kind, [fields["kind"], fields["run"]], of_kind, **QUIET)
 
-        self._wire_gallery(self.gallery, self.history, self.selected, self.parameters, self.reuse)
-        self._wire_gallery(self.grid, self.grid_files, self.grid_selected, self.grid_parameters, self.grid_reuse)
+        chosen = [self.selected, self.preview, self.parameters, self.download]
+        self._wire_gallery(self.gallery, self.history, chosen, self.reuse)
+        chosen = [self.grid_selected, self.grid_preview, self.grid_parameters, self.grid_download]
+        self._wire_gallery(self.grid, self.grid_files, chosen, self.grid_reuse)
         self.start_from.click(
             lambda files, i: on.start_from(files, i), [self.history, self.selected], fields["editor"], **QUIET
         )
         self.file.upload(self._as_updates(on.reuse_file), self.file, list(fields.values()), **QUIET)
         defaults = self._as_updates(on.defaults)
-        gr.on([self.blocks.load, fields["run"].change], defaults, fields["run"], list(fields.values()), **QUIET)
+        fields["run"].change(defaults, fields["run"], list(fields.values()), **QUIET)
+        if fields["sampler"].value is None:  # the run was not finished when the page was made, and may be now
+            self.blocks.load(defaults, fields["run"], list(fields.values()), **QUIET)
         self._wire_about()
 
     def _wire_about(self) -> None:
@@ -192,12 +198,24 @@ class Page:
         gr.on(triggers, on.curves, [run, self.measure], curves, **QUIET)
         self.curves_tab.select(lambda: gr.Timer(active=True), None, self.timer, queue=False, **QUIET)
 
-    def _wire_gallery(self, gallery: Any, files: Any, selected: Any, parameters: Any, reuse: Any) -> None:
-        def select(files: list[str], event: gr.SelectData) -> tuple[int, str]:
-            return event.index, self.handlers.parameters(files, event.index)
+    def _wire_gallery(self, gallery: Any, files: Any, chosen: list[Any], reuse: Any) -> None:
+        """`chosen`: which one is selected, and where it, its settings and its file are shown."""
 
-        gallery.select(select, files, [selected, parameters], queue=False, **QUIET)
-        reuse.click(self._as_updates(self.handlers.reuse), [files, selected], list(self.fields.values()), **QUIET)
+        def select(files: list[str], event: gr.SelectData) -> tuple[Any, ...]:
+            return event.index, *self.handlers.select(files, event.index)
+
+        gallery.select(select, files, chosen, queue=False, **QUIET)
+        reuse.click(self._as_updates(self.handlers.reuse), [files, chosen[0]], list(self.fields.values()), **QUIET)
+
+    def _for_kind(self, kind: str, run: str) -> list[Any]:
+        """The fields of a grid's kind: numbers, runs, checkpoints, of which the run has more while it trains."""
+        numbers = {side_by_side.GUIDANCE: {"value": "1, 2, 3, 5"}, side_by_side.SEEDS: {"value": "0 to 15"}}
+        steps, chosen = self.handlers.defaults(run)["checkpoints"]
+        return [
+            gr.update(visible=kind in numbers, **numbers.get(kind, {})),
+            gr.update(visible=kind == side_by_side.RUNS),
+            gr.update(visible=kind == side_by_side.CHECKPOINTS, choices=steps, value=chosen),
+        ]
 
     def _with_fields(self, action: Callable[[dict[str, Any], str], Generator]) -> Callable:
         """An action on the fields by name => gradio's, whose values come by component."""
@@ -232,14 +250,6 @@ def _update(name: str, values: dict[str, Any]) -> Any:
     return value
 
 
-def _shown(kind: str) -> list[Any]:
-    """Which field of the grid belongs to a kind."""
-    numbers = {side_by_side.GUIDANCE: "1, 2, 3, 5", side_by_side.SEEDS: "0 to 15"}
-    values = gr.update(visible=kind in numbers, **({"value": numbers[kind]} if kind in numbers else {}))
-    is_shown = [kind == side_by_side.RUNS, kind == side_by_side.CHECKPOINTS]
-    return [values, *(gr.update(visible=shown) for shown in is_shown)]
-
-
 def _gallery(label: str) -> Any:
     return gr.Gallery(
         label=label,
@@ -249,9 +259,19 @@ def _gallery(label: str) -> Any:
         object_fit="contain",
         interactive=False,
         format="png",
-        buttons=["download"],
+        allow_preview=False,
+        buttons=[],
         elem_classes="gallery",
     )
+
+
+def _of_selected() -> tuple[Any, Any, Any]:
+    """The selected picture's settings, the button that takes them, and its file."""
+    parameters = gr.Textbox(label="Settings of the selected picture", lines=4, max_lines=12, interactive=False)
+    with gr.Row():
+        reuse = gr.Button("Use these settings", min_width=140)
+        download = gr.DownloadButton("Download PNG", interactive=False, min_width=140)
+    return parameters, reuse, download
 
 
 def _of_session(action: Callable[[str], Any]) -> Callable:

@@ -6,6 +6,7 @@ A preview is computed from a copy of the latents and draws nothing at random tha
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,7 @@ class Previews:
             if self._map is None:
                 self._map = fit_linear(self._samples(latents), self._decoded)
             pixels = apply_linear(self._map, latents)
+        # NaN is shown as grey: that the model has diverged is said when the picture itself is decoded
         return images.to_pil(images.to_uint8(pixels.float().nan_to_num(0.0)))[0]
 
     def _measured(self, shape: tuple[int, int, int]) -> float:
@@ -56,7 +58,7 @@ class Previews:
         return min(seconds[1:])
 
     def _samples(self, latents: Tensor) -> Tensor:
-        """Random latents of the standardised distribution, each of one value in blocks of cells, as pictures are smooth."""
+        """Random latents, standard normal, of one value in blocks of 4 x 4 cells, as pictures are smooth."""
         side = min(_SIDE, *latents.shape[2:])
         generator = torch.Generator().manual_seed(0)  # its own: nobody else's draws may move
         shape = (_SAMPLES, latents.shape[1], -(-side // 4), -(-side // 4))
@@ -68,10 +70,10 @@ class Previews:
         return torch.cat([self.autoencoder.decode(one[None]) for one in latents])
 
 
-def fit_linear(latents: Tensor, decode) -> Tensor:
+def fit_linear(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
     """(C + 1, 3): RGB in [-1, 1] of a latent cell by its channels and 1, by least squares on decoded latents."""
     pixels = decode(latents).float()
-    cells = torch.nn.functional.adaptive_avg_pool2d(pixels, latents.shape[2:])  # (N, 3, h, w)
+    cells = torch.nn.functional.adaptive_avg_pool2d(pixels, (latents.shape[2], latents.shape[3]))  # (N, 3, h, w)
     return torch.linalg.lstsq(_rows(latents), cells.movedim(1, -1).reshape(-1, 3)).solution
 
 

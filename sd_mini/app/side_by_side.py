@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sd_mini.app.drawing import Task
 from sd_mini.app.inputs import LAST_SEED, MAX_PICTURES, Values, numbers_of, settings_of, sources_of, whole_number
 from sd_mini.app.runs import Run
 from sd_mini.errors import UserError
 
+if TYPE_CHECKING:
+    from sd_mini.pipelines.text_to_image import Pipeline
+
 GUIDANCE, SEEDS, RUNS, CHECKPOINTS = KINDS = ("guidance scales", "seeds", "runs", "checkpoints")
+
+
+class Column(NamedTuple):
+    """What the pictures of a column have in common: how their pipeline is opened, and which settings change."""
+
+    label: str
+    open: Callable[[], Pipeline]
+    changes: dict[str, Any]
 
 
 def pictures(values: Values, runs: Mapping[str, Run]) -> list[Task]:
@@ -31,27 +43,28 @@ def grid(values: Values, runs: Mapping[str, Run]) -> tuple[list[Task], int]:
     """
     settings, (image, mask), run = settings_of(values), sources_of(values), runs[values["run"]]
     kind, seeds = values["kind"], _seeds(values)
-    columns: list[tuple[str, object, dict[str, object]]] = []  # label, how the pipeline is opened, what changes
+    columns: list[Column]
     if kind == GUIDANCE:
         scales = numbers_of(values["numbers"], kind)
-        columns = [(f"guidance {scale:g}", run.pipeline, {"guidance_scale": scale}) for scale in scales]
+        columns = [Column(f"guidance {scale:g}", run.pipeline, {"guidance_scale": scale}) for scale in scales]
     elif kind == RUNS:
-        columns = [(name, runs[name].pipeline, {}) for name in _chosen(values["runs"], kind)]
+        columns = [Column(name, runs[name].pipeline, {}) for name in _chosen(values["runs"], kind)]
     elif kind == CHECKPOINTS:
         steps = sorted(map(int, _chosen(values["checkpoints"], kind)))
-        columns = [(f"step {step:,}", partial(run.at_checkpoint, step), {}) for step in steps]
+        columns = [Column(f"step {step:,}", partial(run.at_checkpoint, step), {}) for step in steps]
     else:
         numbers = [whole_number(seed, kind, 0, LAST_SEED) for seed in numbers_of(values["numbers"], kind)]
-        seeds, columns = numbers, [("", run.pipeline, {})]
+        seeds, columns = numbers, [Column("", run.pipeline, {})]
     if len(seeds) * len(columns) > MAX_PICTURES:
         raise UserError(
             f"{kind}: {len(columns)} of {len(seeds)} seeds each are more than {MAX_PICTURES} pictures; choose fewer"
         )
     tasks = []
     for seed in seeds:
-        for label, pipeline, changed in columns:
-            own = settings.model_copy(update={**changed, "seed": seed})
-            tasks.append(Task(pipeline, own, ", ".join(filter(None, [label, f"seed {seed}"])), image, mask))
+        for column in columns:
+            own = settings.model_copy(update={**column.changes, "seed": seed})
+            label = ", ".join(filter(None, [column.label, f"seed {seed}"]))
+            tasks.append(Task(column.open, own, label, image, mask))
     return tasks, math.ceil(math.sqrt(len(seeds))) if kind == SEEDS else len(columns)
 
 
