@@ -133,7 +133,10 @@ class Page:
             self.fields["kind"] = gr.Radio(kinds, value=kinds[0], label="Compare")
             self.fields["numbers"] = gr.Textbox("1, 2, 3, 5", label="Values, such as 1, 2, 4 or 0 to 15")
             self.fields["runs"] = gr.CheckboxGroup(self.names, value=self.names, label="Runs", visible=False)
-            self.fields["checkpoints"] = gr.CheckboxGroup([], label="Steps of the training", visible=False)
+            steps, chosen = self.handlers.defaults(self.names[0])["checkpoints"]
+            self.fields["checkpoints"] = gr.CheckboxGroup(
+                steps, value=chosen, label="Steps of the training", visible=False
+            )
             self.compare = gr.Button("Draw the grid", variant="primary")
             self.grid_status = gr.HTML(status("A column for each value, a row for each seed (Count)"))
             self.grid_preview = gr.HTML("")

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd_mini.app.runs import Run, open_runs
 from sd_mini.errors import UserError
+from sd_mini.progress import progress
 from sd_mini.remarks import remark
 
 if TYPE_CHECKING:
@@ -38,22 +40,19 @@ def serving(folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline], 
     Raises UserError, one line, for a folder that is no run, for a port in use, and without gradio.
     """
     port = free_port(host, port)  # before anything is loaded
+    runs = open_runs(folders, open_pipeline)
     with tempfile.TemporaryDirectory(prefix="sd-mini-app-") as scratch:
-        yield from _serving(folders, open_pipeline, host, port, Path(scratch))
+        yield from _serving(runs, host, port, Path(scratch))
 
 
-def _serving(
-    folders: Sequence[Path], open_pipeline: Callable[[Path], Pipeline], host: str, port: int, scratch: Path
-) -> Generator[str]:
+def _serving(runs: dict[str, Run], host: str, port: int, scratch: Path) -> Generator[str]:
     import_gradio(scratch / "gradio")
     from sd_mini.app.drawing import Studio
     from sd_mini.app.handlers import Handlers
     from sd_mini.app.page import CSS, Page, theme
-    from sd_mini.app.runs import open_runs
 
-    runs = open_runs(folders, open_pipeline)
     studio = Studio(scratch / "pictures")
-    for run in runs.values():
+    for run in progress(runs.values(), "loading", unit=" run", leave=False):
         try:
             studio.warm(run.pipeline())
         except UserError as error:
