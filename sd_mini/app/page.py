@@ -33,6 +33,14 @@ button[role=tab].selected { color: var(--primary-700); }
 iframe.report { width: 100%; height: 80vh; border: 1px solid var(--border-color-primary); background: white; }
 """
 
+# marks of a plot that follow the pointer have no name to be read out, and add nothing to the plot's own
+JS = """
+() => new MutationObserver(() => {
+  document.querySelectorAll('[role=graphics-symbol]:not([aria-hidden])').forEach(
+    mark => mark.setAttribute('aria-hidden', 'true'));
+}).observe(document.body, {subtree: true, childList: true})
+"""
+
 
 def theme() -> Any:
     """gradio's default, with the system's own fonts, as nothing is fetched from elsewhere, and with colours that

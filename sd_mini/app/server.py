@@ -49,7 +49,7 @@ def _serving(runs: dict[str, Run], host: str, port: int, scratch: Path) -> Gener
     import_gradio(scratch / "gradio")
     from sd_mini.app.drawing import Studio
     from sd_mini.app.handlers import Handlers
-    from sd_mini.app.page import CSS, Page, theme
+    from sd_mini.app.page import CSS, JS, Page, theme
 
     studio = Studio(scratch / "pictures")
     for run in progress(runs.values(), "loading", unit=" run", leave=False):
@@ -64,6 +64,7 @@ def _serving(runs: dict[str, Run], host: str, port: int, scratch: Path) -> Gener
             server_port=port,
             theme=theme(),
             css=CSS,
+            js=JS,
             app_kwargs={"middleware": _middleware(host)},
             max_file_size=MAX_UPLOAD,
             footer_links=[],
