@@ -138,7 +138,9 @@ class Studio:
 
     def warm(self, pipeline: Pipeline) -> None:
         """Draw a first picture and preview, in the thread that draws the others: a library's first calls are slow."""
-        task = Task(lambda: pipeline, png.Settings(prompt="a first picture", num_inference_steps=1), "")
+        task = Task(
+            lambda: pipeline, png.Settings(prompt="a first picture", num_inference_steps=4), ""
+        )  # guided ones among them
         self._thread.submit(self._picture, 0, task, Flag(), Pace(0.0), lambda event: None, is_kept=False).result()
 
     def close(self) -> None:

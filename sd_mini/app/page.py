@@ -181,7 +181,8 @@ class Page:
         compared = [self.grid_status, self.grid_preview, self.grid, self.grid_files]
         self.compare.click(self._with_fields(on.compare), everything, compared, **drawing)
         self.cancel.click(_of_session(on.cancel), None, self.status, queue=False, **QUIET)
-        self.dice.click(on.dice, None, fields["seed"], queue=False, **QUIET)
+        rolled = self.dice.click(on.dice, None, fields["seed"], queue=False, **QUIET)
+        self.number_of_dice = int(rolled["id"])  # of the event, among those of the page
         of_kind = [fields[name] for name in ("numbers", "runs", "checkpoints")]
         fields["kind"].change(self._for_kind, [fields["kind"], fields["run"]], of_kind, **QUIET)
 
