@@ -87,6 +87,10 @@ def write(pipeline: JoinedPipeline, folder: Path, run: Path | None = None, licen
     """
     with written_to(folder), atomic_folder(folder, keep=True) as partial:
         pipeline.save_pretrained(partial)
+        for path in partial.rglob("*.json"):  # diffusers records whence it loaded a component
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(fields, dict) and fields.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         _name_code(partial)
         recipes = _recipes(run) if run is not None else {}
         for stage, text in recipes.items():
@@ -234,7 +238,7 @@ def _data(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _limits(pipeline: JoinedPipeline, stages: Mapping[str, Mapping[str, Any]], license_name: str | None) -> list[str]:
     seen = max((stage["data"]["count"] for stage in stages.values() if "data" in stage), default=None)
-    length, _ = pipeline.embeds_shape  # ty: ignore[missing-attribute]
+    length, _ = pipeline.embeds_shape
     return [
         "## Limits",
         "",
