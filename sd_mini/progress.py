@@ -15,7 +15,7 @@ def is_seen() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars out of log files and pipes. Before transformers is imported, which reads this once."""
+    """Keep the libraries' bars out of log files and pipes; before transformers is imported, which reads this once."""
     if not is_seen():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
