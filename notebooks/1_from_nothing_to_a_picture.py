@@ -16,7 +16,8 @@
 # Three networks are trained from random weights, each in one cell, then joined, and the joined model draws what a text
 # says. It takes a minute or two on two cores and needs nothing but this repository.
 #
-# So that a minute is enough, the world is tiny: one large object on white, of four colours, four shapes and five places.
+# So that a minute is enough, the world is tiny: one large object on white, of four colours, four shapes and five
+# places.
 
 # %%
 import json
@@ -51,9 +52,9 @@ def run(command):
 # %% [markdown]
 # ## The data
 #
-# A captioned data set is a folder: pictures, and a text for each. Ours is drawn. A part of it, `test`, is held out: what we
-# look at while training was not trained on. Four pairs of colour and shape are in neither (red cross, yellow triangle,
-# green circle, blue square): at the end we ask for these, too.
+# A captioned data set is a folder: pictures, and a text for each. Ours is drawn. A part of it, `test`, is held out:
+# what we look at while training was not trained on. Four pairs of colour and shape are in neither (red cross, yellow
+# triangle, green circle, blue square): at the end we ask for these, too.
 
 # %%
 COLOURS = ("red", "yellow", "green", "blue")
@@ -72,11 +73,11 @@ grid(shapes.draw_batch(scenes[:6], 32), columns=6, labels=[shapes.caption(s, 0) 
 # %% [markdown]
 # ## Stage 2 first: the autoencoder
 #
-# A picture is 3 x 32 x 32 numbers. The autoencoder learns to fold it into 8 x 8 x 8, the *latents*, and to unfold it again.
-# It needs no captions, so it may be trained before, after, or beside the text encoder.
+# A picture is 3 x 32 x 32 numbers. The autoencoder learns to fold it into 8 x 8 x 8, the *latents*, and to unfold it
+# again. It needs no captions, so it may be trained before, after, or beside the text encoder.
 #
-# Each training is one command: a recipe, a folder for the run, the data, and what is changed in the recipe. Here it is made
-# small.
+# Each training is one command: a recipe, a folder for the run, the data, and what is changed in the recipe. Here it is
+# made small.
 
 # %%
 run(f"""
@@ -109,8 +110,8 @@ Image.open(RUN / "text_encoder/samples/step-00000150.png")
 #
 # ## Stage 3: the noise predictor
 #
-# Now latents of the pictures are mixed with noise, and a network learns to tell the two apart, given the caption's vectors
-# and how much noise there is. It sees no pixel and no letter: only what the first two stages make of them.
+# Now latents of the pictures are mixed with noise, and a network learns to tell the two apart, given the caption's
+# vectors and how much noise there is. It sees no pixel and no letter: only what the first two stages make of them.
 
 # %%
 run(f"""
@@ -178,8 +179,8 @@ grid(draw(prompts), columns=6, labels=[prompt.removeprefix("a large ") for promp
 # %% [markdown]
 # ## How many are right?
 #
-# A program, the judge, reads colour, shape, size and place of the objects in a picture. We ask it about every caption of
-# the training world, and about the pairs that were never shown.
+# A program, the judge, reads colour, shape, size and place of the objects in a picture. We ask it about every caption
+# of the training world, and about the pairs that were never shown.
 
 # %%
 unseen = [s for s in shapes.sample_scenes(6000, "heldout_pairs", kinds=["one_object"]) if s.groups[0].size == "large"]
@@ -197,9 +198,9 @@ grid(pictures[:12], columns=6, labels=labels[:12], scale=2)
 # %% [markdown]
 # ## What it can do, and what it cannot
 #
-# It draws the colours, shapes and places that it was shown, each time a little elsewhere. Pairs that it has never seen come
-# out right, too, most of them: it has learned colour and shape apart, not by heart. And it knows nothing else. There is no
-# second object in its world, no small one, and no word beside the few of its captions:
+# It draws the colours, shapes and places that it was shown, each time a little elsewhere. Pairs that it has never seen
+# come out right, too, most of them: it has learned colour and shape apart, not by heart. And it knows nothing else.
+# There is no second object in its world, no small one, and no word beside the few of its captions:
 
 # %%
 odd = ("a large red circle in the top left and a large blue cross in the bottom right", "a small red circle", "a cat")
@@ -215,8 +216,8 @@ grid(draw(odd), columns=3, labels=odd, scale=3)
 #
 # <details><summary>Answer</summary>
 #
-# The autoencoder and the text encoder know nothing of each other. The noise predictor has to wait for both: it reads the
-# latents of the one and the vectors of the other, and would have to be trained anew if either changed.
+# The autoencoder and the text encoder know nothing of each other. The noise predictor has to wait for both: it reads
+# the latents of the one and the vectors of the other, and would have to be trained anew if either changed.
 #
 # </details>
 #
@@ -224,8 +225,8 @@ grid(draw(odd), columns=3, labels=odd, scale=3)
 #
 # <details><summary>Answer</summary>
 #
-# `grid(draw(["a large blue cross in the centre"] * 4, num_inference_steps=1), columns=4, scale=2)`. One step gives a soft
-# mean of all answers; from about four steps on, shapes have edges. Notebook 2 shows why.
+# `grid(draw(["a large blue cross in the centre"] * 4, num_inference_steps=1), columns=4, scale=2)`. One step gives a
+# soft mixture of all answers; from about four steps on, shapes have edges. Notebook 2 shows why.
 #
 # </details>
 #
@@ -233,17 +234,18 @@ grid(draw(odd), columns=3, labels=odd, scale=3)
 #
 # <details><summary>Answer</summary>
 #
-# Of the pairs never shown, fewer are right. Guidance compares the prediction with the prompt with the one without it, and
-# goes further in that direction, so the prompt has more weight. Notebook 2 draws these directions as arrows.
+# Of the pairs never shown, fewer are right. Guidance compares the prediction with the prompt with the one without it,
+# and goes further in that direction, so the prompt has more weight. Notebook 2 draws these directions as arrows.
 #
 # </details>
 #
-# **4.** Train all three again with a third of the updates. Which stage suffers most? (Delete `runs/from_nothing` first: a
-# finished stage is not trained again.)
+# **4.** Train all three again with a third of the updates. Which stage suffers most? (Delete `runs/from_nothing` first:
+# a finished stage is not trained again.)
 #
 # <details><summary>Answer</summary>
 #
-# Look at each stage's own samples: reconstructions become softer, but are still right; most captions find their picture;
-# the noise predictor's pictures fall apart. It has the hardest task, and in all our recipes it takes most of the time.
+# Look at each stage's own samples: reconstructions become softer, but are still right; most captions find their
+# picture; the noise predictor's pictures fall apart. It has the hardest task, and in all our recipes it takes most of
+# the time.
 #
 # </details>

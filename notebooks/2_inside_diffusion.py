@@ -56,8 +56,8 @@ grid(answers[:8], columns=8)
 # %% [markdown]
 # ## The best single answer is a blur
 #
-# Suppose a network maps the caption $c$ straight to a picture, and is trained by squared error. The best it can learn is
-# the mean of all the right answers:
+# Suppose a network maps the caption $c$ straight to a picture, and is trained by squared error. The best it can learn
+# is the mean of all the right answers:
 #
 # $$f^* = \arg\min_f \; \mathbb{E}\,\lVert x - f(c) \rVert^2 = \mathbb{E}[\,x \mid c\,]$$
 #
@@ -84,7 +84,7 @@ for caption in (CAPTION, "four large blue circles", "three small green squares")
     rows[0].append(true[0])
     rows[1].append(true.mean(0).round().astype(np.uint8))
     rows[2].append(to_uint8(regressed.view(1, 3, SIDE, SIDE))[0])
-grid(sum(rows, []), columns=3)
+grid([*rows[0], *rows[1], *rows[2]], columns=3)
 
 # %% [markdown]
 # ## The rest comes from noise
@@ -101,8 +101,8 @@ grid(pipeline([CAPTION] * 8, generator=seeds).images, columns=8)
 # %% [markdown]
 # ## The forward process
 #
-# Training needs no drawing at all, only spoiling. Latents $x_0$ (the autoencoder's small version of a picture) are mixed
-# with noise $\epsilon \sim \mathcal{N}(0, I)$ at a level $t$ between 0 (the picture) and 1 (the noise):
+# Training needs no drawing at all, only spoiling. Latents $x_0$ (the autoencoder's small version of a picture) are
+# mixed with noise $\epsilon \sim \mathcal{N}(0, I)$ at a level $t$ between 0 (the picture) and 1 (the noise):
 #
 # $$x_t = (1 - t)\,x_0 + t\,\epsilon$$
 #
@@ -151,7 +151,8 @@ plt.show()
 # ## The noise predictor
 #
 # Ours sees $x_t$, the level $t$ and the prompt, and predicts the velocity $v = \epsilon - x_0$. That is the same as
-# predicting the noise or the clean latents, because $x_t$ is known: $\hat x_0 = x_t - t\,v$ and $\hat\epsilon = x_t + (1 - t)\,v$.
+# predicting the noise or the clean latents, because $x_t$ is known: $\hat x_0 = x_t - t\,v$ and
+# $\hat\epsilon = x_t + (1 - t)\,v$.
 
 
 # %%
@@ -168,9 +169,10 @@ print(velocity(noised[3], 0.6, prompt).shape)
 # %% [markdown]
 # ## One prediction at every noise level
 #
-# The top row is what the network gets, the bottom row is its one-step guess $\hat x_0$ of the picture. At $t = 1$ it has
-# only the text, and so it answers as the regression did: with a mean. The more of the picture is left, the sharper the
-# guess. This is why one step is not enough and a few steps are: each step settles a little more.
+# The top row is what the network gets, the bottom row is its one-step guess $\hat x_0$ of the picture. At $t = 1$ it
+# has only the text, and its guess mixes several right answers: circles too many, or half there. (Squared error would
+# give the mean, as the regression. Ours is trained with the logarithm of it, which prefers sharper answers.) The more
+# of the picture is left, the more of the guess is settled. This is why one step is not enough and a few steps are.
 
 # %%
 levels = (1.0, 0.9, 0.8, 0.65, 0.5, 0.3, 0.1)
@@ -182,8 +184,8 @@ grid(to_uint8(pipeline.autoencoder.decode(torch.cat([given, guesses]))), columns
 # %% [markdown]
 # ## Why it has to know the step
 #
-# The same network serves all levels, so the level is an input. Here it gets latents whose true level is 0.3, 0.6 or 0.9,
-# and is told another one. Each curve is the error of its velocity, lowest about where it is told the truth.
+# The same network serves all levels, so the level is an input. Here it gets latents whose true level is 0.3, 0.6 or
+# 0.9, and is told another one. Each curve is the error of its velocity, lowest about where it is told the truth.
 
 # %%
 many = shapes.sample_scenes(64, "test", seed=1)
@@ -213,8 +215,8 @@ plt.show()
 #
 # To see it we need two dimensions. We take latents of large red circles in the four corners, and the two directions in
 # which these differ most (principal components). Small dots: true latents, a colour a place. Each arrow starts at the
-# guess $\hat x_0$ without the prompt and ends at the guess with it, "a large red circle in the top left", for one noise at
-# $t = 0.9$. The thin continuation is guidance with $s = 2$.
+# guess $\hat x_0$ without the prompt and ends at the guess with it, "a large red circle in the top left", for one noise
+# at $t = 0.9$. The thin continuation is guidance with $s = 2$.
 
 # %%
 single = [s for s in shapes.sample_scenes(60_000, kinds=["one_object"]) if s.groups[0].size == "large"]
@@ -250,9 +252,9 @@ plt.show()
 
 # %% [markdown]
 # The arrows lead from the middle of everything towards the cloud of the place that was asked for. The continuation may
-# leave the cloud: too much guidance overshoots what any true picture has. Our recipe therefore guides in the middle of the
-# way only (`guidance_interval`). Here are three seeds at $s$ = 0 (the prompt is ignored), 1 (no guidance), 3 and 8, guided
-# at every step:
+# leave the cloud: too much guidance overshoots what any true picture has. Our recipe therefore guides in the middle of
+# the way only (`guidance_interval`). Here are three seeds at $s$ = 0 (the prompt is ignored), 1 (no guidance), 3 and 8,
+# guided at every step:
 
 # %%
 scales, asked = (0.0, 1.0, 3.0, 8.0), "two small blue crosses"
@@ -303,8 +305,8 @@ grid(to_uint8(pipeline.autoencoder.decode(torch.cat([ours, theirs]))), columns=2
 #
 # <details><summary>Answer</summary>
 #
-# One step from $t = 1$ to $t = 0$ is $x_0 = x_1 - v$, the guess at level 1: the mean of all pictures of the prompt, a
-# blur. With 8 steps the objects are sharp, with 50 hardly sharper: the paths are nearly straight once it is settled what
+# One step from $t = 1$ to $t = 0$ is $x_0 = x_1 - v$, the guess at level 1: a mixture of the pictures of the prompt.
+# With 8 steps the objects are sharp, with 50 hardly sharper: the paths are nearly straight once it is settled what
 # stands where.
 #
 # </details>
@@ -313,8 +315,8 @@ grid(to_uint8(pipeline.autoencoder.decode(torch.cat([ours, theirs]))), columns=2
 #
 # <details><summary>Answer</summary>
 #
-# Often the places. The noise and the text decide together: the noise settles what the text leaves open, such as where the
-# objects of "two large red circles" stand, and a change of colour need not change that.
+# Often the places. The noise and the text decide together: the noise settles what the text leaves open, such as where
+# the objects of "two large red circles" stand, and a change of colour need not change that.
 #
 # </details>
 #
@@ -322,13 +324,13 @@ grid(to_uint8(pipeline.autoencoder.decode(torch.cat([ours, theirs]))), columns=2
 #
 # <details><summary>Answer</summary>
 #
-# At the beginning the network believes that half of the picture is there already and takes noise for content; at the end
-# it removes noise that is no longer there. The plot of the told level shows how much each mistake costs.
+# At the beginning the network believes that half of the picture is there already and takes noise for content; at the
+# end it removes noise that is no longer there. The plot of the told level shows how much each mistake costs.
 #
 # </details>
 #
-# **4.** Negative prompts: pass the embeddings of "a large red circle in the top left" as `null` to `sample` for the prompt
-# "two large red circles", with a scale of 3. What is left out?
+# **4.** Negative prompts: set `null` to the embeddings of "a large red circle in the top left", and `sample` the prompt
+# of "two large red circles" with a scale of 3. What is left out?
 #
 # <details><summary>Answer</summary>
 #

@@ -57,8 +57,8 @@ for name in ("text_encoder", "text_adapter", "noise_predictor", "autoencoder"):
     print(f"{name:16}{sum(p.numel() for p in getattr(pipeline, name).parameters()):>10,} parameters")
 
 # %% [markdown]
-# A noise predictor fits only the two stages whose embeddings and latents it was trained on. Each exported stage therefore
-# records the hashes of the others, and `Pipeline.from_stages` refuses stages that do not belong together.
+# A noise predictor fits only the two stages whose embeddings and latents it was trained on. Each exported stage
+# therefore records the hashes of the others, and `Pipeline.from_stages` refuses stages that do not belong together.
 
 # %%
 contract = load_stage(run / "noise_predictor/final").contract
@@ -71,9 +71,9 @@ for stage, expected in contract["trained_against"].items():
 #
 # ## Tokens
 #
-# A caption is cut into tokens of a vocabulary that was learned from the captions. Each token has a vector of its own, the
-# word vector. The encoder, a small transformer, makes of these a state for each token, in which it has looked at the
-# tokens before it.
+# A caption is cut into tokens of a vocabulary that was learned from the captions. Each token has a vector of its own,
+# the word vector. The encoder, a small transformer, makes of these a state for each token, in which it has looked at
+# the tokens before it.
 
 # %%
 print(pipeline.tokenizer.tokenize(caption))
@@ -81,10 +81,10 @@ print(pipeline.tokenizer.tokenize(caption))
 # %% [markdown]
 # ## Can it tell captions apart?
 #
-# One caption, and five that differ from it: the same said otherwise, then one thing changed, and in the last one the two
-# colours exchanged. We compare three vectors of a caption by their cosine with those of the first caption: the mean of
-# its word vectors, the encoder's own summary, and the vector of the adapter that was trained on top. What all captions
-# have in common, the mean over 300 of them, is subtracted before.
+# One caption, and five that differ from it: the same said otherwise, then one thing changed, and in the last one the
+# two colours exchanged. We compare three vectors of a caption by their cosine with those of the first caption: the mean
+# of its word vectors, the encoder's own summary, and the vector of the adapter that was trained on top. What all
+# captions have in common, the mean over 300 of them, is subtracted before.
 
 # %%
 changed = {
@@ -116,22 +116,24 @@ axes.legend(fontsize=8, loc="lower left")
 plt.show()
 
 # %% [markdown]
-# The mean of word vectors cannot see an exchange: the words are the same. An encoder that is trained only to find the
-# picture of a caption may treat a caption as such a bag of words. Our adapter is also trained against *twins*, captions
-# with one thing changed, so that paraphrases come out alike and exchanges apart. That is what a picture of two objects
-# needs: all parts are joined through these embeddings, and no larger noise predictor can restore a distinction that they
-# lack.
+# The mean of word vectors cannot see an exchange, since the words are the same, and takes a paraphrase for a change. An
+# encoder that is trained only to find the picture of a caption may treat a caption as such a bag of words. Our adapter
+# is also trained against *twins*, captions with one thing changed, so that the paraphrase comes out alike and the
+# exchange apart. (The encoder's own summary is not used for anything but this, and hardly differs at all. Nor does the
+# adapter's summary show all: here the shape is missing, and is found in the tokens below.) That is what a picture of
+# two objects needs: all parts are joined through these embeddings, and no larger noise predictor can restore a
+# distinction that they lack.
 
 # %% [markdown]
 # ## What the adapter keeps, and what it adds
 #
 # The noise predictor does not read the summary but every token. A token's embedding is, before it is standardised,
 #
-# $$\underbrace{W\,\text{word} + \text{place}}_{\text{kept}} + \underbrace{\lambda\,\text{refiner(states)}}_{\text{added}}$$
+# $$\underbrace{W\,\text{word} + \text{place}}_{\text{kept}} + \underbrace{\lambda\,\text{refiner}}_{\text{added}}$$
 #
-# with a fixed $W$ that keeps distances. To see both parts we change one word, *red* to *green*, and measure how far each
-# token moves. The kept part moves at that word alone. All else is what the adapter adds: what the sentence makes of a
-# word.
+# with a fixed $W$ that keeps distances, and a refiner that reads the encoder's states. To see both parts we change one
+# word, *red* to *green*, and measure how far each token moves. The kept part moves at that word alone. All else is what
+# the adapter adds: what the sentence makes of a word.
 
 # %%
 other = caption.replace("red", "green")
@@ -156,8 +158,8 @@ plt.show()
 
 # %% [markdown]
 # The word's own identity stays. Here are the eight colours, each in "a large ... circle in the centre": on the left how
-# alike their word vectors are, on the right how alike the prompt embeddings at that place. If the adapter had turned each
-# caption into one vector, copied to all places, colours would have run together here.
+# alike their word vectors are, on the right how alike the prompt embeddings at that place. If the adapter had turned
+# each caption into one vector, copied to all places, colours would have run together here.
 
 # %%
 colours = list(shapes.COLOURS)
@@ -183,8 +185,8 @@ plt.show()
 #
 # ## Latents as pictures
 #
-# The encoder folds a picture into a few channels of a few cells, standardised to mean 0 and standard deviation 1, because
-# the noise that they will be mixed with has just these. Each channel, as a grey picture:
+# The encoder folds a picture into a few channels of a few cells, standardised to mean 0 and standard deviation 1,
+# because the noise that they will be mixed with has just these. Each channel, as a grey picture:
 
 # %%
 scenes = shapes.sample_scenes(256, "test", seed=3)
@@ -206,9 +208,9 @@ plt.show()
 # %% [markdown]
 # ## A cell stands for its place
 #
-# Push one cell of one channel by 3 standard deviations and decode (top; the first is as it was). Below, what that changed,
-# four times enlarged: only the neighbourhood of the cell. Latents are still a picture, in coarse cells, which is why a
-# noise predictor can place objects in them.
+# Push one cell of one channel by 3 standard deviations and decode (top; the first is as it was). Below, what that
+# changed, four times enlarged: only the neighbourhood of the cell. Latents are still a picture, in coarse cells, which
+# is why a noise predictor can place objects in them.
 
 # %%
 base = latents[shown[:1]]
@@ -224,8 +226,8 @@ grid([*decoded, *(255 - change).astype(np.uint8)], columns=5)
 # ## Between two pictures
 #
 # Halfway between two pictures, pixel by pixel, is a double exposure (top). Halfway between their latents, decoded
-# (bottom), is often the same here: this autoencoder is trained to keep a picture, not to make the space between pictures
-# meaningful. To find what lies between is left to the noise predictor.
+# (bottom), is often the same here: this autoencoder is trained to keep a picture, not to make the space between
+# pictures meaningful. To find what lies between is left to the noise predictor.
 
 # %%
 steps = torch.linspace(0, 1, 5).view(-1, 1, 1, 1)
@@ -237,8 +239,8 @@ grid([*blend, *between], columns=5)
 # %% [markdown]
 # ## What the decoder loses
 #
-# Encode, decode, compare: this needs no captions, and neither does the training of this stage. Top: pictures. Middle: what
-# comes back. Bottom: the error, four times enlarged.
+# Encode, decode, compare: this needs no captions, and neither does the training of this stage. Top: pictures. Middle:
+# what comes back. Bottom: the error, four times enlarged.
 
 # %%
 back = to_uint8(pipeline.autoencoder.decode(latents)).numpy()
@@ -263,9 +265,9 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Decibels are not yet meaning. What matters is whether the picture still shows what it showed, and the *judge* (notebook
-# 4) can say so: the share of reconstructions that it still reads right is a ceiling for all pictures that go through this
-# decoder. Here are the ones that it reads wrong.
+# Decibels are not yet meaning. What matters is whether the picture still shows what it showed, and the *judge*
+# (notebook 4) can say so: the share of reconstructions that it still reads right is a ceiling for all pictures that go
+# through this decoder. Here are the ones that it reads wrong.
 
 # %%
 verdicts = [judge(picture, scene) for picture, scene in zip(back, scenes, strict=True)]
@@ -278,13 +280,13 @@ grid(pairs, columns=2, labels=["picture", "reconstruction"] * len(worst), scale=
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Add noise of standard deviation 0.1, 0.3 and 1 to `latents` and decode. How much does the decoder bear, and why is
-# that useful?
+# **1.** Add noise of standard deviation 0.1, 0.3 and 1 to `latents` and decode. How much does the decoder bear, and why
+# is that useful?
 #
 # <details><summary>Answer</summary>
 #
-# A little noise hardly shows: stage 2 was trained with noise on its latents (`loss.latent_noise`). The noise predictor's
-# latents are never quite right, and a decoder that bears small errors repairs them.
+# A little noise hardly shows: stage 2 was trained with noise on its latents (`loss.latent_noise`). The noise
+# predictor's latents are never quite right, and a decoder that bears small errors repairs them.
 #
 # </details>
 #
@@ -293,8 +295,8 @@ grid(pairs, columns=2, labels=["picture", "reconstruction"] * len(worst), scale=
 #
 # <details><summary>Answer</summary>
 #
-# Embeddings between two prompts were never trained on. Usually one of the two wins or parts of both appear; a mixed colour
-# or a place in the middle is rare, since the world has neither.
+# Embeddings between two prompts were never trained on. Usually one of the two wins or parts of both appear; a mixed
+# colour or a place in the middle is rare, since the world has neither.
 #
 # </details>
 #

@@ -75,8 +75,9 @@ grid(made[:6], columns=6, labels=asked.captions[:6])
 #
 # ## Two features one can see
 #
-# A distance between two sets of pictures needs numbers for each picture. Real metrics use a network's. We first take two
-# that everybody can check: *ink*, the share of the picture that is not background, and *warmth*, mean red minus mean blue.
+# A distance between two sets of pictures needs numbers for each picture. Real metrics use a network's. We first take
+# two that everybody can check: *ink*, the share of the picture that is not background, and *warmth*, mean red minus
+# mean blue.
 
 
 # %%
@@ -104,12 +105,13 @@ plt.show()
 # %% [markdown]
 # ## The Frechet distance, by hand
 #
-# Each cloud is described by a normal distribution (the ellipse: two standard deviations), and the distance of the two is
+# Each cloud is described by a normal distribution (the ellipse: two standard deviations), and the distance of the two
+# is
 #
 # $$d^2 = \lVert \mu_1 - \mu_2 \rVert^2 + \operatorname{tr}\!\left(C_1 + C_2 - 2\,(C_1 C_2)^{1/2}\right)$$
 #
-# (Heusel et al. 2017). That is three lines of numpy. The project's own function avoids the square root of a product that
-# is not symmetric, and gives the same.
+# (Heusel et al. 2017). That is three lines of numpy. The project's own function avoids the square root of a product
+# that is not symmetric, and gives the same.
 
 
 # %%
@@ -127,9 +129,9 @@ np.testing.assert_allclose(by_hand(ours, real), project, rtol=1e-3)
 # ## The same, on a network's features
 #
 # Where the features are those of the Inception network, this distance is called FID. Its weights are not in this
-# repository; for small pictures we use a small fixed network with 128 features, and call the distance FD-mini. Two sets of
-# 160 real pictures do not have distance 0 either, so a real set always goes beside the number. Damage the pictures, and it
-# rises:
+# repository; for small pictures we use a small fixed network with 128 features, and call the distance FD-mini. Two sets
+# of 160 real pictures do not have distance 0 either, so a real set always goes beside the number. Damage the pictures,
+# and it rises:
 
 # %%
 network = open_features("mini")
@@ -159,13 +161,13 @@ axes.set(xlabel="FD-mini (0 is best)", xlim=(0, 1.15 * max(values)))
 plt.show()
 
 # %% [markdown]
-# It notices blur, and it notices missing variety (half of them twice). But look at *prompts shuffled*: the distance knows
-# the set of pictures, not which prompt each belongs to. A model that ignores its prompts can have a perfect FID.
+# It notices blur, and it notices missing variety (half of them twice). But look at *prompts shuffled*: the distance
+# knows the set of pictures, not which prompt each belongs to. A model that ignores its prompts can have a perfect FID.
 #
 # ## It depends on how many
 #
-# Few pictures make the distance larger, whatever their quality, since their covariance is estimated badly. Here are real
-# pictures against the reference. So compare at equal numbers only, and state the number.
+# Few pictures make the distance larger, whatever their quality, since their covariance is estimated badly. Here are
+# real pictures against the reference. So compare at equal numbers only, and state the number.
 
 # %%
 counts = (10, 20, 40, 80, 160, 320, 640)
@@ -184,8 +186,8 @@ plt.show()
 # ## CLIP score
 #
 # CLIP is a pair of networks that map a picture and a text to vectors; if they belong together, the cosine is high. The
-# score is $100\,\max(\cos, 0)$ (Hessel et al. 2021). Stage 1 has trained just such a pair, the encoder with its *matcher*,
-# so we can use it here. Six made pictures against their six prompts:
+# score is $100\,\max(\cos, 0)$ (Hessel et al. 2021). Stage 1 has trained just such a pair, the encoder with its
+# *matcher*, so we can use it here. Six made pictures against their six prompts:
 
 # %%
 probe = TextProbe(run / "text_encoder/final")
@@ -226,8 +228,8 @@ plt.show()
 #
 # ## The judge
 #
-# The world of shapes has something better than a learned score. Classical image analysis finds the objects in a picture,
-# and compares them with the scene that the prompt was made of: shape, colour, size, number, place, relation.
+# The world of shapes has something better than a learned score. Classical image analysis finds the objects in a
+# picture, and compares them with the scene that the prompt was made of: shape, colour, size, number, place, relation.
 
 # %%
 verdicts = [judge(picture, scene) for picture, scene in zip(made, asked.scenes, strict=True)]
@@ -238,8 +240,8 @@ notes = [
 grid(made[shown], columns=6, labels=notes)
 
 # %% [markdown]
-# By category, with 95 % intervals: 160 prompts are few, and the intervals say how few. Grey: the same pictures judged by
-# the next prompt, which is chance.
+# By category, with 95 % intervals: 160 prompts are few, and the intervals say how few. Grey: the same pictures judged
+# by the next prompt, which is chance.
 
 # %%
 found = summarise(verdicts)
@@ -296,8 +298,8 @@ print({name: f"{100 * share['share']:.1f}" for name, share in shares.items()})
 #
 # <details><summary>Answer</summary>
 #
-# Real pictures of other prompts: `shapes.draw_batch(shapes.sample_scenes(160, "test", seed=5), SIDE)`. The distance is as
-# good as it gets, and the judge finds chance.
+# Real pictures of other prompts: `shapes.draw_batch(shapes.sample_scenes(160, "test", seed=5), SIDE)`. The distance is
+# as good as it gets, and the judge finds chance.
 #
 # </details>
 #
@@ -305,8 +307,8 @@ print({name: f"{100 * share['share']:.1f}" for name, share in shares.items()})
 #
 # <details><summary>Answer</summary>
 #
-# None of FD-mini, CLIP score and the judge looks at one prompt several times. Diversity for one prompt needs several seeds
-# of it; over the whole set, *recall* and *coverage* in the report fall where pictures repeat each other.
+# None of FD-mini, CLIP score and the judge looks at one prompt several times. Diversity for one prompt needs several
+# seeds of it; over the whole set, *recall* and *coverage* in the report fall where pictures repeat each other.
 #
 # </details>
 #
@@ -314,8 +316,8 @@ print({name: f"{100 * share['share']:.1f}" for name, share in shares.items()})
 #
 # <details><summary>Answer</summary>
 #
-# Guidance trades diversity and fidelity for agreement: up to some scale the judge and the CLIP score rise, then colours and
-# shapes are overdone and FD-mini gets worse. The report's sweep draws this curve.
+# Guidance trades diversity and fidelity for agreement: up to some scale the judge and the CLIP score rise, then colours
+# and shapes are overdone and FD-mini gets worse. The report's sweep draws this curve.
 #
 # </details>
 #
@@ -323,7 +325,8 @@ print({name: f"{100 * share['share']:.1f}" for name, share in shares.items()})
 #
 # <details><summary>Answer</summary>
 #
-# Only as much as its share: the last figure bounds what each stage could give. A larger or longer trained noise predictor
-# works on the largest share. On data whose captions the text encoder confuses, that share would be the larger one.
+# Only as much as its share: the last figure bounds what each stage could give. A larger or longer trained noise
+# predictor works on the largest share. On data whose captions the text encoder confuses, that share would be the larger
+# one.
 #
 # </details>

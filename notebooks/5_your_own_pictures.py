@@ -28,7 +28,6 @@ from pathlib import Path
 
 sys.path.append("..")  # Jupyter starts in notebooks/, and `training` lies beside it
 
-import numpy as np
 import pyarrow.parquet as parquet
 import torch
 from PIL import Image, ImageDraw, ImageFilter
@@ -50,9 +49,9 @@ def run(command):
 # %% [markdown]
 # ## A folder of pictures
 #
-# Put your pictures into a folder, each with its caption in `NAME.txt` beside `NAME.png`. Ours are flags that do not exist:
-# two of six colours, in three patterns. A part of them goes into `test/` and is kept apart: nothing may be trained on what is
-# measured with.
+# Put your pictures into a folder, each with its caption in `NAME.txt` beside `NAME.png`. Ours are flags that do not
+# exist: two of six colours, in three patterns. A part of them goes into `test/` and is kept apart: nothing may be
+# trained on what is measured with.
 
 # %%
 COLOURS = {"red": "#c8202f", "blue": "#1b3f94", "green": "#12833d", "yellow": "#f5c518", "black": "#181818",
@@ -123,8 +122,8 @@ run(f"sd_mini data {FLAGS}")
 # %% [markdown]
 # ## Clean
 #
-# Five steps: harmful captions, markup in captions, quality, duplicates, and rows that repeat the test set. The result is a
-# folder of parquet files; the rows that were refused are listed with the reason.
+# Five steps: harmful captions, markup in captions, quality, duplicates, and rows that repeat the test set. The result
+# is a folder of parquet files; the rows that were refused are listed with the reason.
 
 # %%
 run(f"training.data.prepare --data {FLAGS} --test {FLAGS} --out {CLEAN} --workers 1")
@@ -182,8 +181,8 @@ pictures = pipeline(prompts, generator=seeds).images
 grid([p.resize((64, 64)) for p in [*true, *pictures]], columns=len(prompts), labels=prompts + [""] * len(prompts))
 
 # %% [markdown]
-# Top: the true flag, which was never trained on. Bottom: what the model draws of its caption. It has seen each colour and
-# each pattern, but not these together. (The pictures are soft: 32 px, and a minute of training.)
+# Top: the true flag, which was never trained on. Bottom: what the model draws of its caption. It has seen each colour
+# and each pattern, but not these together. (The pictures are soft: 32 px, and a minute of training.)
 #
 # ## Measure
 
@@ -194,8 +193,8 @@ run(f"eval {RUN}/pipeline --data {FLAGS} --out {RUN}/report")
 # ## What the report holds
 #
 # `report.html` is one file that opens without a network: headline numbers with intervals, which stage is to blame, the
-# nearest training picture of each picture (does it copy?), galleries, training curves, and the protocol to measure again.
-# The same in `report.json`, for programs.
+# nearest training picture of each picture (does it copy?), galleries, training curves, and the protocol to measure
+# again. The same in `report.json`, for programs.
 
 # %%
 print(*sorted(path.name for path in (RUN / "report").iterdir()), sep="\n")
@@ -208,8 +207,8 @@ for remark in report["remarks"]:
 Image.open(RUN / "report/grid.png")
 
 # %% [markdown]
-# The remarks matter as much as the numbers: a few dozen pictures are few for every statistic, and the report says where it
-# has left one out. With your own data expect to need some thousands of pictures; the steps are the same.
+# The remarks matter as much as the numbers: a few dozen pictures are few for every statistic, and the report says where
+# it has left one out. With your own data expect to need some thousands of pictures; the steps are the same.
 #
 # ## Exercises
 #
@@ -217,8 +216,8 @@ Image.open(RUN / "report/grid.png")
 #
 # <details><summary>Answer</summary>
 #
-# The model would have been trained on a picture that it is then measured with. With one of many that hardly moves a number;
-# with a popular test set, scraped along with the web, it makes scores meaningless.
+# The model would have been trained on a picture that it is then measured with. With one of many that hardly moves a
+# number; with a popular test set, scraped along with the web, it makes scores meaningless.
 #
 # </details>
 #
@@ -226,18 +225,18 @@ Image.open(RUN / "report/grid.png")
 #
 # <details><summary>Answer</summary>
 #
-# Near-duplicates have to agree in shape *and* colour *and* caption. What differs in its caption is a different example, and
-# for a text-to-image model often the most useful kind.
+# Near-duplicates have to agree in shape *and* colour *and* caption. What differs in its caption is a different example,
+# and for a text-to-image model often the most useful kind.
 #
 # </details>
 #
-# **3.** Add a fourth pattern with captions of its own to `flag`, and train again under another `RUN`. Which stages have to be
-# trained anew?
+# **3.** Add a fourth pattern with captions of its own to `flag`, and train again under another `RUN`. Which stages have
+# to be trained anew?
 #
 # <details><summary>Answer</summary>
 #
-# The text encoder, if the captions have new words, and then the noise predictor in any case. The autoencoder may stay, as
-# long as it reconstructs the new pictures well: look at its PSNR on them.
+# The text encoder, if the captions have new words, and then the noise predictor in any case. The autoencoder may stay,
+# as long as it reconstructs the new pictures well: look at its PSNR on them.
 #
 # </details>
 #
