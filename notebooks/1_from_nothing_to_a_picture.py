@@ -90,7 +90,7 @@ run(f"""
 Image.open(RUN / "autoencoder/samples/step-00000700.png")
 
 # %% [markdown]
-# Each pair: a held-out picture and its reconstruction.
+# Top: held-out pictures. Bottom: their reconstructions.
 #
 # ## Stage 1: the text encoder
 #
@@ -199,8 +199,8 @@ grid(pictures[:12], columns=6, labels=labels[:12], scale=2)
 # ## What it can do, and what it cannot
 #
 # It draws the colours, shapes and places that it was shown, each time a little elsewhere. Pairs that it has never seen
-# come out right, too, most of them: it has learned colour and shape apart, not by heart. And it knows nothing else.
-# There is no second object in its world, no small one, and no word beside the few of its captions:
+# often come out right, too: it has learned colour and shape apart, not by heart. And it knows nothing else. There is no
+# second object in its world, no small one, and no word beside the few of its captions:
 
 # %%
 odd = ("a large red circle in the top left and a large blue cross in the bottom right", "a small red circle", "a cat")
