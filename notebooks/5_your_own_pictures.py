@@ -26,12 +26,13 @@ import sys
 from itertools import permutations
 from pathlib import Path
 
-sys.path.append("..")  # Jupyter starts in notebooks/, and `training` lies beside it
+sys.path.append("..")  # Jupyter starts in notebooks/, and `eval` and `training` lie beside it
 
 import pyarrow.parquet as parquet
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+from eval.report.headline import headline
 from sd_mini import Pipeline
 from sd_mini.images import grid
 from training.chain import main as chain
@@ -200,7 +201,8 @@ run(f"eval {RUN}/pipeline --data {FLAGS} --out {RUN}/report")
 # %%
 print(*sorted(path.name for path in (RUN / "report").iterdir()), sep="\n")
 report = json.loads((RUN / "report/report.json").read_text())
-print({name: sorted(part)[:6] for name, part in report.items() if isinstance(part, dict)})
+for row in headline(report):
+    print(f"{row.name:34}{row.value:>10}{row.interval:>18}   n {row.n}")
 for remark in report["remarks"]:
     print("-", remark)
 
