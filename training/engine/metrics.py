@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_mini import png
 from sd_mini.data.batches import StepInputs
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, sync
@@ -265,7 +266,7 @@ class Watch:
         """`samples/step-NNNNNNNN.png`, and to the trackers that take pictures."""
         path = self._picture(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        png.save(picture, path)  # with what it was made with, where that is attached
         values = {"samples": np.asarray(picture.convert("RGB"))[None]}  # (1, H, W, 3)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
