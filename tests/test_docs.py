@@ -64,7 +64,7 @@ def test_the_page_of_editing_makes_pictures(tiny_run, tmp_path, monkeypatch):
 
 def test_the_readme_s_commands_on_a_model(tiny_run, tmp_path, monkeypatch):
     commands = [words for words in COMMANDS if words[0] == ".venv/bin/sd-mini"]
-    assert [words[1] for words in commands] == ["generate", "inspect", "generate", "export", "doctor"]
+    assert [words[1] for words in commands] == ["generate", "generate", "export", "doctor"]
     monkeypatch.chdir(tmp_path)
     for _, *words in commands:
         assert sd_mini_main([word.replace("runs/shapes", str(tiny_run)) for word in words]) in (0, None)
