@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub.repocard import RepoCard
 from PIL import Image
 
+from eval.makers.sources import Ours, open_source
 from sd_mini import Pipeline
 from sd_mini.cli import commands as cli
 from sd_mini.files import MANIFEST, file_hash
@@ -83,6 +84,7 @@ def test_ours_loads_it_without_running_its_code(folder, tiny_run, tmp_path):
             assert torch.equal(a, b)
     ours.save(tmp_path / "plain")
     assert json.loads((tmp_path / "plain" / "model_index.json").read_text())["_class_name"] == "Pipeline"
+    assert type(open_source(folder, None, "cpu")) is Ours  # as `python -m eval` opens it
     with pytest.raises(ValueError, match=standalone.CODE):
         (folder / standalone.CODE).rename(tmp_path / "aside")
         try:
