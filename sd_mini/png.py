@@ -1,17 +1,17 @@
 """What a picture was made with, in its PNG file: written and read here alone.
 
 Two text chunks (iTXt, UTF-8) before the pixels: `sd_mini`, the settings as JSON, from which the same picture can be
-made again; and `parameters`, the same in the form that Automatic1111's web UI writes and galleries show. Reading one
-decodes no pixels and executes nothing.
+made again (a list of them in a grid of pictures); and `parameters`, the same in the form that Automatic1111's web UI
+writes and galleries show. Reading one decodes no pixels and executes nothing.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from sd_mini import __version__
 from sd_mini.config import Config, complaint
@@ -68,13 +68,28 @@ class Settings(Config):
     """of sd_mini"""
 
 
-def save(picture: Image.Image, target: str | Path | BinaryIO, settings: Settings) -> None:
-    """Write a PNG with `settings` in it: a file, whole or not at all, or into a stream. Raises UserError."""
+_GRIDS = TypeAdapter(Annotated[list[Settings], Field(min_length=1, max_length=1000)])
+
+
+def attach(picture: Image.Image, *settings: Settings) -> Image.Image:
+    """The picture itself, which knows from now on what it, or each picture of its grid, was made with."""
+    texts = [one.model_dump_json() for one in settings]
+    picture.info[SETTINGS] = texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
+    picture.info[PARAMETERS] = "\n\n".join(map(as_parameters, settings))
+    return picture
+
+
+def save(picture: Image.Image, target: str | Path | BinaryIO, *settings: Settings) -> None:
+    """Write a PNG with `settings` in it, or with those attached to the picture: a file, whole or not at all, or into a
+    stream. Raises UserError."""
     from PIL.PngImagePlugin import PngInfo
 
+    if settings:
+        attach(picture, *settings)
     chunks = PngInfo()
-    chunks.add_itxt(SETTINGS, settings.model_dump_json())
-    chunks.add_itxt(PARAMETERS, as_parameters(settings))
+    for name in (SETTINGS, PARAMETERS):
+        if name in picture.info:
+            chunks.add_itxt(name, picture.info[name])
     if isinstance(target, str | Path):
         replace(picture, Path(target), "PNG", pnginfo=chunks)
     else:
@@ -93,10 +108,21 @@ def replace(picture: Image.Image, path: Path, picture_format: str, **options: ob
 
 
 def read(path: str | Path) -> Settings:
-    """The settings in a PNG that `save` wrote. Raises UserError: no such file, no PNG, none in it, or forged ones."""
+    """The settings in a PNG of one picture that `save` wrote. Raises UserError: no such file, no PNG, none in it, those
+    of several pictures, or forged ones."""
+    found = read_all(path)
+    if len(found) != 1:
+        raise UserError(f"{path}: is a grid of {len(found)} pictures; give one of a single picture")
+    return found[0]
+
+
+def read_all(path: str | Path) -> list[Settings]:
+    """As `read`, of each picture in a grid, in order."""
     text = _chunk(Path(path))
     try:
-        return Settings.model_validate_json(text)
+        if not text.startswith("["):
+            return [Settings.model_validate_json(text)]
+        return _GRIDS.validate_json(text)
     except ValidationError as error:
         raise UserError(f"{path}: its settings cannot be used: {complaint(Settings, error)}") from None
 

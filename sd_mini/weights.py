@@ -54,6 +54,9 @@ def load_complete(
     return loaded
 
 
+# in a standalone folder our components name the file beside their weights, COMPONENT_FILE, instead of these
+LIBRARIES = {"TextAdapter": "sd_mini.text_encoder", "Autoencoder": "sd_mini.autoencoder"}
+COMPONENT_FILE = "stage"
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # options of a hub name
 
 
@@ -116,6 +119,17 @@ def pipeline_variant(folder: str | Path) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def own_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's index, of a standalone folder as if sd_mini had saved it: no code of the folder is run by it."""
+    found = dict(index)
+    if isinstance(found.get("_class_name"), list):
+        found["_class_name"] = found["_class_name"][-1]
+    for name, entry in found.items():
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] == COMPONENT_FILE:
+            found[name] = [LIBRARIES.get(entry[1], entry[0]), entry[1]]
+    return found
+
+
 def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The networks of a diffusers pipeline's folder, but for those among `options`, each complete, by name.
 
@@ -126,7 +140,7 @@ def load_components(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("device_map") is not None or options.get("quantization_config") is not None:
         return {}
     dtypes, loaded = options.get("torch_dtype", options.get("dtype")), {}
-    for name, entry in (read_json(folder / PIPELINE_MARK) or {}).items():
+    for name, entry in own_index(read_json(folder / PIPELINE_MARK) or {}).items():
         if name not in options:
             _check_tokenizer(folder / name, entry)
         cls = _network_class(entry) if name not in options else None

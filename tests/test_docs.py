@@ -62,13 +62,14 @@ def test_the_page_of_editing_makes_pictures(tiny_run, tmp_path, monkeypatch):
     assert names["similar"].images[0].size == names["repainted"].images[0].size == (48, 32)
 
 
-def test_the_readme_s_commands_on_a_model(tiny_run, tmp_path):
+def test_the_readme_s_commands_on_a_model(tiny_run, tmp_path, monkeypatch):
     commands = [words for words in COMMANDS if words[0] == ".venv/bin/sd-mini"]
-    assert [words[1] for words in commands] == ["generate", "inspect"]
+    assert [words[1] for words in commands] == ["generate", "generate", "export", "doctor"]
+    monkeypatch.chdir(tmp_path)
     for _, *words in commands:
-        words = [word.replace("runs/shapes", str(tiny_run)).replace("a.png", str(tmp_path / "a.png")) for word in words]
-        assert sd_mini_main(words) in (0, None)
-    assert (tmp_path / "a.png").is_file()
+        assert sd_mini_main([word.replace("runs/shapes", str(tiny_run)) for word in words]) in (0, None)
+    assert (tmp_path / "a.png").is_file() and (tmp_path / "picture.png").is_file()
+    assert (tmp_path / "shapes-64" / "pipeline.py").is_file()
 
 
 def test_the_readme_s_way_from_pictures_to_a_report(tmp_path, monkeypatch):
@@ -84,6 +85,8 @@ def test_the_readme_s_way_from_pictures_to_a_report(tmp_path, monkeypatch):
     ours = [words for words in COMMANDS if not any(words[: len(skip)] == skip for skip in ELSEWHERE)]
     (survey,) = [words for words in ours if words[:2] == ["sd-mini", "data"]]
     assert sd_mini_main(survey[1:]) in (0, None) and (tmp_path / "sheet.png").is_file()
+    (init,) = [words for words in ours if words[:2] == ["sd-mini", "init"]]
+    assert sd_mini_main(init[1:]) in (0, None) and len(list((tmp_path / "mine").iterdir())) == 4
     launches = [words for words in ours if words[0] == "accelerate" and "..." not in words]
     assert len(launches) == 3
     for words in launches:

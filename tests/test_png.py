@@ -36,6 +36,17 @@ def test_what_is_written_is_read(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_grid_holds_those_of_each_picture(tmp_path):
+    others = [SETTINGS, SETTINGS.model_copy(update={"seed": 1, "prompt": "[a]"})]
+    png.save(png.attach(picture(16), *others), tmp_path / "grid.png")
+    assert png.read_all(tmp_path / "grid.png") == others
+    with pytest.raises(UserError, match="grid of 2 pictures"):
+        png.read(tmp_path / "grid.png")
+    png.save(picture(), tmp_path / "plain.png")
+    with pytest.raises(UserError, match="holds no settings"):
+        png.read_all(tmp_path / "plain.png")
+
+
 def test_others_read_it_as_json_and_as_the_web_ui_s_text():
     stream = io.BytesIO()
     png.save(picture(), stream, SETTINGS)

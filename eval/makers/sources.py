@@ -25,7 +25,7 @@ from sd_mini.pipelines.text_to_image import Pipeline
 from sd_mini.sampling.loop import Guidance, OwnDraws
 from sd_mini.stages.contract import KINDS as STAGE_KINDS
 from sd_mini.stages.start import wrapped
-from sd_mini.weights import load_components, pipeline_variant, reason
+from sd_mini.weights import load_components, own_index, pipeline_variant, reason
 
 CARD = "README.md"  # which an evaluation writes into a pipeline's folder, and which makes no picture
 
@@ -210,8 +210,8 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
 
 def _class_of(index: Path) -> str | None:
     try:
-        return json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
+        return own_index(json.loads(index.read_text(encoding="utf-8"))).get("_class_name")
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not readable as JSON ({error}); save the pipeline again") from None
 
 

@@ -16,9 +16,10 @@ from eval.metrics.all import METRICS
 from eval.report.figures import part_name
 from eval.report.gallery import Gallery
 from eval.report.page import render
-from sd_mini import images
+from sd_mini import images, png
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, atomic_folder, written_to
+from sd_mini.png import Settings
 from sd_mini.stages.contract import KINDS, read_contract
 
 REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
@@ -102,7 +103,26 @@ def write(folder: Path, report: dict[str, Any], galleries: Sequence[Gallery], cu
         (partial / PAGE).write_text(render(report, galleries, curves), encoding="utf-8")
         tiles = galleries[0].tiles
         labels = [tile.prompt for tile in tiles]
-        images.grid([t.picture for t in tiles], _GRID_COLUMNS, labels, _GRID_SCALE).save(partial / GRID)
+        grid = images.grid([t.picture for t in tiles], _GRID_COLUMNS, labels, _GRID_SCALE)
+        png.save(grid, partial / GRID, *_settings(report["protocol"], labels))
+
+
+def _settings(protocol: Mapping[str, Any], prompts: Sequence[str]) -> list[Settings]:
+    """What the pictures of the grid were made with; none of pictures that another program has made."""
+    if "stages" not in protocol:
+        return []
+    shared: dict[str, Any] = {
+        "num_inference_steps": protocol.get("steps"),
+        "guidance_scale": protocol.get("guidance"),
+        "guidance_rescale": protocol.get("guidance_rescale", 0.0),
+        "guidance_interval": protocol.get("guidance_interval"),
+        "autoguidance": protocol.get("autoguidance", False),
+        "sampler": protocol.get("sampler"),
+        "height": protocol["resolution"],
+        "width": protocol["resolution"],
+        "stages": protocol["stages"],
+    }
+    return [Settings(prompt=prompt, seed=seed, **shared) for seed, prompt in enumerate(prompts)]
 
 
 def check_finite(part: Any, place: str = REPORT) -> None:

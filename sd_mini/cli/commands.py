@@ -10,6 +10,7 @@ from sd_mini.cli.arguments import Parser
 from sd_mini.config import command
 from sd_mini.errors import UserError
 from sd_mini.openmp import let_threads_sleep
+from sd_mini.progress import quiet_libraries
 
 COMMANDS = (generate, app, inspection, export, survey, init, doctor)  # each has `add_command`, in the order of `--help`
 
@@ -17,6 +18,7 @@ COMMANDS = (generate, app, inspection, export, survey, init, doctor)  # each has
 def main(argv: Sequence[str] | None = None) -> int:
     """`sd-mini ...` => exit code: 0, or 2 after one line on stderr that says what to mend."""
     let_threads_sleep()  # nothing has imported torch yet
+    quiet_libraries()
     return command(_main, argv)
 
 

@@ -1,4 +1,4 @@
-"""`sd-mini export`: a run's three stages joined to a pipeline folder."""
+"""`sd-mini export`: a run's three stages joined to a pipeline folder, for sd_mini or for everybody."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from sd_mini.cli.arguments import check_target
 from sd_mini.cli.opening import check_run, hide_loading_bars
+from sd_mini.errors import UserError
 from sd_mini.files import PIPELINE_MARK
 
 
@@ -16,6 +17,23 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run_command=run)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="pipeline folder (default: RUN/pipeline)")
+    parser.add_argument(
+        "--to",
+        metavar="FOLDER",
+        type=Path,
+        help="write a folder that stock diffusers loads without sd_mini, with a model card (default: none)",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="NAME",
+        help="of the weights, for the card of --to, such as cc-by-4.0 (default: not stated)",
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="USER/NAME", help="upload the folder of --to to the hub (default: it stays here)"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="for a repository made by --push-to-hub (default: public)"
+    )
     parser.add_argument(
         "--guide",
         metavar="FOLDER",
@@ -26,9 +44,30 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     check_run(options.run)
+    if options.to is not None:
+        _export_for_all(options)
+        return
+    for name in ("license", "push_to_hub", "private"):
+        if getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: goes with a folder for everybody; give it by --to FOLDER")
     out = check_target(options.out or options.run / "pipeline", PIPELINE_MARK)
     from sd_mini.pipelines.text_to_image import Pipeline
 
     hide_loading_bars()
     Pipeline.from_run(options.run, guide=options.guide).save(out)
     print(out)
+
+
+def _export_for_all(options: argparse.Namespace) -> None:
+    if options.out is not None:
+        raise UserError("--out: goes without --to; give one of them")
+    folder = check_target(options.to, PIPELINE_MARK)
+    from sd_mini.pipelines import standalone
+    from sd_mini.pipelines.text_to_image import Pipeline
+
+    hide_loading_bars()
+    pipeline = Pipeline.from_run(options.run, guide=options.guide)
+    standalone.write(pipeline, folder, options.run, options.license)
+    print(folder)
+    if options.push_to_hub is not None:
+        print(standalone.push(folder, options.push_to_hub, options.private))

@@ -25,9 +25,14 @@ def settings_in(picture: Path) -> list[str]:
     """Lines: what a PNG was made with. Raises UserError for one without."""
     from sd_mini import png
 
-    values = png.read(picture).model_dump(exclude_none=True)
-    stages = {f"stage {kind}": digest[:12] for kind, digest in values.pop("stages", {}).items()}
-    return [str(picture), *(f"  {name:21}{_printable(value)}" for name, value in (values | stages).items())]
+    found = png.read_all(picture)
+    lines = [str(picture)]
+    for number, settings in enumerate(found):
+        lines += [f"picture {number} of {len(found)}"] if len(found) > 1 else []
+        values = settings.model_dump(exclude_none=True)
+        stages = {f"stage {kind}": digest[:12] for kind, digest in values.pop("stages", {}).items()}
+        lines += [f"  {name:23}{_printable(value)}" for name, value in (values | stages).items()]
+    return lines
 
 
 def _printable(value: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd_mini.cpu import prx
-from sd_mini.cpu.kernels import Kernels, compiled, compiler
+from sd_mini.cpu.kernels import SOURCE, Kernels, compiled, compiler
 from sd_mini.cpu.threads import cores, in_threads
 
 _MIN_SAMPLES = 8  # a thread: with fewer, Python's overhead is larger than the gain of a second core
@@ -63,6 +63,8 @@ def _obstacle(network: nn.Module) -> str | None:
         return "the CPU kernels do not cover bottleneck_size and resolution_embeds"
     if network.device.type != "cpu" or network.dtype != torch.float32:
         return f"it is on {network.device} in {network.dtype}; the kernels are for float32 on a CPU"
+    if not SOURCE.is_file():
+        return "this copy of sd_mini has no C source of the kernels; install the package"
     if compiler() is None:
         return "there is no C compiler; install one (apt-get install gcc), or name it in the environment variable CC"
     if compiled(config.num_heads, head_dim) is None:

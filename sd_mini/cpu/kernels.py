@@ -20,7 +20,7 @@ from sd_mini.remarks import remark
 
 Weights = dict[str, Tensor]  # by the names of the stock state dict
 Back = Callable[..., Any]
-_SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_suffix(".c")
 # sums may be reordered, so that they vectorise; unlike -ffast-math these change no floating point mode of the process
 _FLAGS = ["-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math"]
 _FLAGS += ["-fno-signed-zeros", "-freciprocal-math"]
@@ -43,10 +43,10 @@ def compiled(heads: int, head_dim: int, half: bool = False) -> ctypes.CDLL | Non
         return None
     defines = [f"-DH={heads}", f"-DD={head_dim}", *(["-DHALF"] if half else [])]
     try:
-        library = _library([command, *defines, *_FLAGS, str(_SOURCE)])
+        library = _library([command, *defines, *_FLAGS, str(SOURCE)])
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").splitlines()[0]
-        remark(f"{command} cannot compile {_SOURCE.name} ({reason}); the network runs without it")
+        remark(f"{command} cannot compile {SOURCE.name} ({reason}); the network runs without it")
         return None
     library.scratch_size.restype = ctypes.c_long
     return library
@@ -62,7 +62,7 @@ def _library(command: list[str]) -> ctypes.CDLL:
     # the macros that -march=native defines name the processor's features, and those of the compiler its version
     describe = [command[0], *_FLAGS, "-dM", "-E", "-x", "c", "-"]
     macros = subprocess.run(describe, input=b"", check=True, capture_output=True, timeout=60).stdout
-    key = hashlib.sha256(b"\0".join([macros, _SOURCE.read_bytes(), *map(str.encode, command[:-1])])).hexdigest()
+    key = hashlib.sha256(b"\0".join([macros, SOURCE.read_bytes(), *map(str.encode, command[:-1])])).hexdigest()
     target = cache_folder() / f"{key[:24]}.so"
     if target.exists():
         return ctypes.CDLL(str(target))

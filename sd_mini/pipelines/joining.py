@@ -32,7 +32,7 @@ from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
 from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter
-from sd_mini.weights import HUB, is_hub_name, load_components, pipeline_variant, snapshot
+from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeline_variant, snapshot
 
 _ENDINGS = ("json", "safetensors", "txt", "model")  # of a pipeline's files that can execute nothing
 
@@ -227,6 +227,12 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("variant", pipeline_variant(folder))
         return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """diffusers', but a standalone folder's own code is left alone: its classes are here."""
+        loaded: Any = super().load_config(*args, **kwargs)
+        return own_index(loaded) if isinstance(loaded, dict) else loaded
 
     # ty: ignore[incompatible-method-override]
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -92,7 +92,7 @@ def test_a_picture_s_own_picture_is_asked_for(tiny_run, tmp_path, capsys):
 def test_inspect_shows_them_and_obeys_none(made, tmp_path, capsys):
     run("inspect", made)
     out = capsys.readouterr().out
-    assert OTHER in out and "seed                 5" in out and "stage noise_predictor" in out
+    assert OTHER in out and "seed                   5" in out and "stage noise_predictor" in out
     forged = png.Settings(prompt="a\x1b[2Jb\nsecond <b>")
     png.save(picture(), tmp_path / "f.png", forged)
     run("inspect", tmp_path / "f.png")

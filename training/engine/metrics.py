@@ -22,10 +22,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_mini import png
 from sd_mini.data.batches import StepInputs
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, sync
-from sd_mini.progress import is_seen, progress
+from sd_mini.progress import progress
 from training.engine.flops import count_flops, measured_peak
 from training.engine.learner import Learner
 
@@ -242,7 +243,7 @@ class Watch:
         """In the bar; without a terminal a line a minute, for who reads the log."""
         values = {"loss": f"{loss:.4f}", "grad": f"{norm:.2g}", "img/s": f"{speed:.0f}", "MFU": f"{utilisation:.0%}"}
         self.bar.set_postfix(values, refresh=False)
-        if not is_seen() and time.monotonic() - self.said >= _A_LINE_EVERY:
+        if self.bar.disable and time.monotonic() - self.said >= _A_LINE_EVERY:
             self.said = time.monotonic()
             self.message(f"step {step:,} of {self.steps:,}, " + ", ".join(f"{k} {v}" for k, v in values.items()))
 
@@ -265,7 +266,7 @@ class Watch:
         """`samples/step-NNNNNNNN.png`, and to the trackers that take pictures."""
         path = self._picture(step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        png.save(picture, path)  # with what it was made with, where that is attached
         values = {"samples": np.asarray(picture.convert("RGB"))[None]}  # (1, H, W, 3)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):

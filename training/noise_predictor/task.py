@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from sd_mini import diffusion, images, lora, stages
+from sd_mini import diffusion, images, lora, png, stages
 from sd_mini.data import arrays, cache
 from sd_mini.data.batches import Batch, generator
 from sd_mini.data.buckets import Size, bucket_sizes
@@ -26,7 +26,9 @@ from sd_mini.data.parts import load_captioned, resolved
 from sd_mini.errors import UserError
 from sd_mini.noise_predictor.network import check_call
 from sd_mini.offload import on_device
+from sd_mini.pipelines.generation import completed
 from sd_mini.pipelines.text_to_image import Pipeline
+from sd_mini.png import Settings
 from sd_mini.processes import process_device
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
@@ -202,13 +204,16 @@ class PredictorTask:
     def preview(self, objective: PredictorObjective) -> Image.Image:
         """Pictures of eight held-out captions, each from its fixed seed and of its picture's size, by the pipeline."""
         shown = self.valid_pictures.select(self.valid_pictures.spread(8))
-        captions, pictures = [own[0] for own in shown.captions], []
+        captions, pictures, settings = [own[0] for own in shown.captions], [], []
         with self._pipeline(objective.network) as pipeline:
             for span, size in zip(shown.spans, shown.sizes, strict=True):
                 seeds = [torch.Generator().manual_seed(row) for row in span]
                 own = captions[span.start : span.stop]
-                pictures += pipeline(own, generator=seeds, height=size.height, width=size.width).images
-        return images.grid(pictures, columns=4, labels=captions, scale=2)
+                made = pipeline(own, generator=seeds, height=size.height, width=size.width).images
+                asked = [Settings(prompt=caption, seed=row) for caption, row in zip(own, span, strict=True)]
+                settings += [completed(pipeline, *pair) for pair in zip(asked, made, strict=True)]
+                pictures += made
+        return png.attach(images.grid(pictures, columns=4, labels=captions, scale=2), *settings)
 
     def evaluate(self, objective: PredictorObjective) -> dict[str, float]:
         with self._pipeline(objective.network) as pipeline:

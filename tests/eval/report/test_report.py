@@ -18,7 +18,7 @@ from eval.judge.judge import judge, summarise
 from eval.metrics.reconstruction import PROMPTS, reconstruct
 from eval.report.gallery import pick_galleries
 from eval.report.report import seconds, stages_beside, table
-from sd_mini import Pipeline, images, shapes
+from sd_mini import Pipeline, images, png, shapes
 from sd_mini.data.captioned import DataConfig, load
 from tests.support.reporting import PROMPTS_ASKED, SEED, SPLITS, STEPS, Page, run
 
@@ -244,6 +244,9 @@ def test_the_grid_is_saved(folder, asked, made):
     expected = images.grid(list(made), 6, asked["test"][1], 2)
     assert np.array_equal(np.asarray(Image.open(folder / "grid.png")), np.asarray(expected))
     assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "report.html", "report.json"]
+    settings = png.read_all(folder / "grid.png")
+    assert [(one.prompt, one.seed) for one in settings] == [(p, i) for i, p in enumerate(asked["test"][1])]
+    assert settings[0].num_inference_steps == STEPS and settings[0].guidance_scale == 1.5 and settings[0].stages
 
 
 def test_galleries_are_picked_by_rules():

@@ -52,10 +52,20 @@ def test_without_trackers_the_lines_are_written_all_the_same(tmp_path):
     assert not (tmp_path / "autoencoder" / "logs").exists() and len(lines(tmp_path / "autoencoder")) == 3
 
 
-def test_the_bar_shows_speed_loss_gradient_and_utilisation(tmp_path, capsys):
+def test_the_bar_shows_speed_loss_gradient_and_utilisation(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sd_mini.progress.is_seen", lambda: True)  # as on a terminal
     assert launch("text_encoder", tmp_path, "--train.log_every", "1") == 0
     bar = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert all(word in bar for word in ("6/6 [", "loss=", "grad=", "img/s=", "MFU="))
+
+
+def test_a_log_file_has_lines_instead_of_the_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.engine.metrics._A_LINE_EVERY", 0)
+    assert launch("text_encoder", tmp_path, "--train.log_every", "3") == 0
+    err = capsys.readouterr().err
+    assert "step/s" not in err
+    lines = [line for line in err.splitlines() if "step 3 of 6" in line or "step 6 of 6" in line]
+    assert len(lines) == 2 and all(word in lines[0] for word in ("loss ", "grad ", "img/s ", "MFU "))
 
 
 def predictor_loop(smoke_run, folder, **train):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sd_mini import stages
+from sd_mini import png, stages
 from sd_mini.config import command, read_yaml
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.launching import MAINS, ROOT, arguments, launch, lines
@@ -27,6 +27,9 @@ def test_what_a_stage_writes(smoke_run, stage):
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["step-00000003.png", "step-00000006.png"]
     assert Image.open(folder / "samples" / "step-00000006.png").width > 64
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+    if stage == "noise_predictor":  # a preview holds what each of its pictures was made with
+        settings = png.read_all(folder / "samples" / "step-00000006.png")
+        assert [one.seed for one in settings] == list(range(len(settings))) and settings[0].sampler == "euler"
     contract = stages.read_contract(folder / "final", stage)
     assert contract["steps"] == 6 and contract["data"]["count"] == 64 and contract["seconds"] > 0
 
