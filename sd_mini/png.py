@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -144,6 +144,13 @@ def _chunk(path: Path) -> str:
     if len(text) > _MAX_CHUNK:
         raise UserError(f"{path}: its settings have {len(text):,} characters; expected at most {_MAX_CHUNK:,}")
     return text
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """For a person to read: name => value, without what is None, the stages by the first digits of their hashes."""
+    values = settings.model_dump(exclude_none=True)
+    stages = values.pop("stages")
+    return values | {f"stage {kind}": digest[:12] for kind, digest in stages.items()}
 
 
 def as_parameters(settings: Settings) -> str:

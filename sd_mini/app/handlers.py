@@ -90,9 +90,7 @@ class Handlers:
         """The picture at `index` of a gallery => itself, its settings as text, and its file to download."""
         with messages():
             path = _at(files, index)
-            values = png.read(path).model_dump(exclude_none=True)
-            stages = {f"stage {kind}": digest[:12] for kind, digest in values.pop("stages").items()}
-            lines = [f"{name}: {value}" for name, value in (values | stages).items()]
+            lines = [f"{name}: {value}" for name, value in png.described(png.read(path)).items()]
             return picture_of(Path(path)), "\n".join(lines), gr.DownloadButton(value=path, interactive=True)
 
     def reuse(self, history: list[str], index: int) -> dict[str, Any]:

@@ -29,9 +29,7 @@ def settings_in(picture: Path) -> list[str]:
     lines = [str(picture)]
     for number, settings in enumerate(found):
         lines += [f"picture {number} of {len(found)}"] if len(found) > 1 else []
-        values = settings.model_dump(exclude_none=True)
-        stages = {f"stage {kind}": digest[:12] for kind, digest in values.pop("stages", {}).items()}
-        lines += [f"  {name:23}{_printable(value)}" for name, value in (values | stages).items()]
+        lines += [f"  {_printable(name):23}{_printable(value)}" for name, value in png.described(settings).items()]
     return lines
 
 
