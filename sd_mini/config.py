@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sd_mini.errors import UserError
-from sd_mini.texts import read_text, shown
+from sd_mini.texts import printable, read_text, shown
 
 C = TypeVar("C", bound="Config")
 
@@ -103,7 +103,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 def complaint(cls: type[Config], error: ValidationError) -> str:
     """pydantic's report => its first complaint, on one line."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
+    where = [str(part)[:60] for part in first["loc"] if isinstance(part, str)]
     name = ".".join(where) or "the config"
     if first["type"] == "extra_forbidden":
         known = sorted(_fields_at(cls, where[:-1]))
@@ -144,7 +144,7 @@ def command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except UserError as error:
         if os.environ.get("SD_MINI_TRACEBACK"):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
 
 

@@ -76,8 +76,9 @@ def add_to_layers(
 
 def save(network: nn.Module, folder: Path, base: dict[str, Any], adapter: str = DEFAULT) -> None:
     """Write an adapter of `network` into `folder` in both formats; `base` records the network that it belongs to."""
-    weights = {n.replace(f".{adapter}.", "."): tensor.contiguous() for n, tensor in state(network, adapter).items()}
-    layer: Any = next(module for module in network.modules() if is_adapted_layer(module))
+    weights = {_unnamed(name, adapter): tensor.contiguous() for name, tensor in state(network, adapter).items()}
+    layers: list[Any] = [module for module in network.modules() if is_adapted_layer(module)]
+    layer = next(layer for layer in layers if adapter in layer.lora_A)
     config = {
         "peft_type": "LORA",
         "r": layer.r[adapter],
@@ -119,7 +120,7 @@ def load(network: nn.Module, path: str | Path, objective: dict[str, Any] | None 
     )
     with torch.no_grad():
         for name, tensor in state(network, adapter).items():
-            tensor.copy_(weights[name.replace(f".{adapter}.", ".")])
+            tensor.copy_(weights[_unnamed(name, adapter)])
 
 
 def weights_file(path: str | Path) -> Path:
@@ -140,6 +141,13 @@ def state(network: nn.Module, adapter: str = DEFAULT) -> dict[str, Tensor]:
     """An adapter's own parameters, by name."""
     own = tuple(f".lora_{side}.{adapter}." for side in "AB")
     return {name: p.detach() for name, p in network.named_parameters() if any(part in name for part in own)}
+
+
+def _unnamed(name: str, adapter: str) -> str:
+    """A parameter of an adapter => its name in files: x.lora_A.NAME.weight => x.lora_A.weight."""
+    for side in (".lora_A.", ".lora_B."):
+        name = name.replace(f"{side}{adapter}.", side)
+    return name
 
 
 def merge(network: nn.Module) -> None:

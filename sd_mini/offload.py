@@ -65,6 +65,11 @@ def brings_in(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def is_offloaded_by_layers(model: nn.Module) -> bool:
+    """Whether its layers are brought in one after the other, from memory, disk or groups (not the model as a whole)."""
+    return _group_hook(model) is not None or any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
 def _group_hook(module: nn.Module) -> Any:
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook("group_offloading")

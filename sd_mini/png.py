@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
 from sd_mini import __version__
 from sd_mini.config import Config, complaint
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 SETTINGS, PARAMETERS = "sd_mini", "parameters"  # keys of the text chunks
 MAX_PROMPT = 100_000  # characters; a tokenizer keeps a few hundred of them
+_MAX_AREA = 2**26  # px
 _MAX_CHUNK = 2**20  # characters of the settings as JSON
+
+
+_Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+_Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,64}$")]
 
 
 class Settings(Config):
@@ -62,7 +67,9 @@ class Settings(Config):
     """SHA-256 of the pixels of the picture to start from"""
     mask_image: str | None = Field(None, max_length=64)
     """SHA-256 of the pixels of its mask"""
-    stages: dict[str, str] = Field({}, max_length=16)
+    lora: str | None = Field(None, max_length=200)
+    """name of the LoRA that is merged into the noise predictor"""
+    stages: dict[_Name, _Hash] = Field({}, max_length=16)
     """hashes of the stages that made it, by kind"""
     version: str = Field(__version__, max_length=100)
     """of sd_mini"""
@@ -120,11 +127,20 @@ def read_all(path: str | Path) -> list[Settings]:
     """As `read`, of each picture in a grid, in order."""
     text = _chunk(Path(path))
     try:
-        if not text.startswith("["):
-            return [Settings.model_validate_json(text)]
-        return _GRIDS.validate_json(text)
+        found = _GRIDS.validate_json(text) if text.startswith("[") else [Settings.model_validate_json(text)]
     except ValidationError as error:
-        raise UserError(f"{path}: its settings cannot be used: {complaint(Settings, error)}") from None
+        what = complaint(Settings, error).replace("; give it in the file or as --prompt VALUE", "")
+        raise UserError(f"{path}: its settings cannot be used: {what}") from None
+    for one in found:
+        if one.image is None and (one.strength is not None or one.mask_image is not None):
+            raise UserError(
+                f"{path}: its settings cannot be used: a strength or a mask without a picture to start from"
+            )
+        if (one.height or 1) * (one.width or 1) > _MAX_AREA:
+            raise UserError(
+                f"{path}: its settings cannot be used: {one.width} x {one.height} px are more than a picture"
+            )
+    return found
 
 
 def _chunk(path: Path) -> str:

@@ -12,6 +12,8 @@ from threading import get_ident
 
 from tqdm import tqdm
 
+from sd_mini.texts import printable
+
 _collected: ContextVar[list[str] | None] = ContextVar("collected remarks", default=None)  # of a thread
 
 
@@ -19,8 +21,9 @@ def remark(line: str) -> None:
     """Print `line` on stderr, above any progress bar; of several processes started together only the first does."""
     if (lines := _collected.get()) is not None:
         lines.append(" ".join(line.split()))
+    line = printable(" ".join(line.split()))
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"note: {' '.join(line.split())}", file=sys.stderr)
+        tqdm.write(f"note: {line}", file=sys.stderr)
 
 
 @contextmanager

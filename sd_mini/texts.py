@@ -76,6 +76,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may have it: what is not printable, as the characters that terminals obey, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def word_twins(text: str) -> list[str]:
     """Texts that differ from `text` by its own words: first an attribute exchanged with another in it or replaced by
     another of its class, then a relation turned round, then two of its words in each other's place.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from sd_mini.errors import UserError
 from sd_mini.files import PIPELINE_MARK, read_json
+from sd_mini.remarks import remark
 
 # model.safetensors, model.fp16.safetensors, and of several files model.fp16-00001-of-00002.safetensors, or, as older
 # libraries have it, model-00001-of-00002.fp16.safetensors
@@ -73,12 +74,14 @@ def snapshot(name: str, options: Mapping[str, Any], patterns: Sequence[str]) -> 
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+        found = Path(snapshot_download(name, allow_patterns=list(patterns), **options))
     except Exception as error:  # its errors are of several libraries, and of the transport's
         raise UserError(
             f"{name}: no such folder here, and as a hub name it cannot be loaded ({reason(error)}); mend the name, or "
             "give a folder"
         ) from error
+    remark(f"{name}: no such folder here; taken from the hub")  # it may be a folder's name, seen from elsewhere
+    return found
 
 
 @contextmanager
@@ -117,6 +120,36 @@ def pipeline_variant(folder: str | Path) -> str | None:
     """The variant that a diffusers pipeline's folder needs to be asked for: that of a component without plain ones."""
     found = {variant_of(part) for part in Path(folder).glob("*/")} - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def upload(
+    folder: Path,
+    files: Sequence[str],
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload these files of a folder, and no others, to the hub, where the repository is made if it is missing => its
+    address. Raises UserError, one line: no connection, no token, no right to write there."""
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi(token=token)
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            allow_patterns=list(files),
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    except Exception as error:  # its errors are of several libraries, and of the transport's
+        raise UserError(
+            f"{repo_id}: {folder} is written but not uploaded ({reason(error)}); log in (hf auth login), then upload it"
+        ) from error
+    return str(address)
 
 
 def own_index(index: Mapping[str, Any]) -> dict[str, Any]:

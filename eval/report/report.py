@@ -19,7 +19,8 @@ from eval.report.page import render
 from sd_mini import images, png
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, atomic_folder, written_to
-from sd_mini.png import Settings
+from sd_mini.png import MAX_PROMPT, Settings
+from sd_mini.sampling import samplers
 from sd_mini.stages.contract import KINDS, read_contract
 
 REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
@@ -117,12 +118,12 @@ def _settings(protocol: Mapping[str, Any], prompts: Sequence[str]) -> list[Setti
         "guidance_rescale": protocol.get("guidance_rescale", 0.0),
         "guidance_interval": protocol.get("guidance_interval"),
         "autoguidance": protocol.get("autoguidance", False),
-        "sampler": protocol.get("sampler"),
+        "sampler": protocol.get("sampler") or samplers.name_of_class(protocol["scheduler"]),
         "height": protocol["resolution"],
         "width": protocol["resolution"],
         "stages": protocol["stages"],
     }
-    return [Settings(prompt=prompt, seed=seed, **shared) for seed, prompt in enumerate(prompts)]
+    return [Settings(prompt=prompt[:MAX_PROMPT], seed=seed, **shared) for seed, prompt in enumerate(prompts)]
 
 
 def check_finite(part: Any, place: str = REPORT) -> None:

@@ -58,8 +58,8 @@ def fraction(text: str) -> float:
     return value
 
 
-def check_target(folder: Path, mark: str) -> Path:
-    """The `--out` folder, checked before anything is computed.
+def check_target(folder: Path, mark: str, option: str = "--out") -> Path:
+    """The folder that `option` names, checked before anything is computed.
 
     What we wrote into a folder that stands there is replaced, so it has to be empty or to hold `mark`, the file by
     which ours are known; a user's other files stay (`files.atomic_folder`).
@@ -69,10 +69,10 @@ def check_target(folder: Path, mark: str) -> Path:
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise UserError(f"--out {folder}: {nearest} is a file, expected a folder; give another name")
+        raise UserError(f"{option} {folder}: {nearest} is a file, expected a folder; give another name")
     if nearest == folder and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise UserError(f"--out {folder}: holds other files (no {mark}) and would be replaced; give a new folder")
-    check_writable(folder)
+        raise UserError(f"{option} {folder}: holds other files (no {mark}) and would be replaced; give a new folder")
+    check_writable(folder, option)
     return folder
 
 

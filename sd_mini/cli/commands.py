@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
+    if getattr(options, "prompt", "") is None and len(rest) == 1 and not rest[0].startswith("--"):
+        options.prompt = rest.pop()  # argparse takes an optional PROMPT for left out where options stand before it
     if rest and not getattr(options, "takes_fields", False):
         near = difflib.get_close_matches(rest[0].partition("=")[0], parser.options(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -9,12 +9,14 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from packaging.requirements import Requirement
+from typing import TYPE_CHECKING, Any
 
 from sd_mini import __version__
+from sd_mini.errors import UserError
 from sd_mini.openmp import cores
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 PURPOSES = {
     "train": "training and evaluation",
@@ -42,10 +44,13 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    findings = [*versions(), *devices(), *threads(), *compiler(), *memory(), *disks(options.folder), *extras()]
-    for state, subject, fact in findings:
-        print(f"{state:5} {subject:14} {fact}")
-    to_mend = sum(state == MEND for state, _, _ in findings)
+    if options.folder.is_file():
+        raise UserError(f"FOLDER {options.folder}: is a file; give the folder in which runs will lie")
+    to_mend = 0
+    for findings in (versions, devices, threads, compiler, memory, lambda: disks(options.folder), extras):
+        for state, subject, fact in findings():
+            print(f"{state:5} {subject:14} {fact}", flush=True)
+            to_mend += state == MEND
     print(f"{to_mend} to mend" if to_mend else "nothing to mend")
 
 
@@ -54,6 +59,8 @@ Finding = tuple[str, str, str]  # OK, MEND or the empty text of what is optional
 
 def versions() -> list[Finding]:
     findings = [(OK, "sd_mini", f"{__version__}, Python {platform.python_version()} at {sys.prefix}")]
+    if _metadata() is None:
+        return [*findings, (MEND, "packages", "sd-mini is not installed, so its needs are unknown; pip install -e .")]
     for requirement in _requirements(""):
         found, problem = _installed(requirement)
         fact = found if problem is None else f"{problem}; pip install '{requirement}'"
@@ -64,7 +71,8 @@ def versions() -> list[Finding]:
 def extras() -> list[Finding]:
     """What each extra adds, and of what it needs that is not there."""
     findings = []
-    for extra in sorted(set(metadata.metadata("sd-mini").get_all("Provides-Extra") or [])):
+    found = _metadata()
+    for extra in sorted(set(found.get_all("Provides-Extra") or [])) if found is not None else []:
         lacking = [r.name for r in _requirements(extra) if r.name != "sd-mini" and _installed(r)[1] is not None]
         purpose = PURPOSES.get(extra, "")
         if lacking:
@@ -75,8 +83,18 @@ def extras() -> list[Finding]:
     return findings
 
 
+def _metadata() -> Any:
+    """Of the installed package; none of a bare checkout."""
+    try:
+        return metadata.metadata("sd-mini")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _requirements(extra: str) -> list[Requirement]:
     """What the package needs with this extra alone; "" is none."""
+    from packaging.requirements import Requirement
+
     parsed = [Requirement(line) for line in metadata.requires("sd-mini") or []]
     if not extra:
         return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
@@ -95,8 +113,10 @@ def _installed(requirement: Requirement) -> tuple[str, str | None]:
 
 
 def devices() -> list[Finding]:
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        return [(MEND, "device", f"torch cannot be imported ({error}); pip install torch")]
     if torch.cuda.is_available():
         found = []
         for i in range(torch.cuda.device_count()):
@@ -106,14 +126,20 @@ def devices() -> list[Finding]:
         return found
     level = torch.backends.cpu.get_cpu_capability()
     fact = f"{platform.processor() or platform.machine()}, {level}"
-    if torch.version.cuda is not None and shutil.which("nvidia-smi"):
-        return [(MEND, "device", f"{fact}; an NVIDIA driver is there but torch sees no GPU: see nvidia-smi")]
+    if shutil.which("nvidia-smi"):
+        why = "is built for CPUs alone: install one for CUDA" if torch.version.cuda is None else "sees none: nvidia-smi"
+        return [(MEND, "device", f"{fact}; an NVIDIA driver is there, but this torch {why}")]
+    for name, kind in (("mps", "Apple GPU"), ("xpu", "Intel GPU")):
+        if getattr(torch, name).is_available():
+            return [("", "device", f"{fact}; the {kind} is used by --device {name} of Accelerate, and is not tested")]
     return [(OK, "device", f"{fact}; no GPU, the recipes for two cores are training/configs/shapes, pictures, photos")]
 
 
 def threads() -> list[Finding]:
-    import torch
-
+    try:
+        import torch
+    except ImportError:  # which `devices` says
+        return []
     own, used = cores(), torch.get_num_threads()
     set_by = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ}
     fact = f"{used} of {own} cores" + "".join(f", {name}={value}" for name, value in set_by.items())
@@ -125,12 +151,14 @@ def threads() -> list[Finding]:
 
 
 def compiler() -> list[Finding]:
-    from sd_mini.cpu.kernels import cache_folder
-
-    found = shutil.which("cc")
+    try:
+        from sd_mini.cpu import kernels
+    except ImportError:  # of torch, which `devices` says
+        return []
+    found = kernels.compiler()
     if found is None:
         return [(MEND, "C compiler", "none: small PRX networks run slower on a CPU; install gcc or clang (cc)")]
-    return [(OK, "C compiler", f"{found}; compiled kernels in {cache_folder()}")]
+    return [(OK, "C compiler", f"{found}; compiled kernels in {kernels.cache_folder()}")]
 
 
 def memory() -> list[Finding]:
@@ -144,10 +172,9 @@ def memory() -> list[Finding]:
 
 def disks(folder: Path) -> list[Finding]:
     """Free disk where runs lie, and where the libraries keep what they download."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     findings = []
-    for subject, place in (("runs", folder), ("hub cache", Path(HF_HUB_CACHE))):
+    for subject, place in (("runs", folder), ("hub cache", home)):
         there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / 1e9
         fact = f"{free:.1f} GB free at {place.absolute()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def run(options: argparse.Namespace) -> None:
 def _export_for_all(options: argparse.Namespace) -> None:
     if options.out is not None:
         raise UserError("--out: goes without --to; give one of them")
-    folder = check_target(options.to, PIPELINE_MARK)
+    if options.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", options.license):
+        raise UserError(f"--license {options.license}: expected a name as the hub spells it, such as cc-by-4.0")
+    folder = check_target(options.to, PIPELINE_MARK, "--to")
     from sd_mini.pipelines import standalone
     from sd_mini.pipelines.text_to_image import Pipeline
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd_mini import __version__
 from sd_mini.cli.arguments import check_picture_file, fraction, whole_number
 from sd_mini.cli.opening import open_pipeline
 from sd_mini.errors import UserError
@@ -98,10 +99,13 @@ def run(options: argparse.Namespace) -> None:
     targets = [options.out]
     if options.count > 1:
         targets = [options.out.with_stem(f"{options.out.stem}_{i}") for i in range(options.count)]
+    if settings.seed + options.count > LAST_SEED:
+        raise UserError(f"--seed {settings.seed}, --count {options.count}: expected seeds below {LAST_SEED}")
     image, mask = _sources(options, settings)
     pipeline = open_pipeline(options.run)
     if options.lora is not None:
         pipeline.load_lora(options.lora)
+        settings = settings.model_copy(update={"lora": options.lora.resolve().name[:200]})
     if options.like is not None:
         _compare(options.like, settings, pipeline, image, mask)
     from sd_mini import png
@@ -125,7 +129,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     from sd_mini.config import check
     from sd_mini.texts import check_text
 
-    given = {name: getattr(options, name, None) for name in png.Settings.model_fields if name not in _SOURCES}
+    taken = {name for name in png.Settings.model_fields if name not in _NO_OPTIONS}
+    given = {name: getattr(options, name, None) for name in taken}
     given = {name: value for name, value in given.items() if value is not None}
     if options.like is None and options.prompt is None:
         raise UserError("PROMPT: missing; give it, or a picture with one by --like PNG; see `sd-mini generate --help`")
@@ -135,7 +140,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return check(png.Settings, like | given, source="command line")
 
 
-_SOURCES = ("image", "mask_image")  # whose settings are hashes, and whose options are files
+LAST_SEED = 2**63
+_NO_OPTIONS = ("image", "mask_image", "lora", "stages", "version")  # hashes and names, whose options are files
 
 
 def _sources(options: argparse.Namespace, settings: Settings) -> tuple[Image.Image | None, Image.Image | None]:
@@ -163,6 +169,10 @@ def _compare(like: Path, settings: Settings, pipeline: Pipeline, image: Any, mas
     """A remark for all that will make the picture another one than `like` in spite of equal settings."""
     from sd_mini.pipelines.generation import fingerprint
 
+    if settings.version != __version__:
+        remark(
+            f"--like {like}: was made by sd_mini {settings.version}, this is {__version__}; the picture may be another"
+        )
     here = dict(pipeline.config.stages)
     for kind in sorted(set(here) | set(settings.stages)):
         if here.get(kind) != settings.stages.get(kind):

@@ -9,6 +9,7 @@ from typing import Any
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
 from sd_mini.stages.contract import KINDS, check_belonging, read_contract
+from sd_mini.texts import printable
 
 
 def add_command(commands: Any) -> None:
@@ -29,13 +30,8 @@ def settings_in(picture: Path) -> list[str]:
     lines = [str(picture)]
     for number, settings in enumerate(found):
         lines += [f"picture {number} of {len(found)}"] if len(found) > 1 else []
-        lines += [f"  {_printable(name):23}{_printable(value)}" for name, value in png.described(settings).items()]
+        lines += [f"  {printable(name):23}{printable(str(value))}" for name, value in png.described(settings).items()]
     return lines
-
-
-def _printable(value: Any) -> str:
-    """A value in one line, whatever a forged file holds: control characters, as terminals obey, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def inspect(run: Path) -> list[str]:

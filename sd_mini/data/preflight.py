@@ -57,11 +57,25 @@ def survey(config: DataConfig, tokenizer: str | None = None, sheet: Path | None 
 def counted(config: DataConfig, most: int = 200) -> tuple[int, np.ndarray]:
     """The rows of a source, and the width and height in px, (N, 2), of at most `most` of its pictures, evenly spread.
 
-    Raises UserError as `captioned.load`, and for a source without a picture that can be read.
+    Raises UserError as `captioned.load`, and for a source without a picture that can be read, or of which no text stage
+    could be trained: without captions, with the same one everywhere, or with too many that are missing.
     """
     table = rows_of(config, "data")
     check_column(table, "data", "image_column", config.image_column)
-    captions_of(table, config, "data", {})
+    faults: dict[int, str] = {}
+    captions = captions_of(table, config, "data", faults)
+    name, different = source_name(config), {text for own in captions for text in own}
+    if not any(captions) and not faults:
+        raise UserError(f"{name}: no captions; name their column by --text_column, or make them by --template")
+    if len(faults) > config.max_bad * len(table):
+        raise UserError(
+            f"{name}: {len(faults):,} of {len(table):,} rows cannot be used, more than max_bad {config.max_bad:g}, "
+            f"the first: {next(iter(faults.values()))}; sd-mini data names them"
+        )
+    if len(different) < 2:
+        raise UserError(
+            f"{name}: every caption is {shown(next(iter(different), ''))}; a text stage needs different ones"
+        )
     sample = table.select(_spread(len(table), most))
     pictures = decoded(sample, config, "data", None)
     if not pictures.is_read.any():

@@ -7,8 +7,9 @@ network of its `PeftAdapterMixin`, which PRX is not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers.utils.peft_utils import (
@@ -17,12 +18,15 @@ from diffusers.utils.peft_utils import (
     set_adapter_layers,
     set_weights_and_activate_adapters,
 )
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sd_mini import lora
 from sd_mini.config import check_choice
 from sd_mini.diffusion.objective import unwrapped
 from sd_mini.errors import UserError
-from sd_mini.weights import is_hub_name, snapshot
+from sd_mini.offload import is_offloaded_by_layers
+from sd_mini.weights import HUB, is_hub_name, snapshot
 
 
 class Adapters:
@@ -32,12 +36,16 @@ class Adapters:
     process: Any
 
     def load_lora_weights(
-        self, path: str | Path, adapter_name: str | None = None, weight_name: str | None = None, **hub: Any
+        self,
+        path: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        weight_name: str | None = None,
+        **hub: Any,
     ) -> None:
         """Add a LoRA and make it the active one; the network's own weights stay.
 
         Args:
-            path: a folder in peft's or diffusers' format, diffusers' file, or a hub name.
+            path: a folder in peft's or diffusers' format, diffusers' file, its tensors by name, or a hub name.
             adapter_name: by which the other calls know it; default_0, default_1, ... if left out.
             weight_name: of the file in the folder or on the hub; `pytorch_lora_weights.safetensors` if left out.
             hub: revision, token, cache_dir, local_files_only, as of `huggingface_hub.snapshot_download`.
@@ -45,18 +53,30 @@ class Adapters:
         Raises:
             UserError: a name that is taken, files that are missing or cut short, layers that the network does not have.
         """
+        if unknown := sorted(set(hub) - set(HUB)):
+            raise UserError(f"load_lora_weights: unknown option {unknown[0]}; known: weight_name, {', '.join(HUB)}")
+        if is_offloaded_by_layers(self._network):
+            raise UserError("load_lora_weights: the noise predictor is offloaded by layers; load the LoRA before that")
+        if self.num_fused_loras:
+            raise UserError("load_lora_weights: another LoRA is fused; unfuse_lora() or unload_lora_weights() first")
         names = self.get_list_adapters()["noise_predictor"]
         name = adapter_name or next(f"default_{i}" for i in range(len(names) + 1) if f"default_{i}" not in names)
         if name in names:
             raise UserError(f"adapter_name {name!r}: is loaded already; give another, or delete_adapters({name!r})")
         if "." in name:
             raise UserError(f"adapter_name {name!r}: has a dot in it, by which peft parts names; leave it out")
+        if isinstance(path, Mapping):
+            with TemporaryDirectory() as folder:
+                save_file(
+                    {key: tensor.contiguous() for key, tensor in path.items()}, Path(folder) / lora.DIFFUSERS_WEIGHTS
+                )
+                self.load_lora_weights(folder, name)
+            return
         if hub and not is_hub_name(path):
             raise UserError(f"load_lora_weights: {', '.join(hub)} go with a hub name, and {path} is none")
         place = snapshot(str(path), hub, ["*.safetensors", "*.json"]) if is_hub_name(path) else Path(path)
         if weight_name is not None and place.is_dir():
             place /= weight_name
-        self._network.requires_grad_(False)
         lora.load(self._network, place, self.process.model_dump(), name)
         self.set_adapters(name)
 
@@ -74,8 +94,8 @@ class Adapters:
         return {"noise_predictor": list(dict.fromkeys(name for layer in self._layers() for name in layer.lora_A))}
 
     def get_active_adapters(self) -> list[str]:
-        layer = next(iter(self._layers()), None)
-        return [] if layer is None or layer.disable_adapters else list(layer.active_adapters)
+        enabled = [layer for layer in self._layers() if not layer.disable_adapters]
+        return list(dict.fromkeys(n for layer in enabled for n in layer.active_adapters if n in layer.lora_A))
 
     def enable_lora(self) -> None:
         set_adapter_layers(self._network, enabled=True)
@@ -89,7 +109,7 @@ class Adapters:
         components: Sequence[str] = ("noise_predictor",),
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> None:
         """Add the active adapters, or those named, times `lora_scale`, to the weights: no cost a step from then on.
 
@@ -97,6 +117,7 @@ class Adapters:
         """
         for component in components:
             check_choice("components", component, ("noise_predictor",))
+        adapter_names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_names(adapter_names or [])
         for layer in self._layers():
             if lora_scale != 1.0:
@@ -112,16 +133,14 @@ class Adapters:
     @property
     def adapter_hash(self) -> str | None:
         """Of the adapters that change the network, loaded or fused, and their scales; none of no such."""
-        layers = self._layers()
-        if not layers or not (layers[0].merged_adapters or self.get_active_adapters()):
-            return None
-        digest = hashlib.sha256()
-        for layer in layers:
-            for name in layer.merged_adapters or layer.active_adapters:
+        active, digest, is_any = self.get_active_adapters(), hashlib.sha256(), False
+        for layer in self._layers():
+            for name in (n for n in layer.merged_adapters or active if n in layer.lora_A):
+                is_any = True
                 digest.update(f"{name} {layer.scaling[name]!r}".encode())
                 for side in (layer.lora_A[name], layer.lora_B[name]):
                     digest.update(side.weight.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return digest.hexdigest() if is_any else None
 
     @property
     def num_fused_loras(self) -> int:
@@ -139,6 +158,8 @@ class Adapters:
 
     def unload_lora_weights(self) -> None:
         """Forget all adapters; what `fuse_lora` has added to the weights stays in them."""
+        if self.num_fused_loras and (adapters := self.adapter_hash) is not None:
+            self._record(adapters)
         recurse_remove_peft_layers(self._network)
         self._network.__dict__.pop("peft_config", None)
 
@@ -150,6 +171,9 @@ class Adapters:
         self._check_names([adapter_name or active[0]])
         base = {"objective": self.process.model_dump()}
         lora.save(self._network, Path(save_directory), base, adapter_name or active[0])
+
+    def _record(self, adapters: str) -> None:
+        raise NotImplementedError
 
     @property
     def _network(self) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sd_mini import __version__
+from sd_mini.errors import UserError
 from sd_mini.files import combined_hash
 from sd_mini.pipelines.image_to_image import ImageToImagePipeline
 from sd_mini.pipelines.inpainting import InpaintingPipeline
@@ -38,6 +40,8 @@ def generate(
     Raises:
         UserError: as of the pipeline's call.
     """
+    if image is None and (mask_image is not None or settings.strength is not None):
+        raise UserError("a mask and a strength go with a picture to start from; give one, or leave them out")
     kind = Pipeline if image is None else ImageToImagePipeline if mask_image is None else InpaintingPipeline
     # a sampler and a tile are this call's alone, whoever else uses the pipeline
     own = kind.from_pipe(pipeline)
@@ -85,10 +89,10 @@ def completed(
         "strength": None if strength is None else strength.default,
     }
     missing = {name: value for name, value in own.items() if getattr(settings, name) is None}
-    stages, adapters = dict(config.stages), pipeline.adapter_hash
+    stages, adapters = {k: v for k, v in config.stages.items() if v}, pipeline.adapter_hash
     if adapters is not None:  # no stage's own weights any more
         stages["noise_predictor"] = combined_hash({"into": stages.get("noise_predictor"), "adapters": adapters})
-    made = {"height": picture.height, "width": picture.width, "stages": stages}
+    made = {"height": picture.height, "width": picture.width, "stages": stages, "version": __version__}
     sources = {"image": fingerprint(image), "mask_image": fingerprint(mask_image)}
     return settings.model_copy(update=missing | made | sources)
 

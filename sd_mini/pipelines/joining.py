@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -32,9 +33,13 @@ from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
 from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter
-from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeline_variant, snapshot
+from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeline_variant, snapshot, upload
 
-_ENDINGS = ("json", "safetensors", "txt", "model")  # of a pipeline's files that can execute nothing
+# of a pipeline's files what is loaded; none of it can execute anything
+_PARTS = (PIPELINE_MARK, MANIFEST, *(f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")))
+
+
+_PUSH = ("push_to_hub", "repo_id", "private", "token", "commit_message", "create_pr")
 
 
 class JoinedPipeline(Adapters, DiffusionPipeline):
@@ -172,9 +177,7 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
         network = unwrapped(self.noise_predictor)
         lora.load(network, folder, self.process.model_dump())
         lora.merge(network)
-        stages = dict(self.config.stages)
-        merged = {"into": stages.get("noise_predictor"), "adapters": file_hash(lora.weights_file(folder))}
-        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})  # no stage's own any more
+        self._record(file_hash(lora.weights_file(folder)))
 
     @classmethod
     def from_run(cls, run: str | Path, **kwargs: Any) -> Self:
@@ -215,13 +218,14 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
         has none), and for a tensor that a component's weights lack.
         """
         hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
-        if is_hub_name(folder):
-            folder = snapshot(str(folder), hub, [PIPELINE_MARK, MANIFEST, *(f"*/*.{e}" for e in _ENDINGS)])
-        folder = Path(folder)
+        is_from_hub = is_hub_name(folder)
+        folder = snapshot(str(folder), hub, _PARTS) if is_from_hub else Path(folder)
         if not (folder / PIPELINE_MARK).is_file():
             raise UserError(f"{folder}: no pipeline here ({PIPELINE_MARK} is missing); join one: sd-mini export RUN")
         # the index holds settings (steps, guidance, ...), which a user may edit
         manifest = {name: digest for name, digest in written(folder).items() if digest and name != PIPELINE_MARK}
+        if is_from_hub:  # a card and the code of a standalone folder were not asked for
+            manifest = {name: digest for name, digest in manifest.items() if any(fnmatch(name, p) for p in _PARTS)}
         mend = f"the pipeline cannot be loaded: save it again, or delete {MANIFEST} if you changed it yourself"
         check_files(folder, manifest, mend)
         kwargs.setdefault("use_safetensors", True)
@@ -237,6 +241,12 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
     # ty: ignore[incompatible-method-override]
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """diffusers', and a manifest of the files that were written, by which `from_pretrained` checks them."""
+        if self.adapter_hash is not None or self.get_list_adapters()["noise_predictor"]:
+            raise UserError(
+                "save_pretrained: LoRA adapters are loaded, which have no place in the files; unload_lora_weights() "
+                "first, after fuse_lora() if they are to stay in the weights"
+            )
+        push = {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
         folder = Path(save_directory)
         before, listed = _states(folder), written(folder)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -249,6 +259,15 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
             elif listed.get(name):  # as of another variant
                 files[name] = listed[name]
         atomic_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+        if push.pop("push_to_hub", False):  # after the manifest, which diffusers would leave behind
+            push.setdefault("repo_id", folder.name)
+            upload(folder, [*files, MANIFEST], **push)
+
+    def _record(self, adapters: str) -> None:
+        """Say in the settings that the noise predictor is no stage's own any more: adapters are in its weights."""
+        stages = dict(self.config.stages)
+        merged = {"into": stages.get("noise_predictor"), "adapters": adapters}
+        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})
 
     def save(self, folder: str | Path) -> None:
         """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one.

@@ -18,10 +18,9 @@ from typing import Any
 import yaml
 
 import sd_mini
-from sd_mini.errors import UserError
-from sd_mini.files import MANIFEST, PIPELINE_MARK, atomic_folder, file_hash, read_json, written_to
+from sd_mini.files import MANIFEST, PIPELINE_MARK, atomic_folder, file_hash, read_json, written, written_to
 from sd_mini.pipelines.joining import JoinedPipeline
-from sd_mini.weights import COMPONENT_FILE, LIBRARIES
+from sd_mini.weights import COMPONENT_FILE, LIBRARIES, upload
 
 CARD, GRID, CODE = "README.md", "grid.png", "pipeline.py"
 NEEDS = "torch diffusers transformers accelerate safetensors pydantic pyyaml psutil pillow numpy tqdm"
@@ -36,6 +35,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import warnings
 
 SOURCES = {{
 {sources}}}
@@ -64,8 +64,11 @@ class Bundled(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader):
         return self.get_filename(name).endswith("__init__.py")
 
 
-if importlib.util.find_spec("sd_mini") is None:
-    sys.meta_path.append(Bundled())
+FOUND = importlib.util.find_spec("sd_mini")
+if FOUND is None or FOUND.origin is None:  # of a folder that only happens to have the name
+    sys.meta_path.insert(0, Bundled())
+if (INSTALLED := importlib.import_module("sd_mini").__version__) != "{version}":
+    warnings.warn(f"this folder was written by sd_mini {version}, and sd_mini {{INSTALLED}} runs it", stacklevel=2)
 
 Pipeline = importlib.import_module("sd_mini.pipelines.text_to_image").Pipeline
 ImageToImagePipeline = importlib.import_module("sd_mini.pipelines.image_to_image").ImageToImagePipeline
@@ -96,33 +99,21 @@ def write(pipeline: JoinedPipeline, folder: Path, run: Path | None = None, licen
         for stage, text in recipes.items():
             (partial / "training").mkdir(exist_ok=True)
             (partial / "training" / f"{stage}.yaml").write_text(text, encoding="utf-8")
-        grid = None if run is None else run / "report" / GRID
-        if grid is not None and grid.is_file():
-            (partial / GRID).write_bytes(grid.read_bytes())
-        (partial / CARD).write_text(_card(pipeline, partial, run, license_name), encoding="utf-8")
+        report = _report(pipeline, run)
+        if run is not None and report is not None and (run / "report" / GRID).is_file():
+            (partial / GRID).write_bytes((run / "report" / GRID).read_bytes())
+        (partial / CARD).write_text(_card(pipeline, partial, run, report, license_name), encoding="utf-8")
         files = {p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()} - {MANIFEST}
         digests = {name: file_hash(partial / name) for name in sorted(files)}
         (partial / MANIFEST).write_text(json.dumps({"files": digests}, indent=2) + "\n", encoding="utf-8")
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload a folder to the hub, where the repository is made if it is missing => its address.
+    """Upload what `write` has written into the folder, and nothing else in it, to the hub => its address.
 
-    Raises UserError, one line: no connection, no token, no right to write there.
+    Raises UserError, as `weights.upload`.
     """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # of its own, and of the transport's many classes
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(
-            f"--push-to-hub {repository}: {folder} is written but not uploaded ({reason}); log in (hf auth login), "
-            f"then hf upload {repository} {folder}"
-        ) from error
-    return str(address)
+    return upload(folder, [*written(folder)], repository, private)
 
 
 def _name_code(folder: Path) -> None:
@@ -168,11 +159,23 @@ def _without_folders(value: Any) -> Any:
         return {name: _without_folders(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
-    is_path = isinstance(value, str) and (value.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", value))
+    if not isinstance(value, str) or " " in value.strip():  # a text, as a caption's template, is no folder
+        return value
+    # user/name of the hub stays
+    is_path = "\\" in value or value.count("/") > 1 or value.startswith(("/", "~", ".", "file:"))
     return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if is_path else value
 
 
-def _card(pipeline: JoinedPipeline, folder: Path, run: Path | None, license_name: str | None) -> str:
+def _report(pipeline: JoinedPipeline, run: Path | None) -> dict[str, Any] | None:
+    """The run's report, if it is of these very stages."""
+    report = None if run is None else read_json(run / "report" / "report.json")
+    is_theirs = report is not None and report.get("protocol", {}).get("stages") == dict(pipeline.config.stages)
+    return report if is_theirs else None
+
+
+def _card(
+    pipeline: JoinedPipeline, folder: Path, run: Path | None, report: dict[str, Any] | None, license_name: str | None
+) -> str:
     config = pipeline.config
     stages = {} if run is None else _contracts(run)
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "sd_mini"]}
@@ -201,9 +204,9 @@ def _card(pipeline: JoinedPipeline, folder: Path, run: Path | None, license_name
     if (folder / GRID).is_file():
         lines += ["The first prompts of the report, one seed each, nothing selected:", "", f"![grid]({GRID})", ""]
     lines += [
-        *_metrics(pipeline, run),
+        *_metrics(report, run),
         *_data(stages),
-        *_limits(pipeline, stages, license_name),
+        *_limits(pipeline, stages, report, license_name),
         *_steps(folder, stages),
     ]
     return "\n".join(lines)
@@ -215,14 +218,11 @@ def _contracts(run: Path) -> dict[str, dict[str, Any]]:
     return {kind: read_contract(run / kind / "final", kind) for kind in KINDS}
 
 
-def _metrics(pipeline: JoinedPipeline, run: Path | None) -> list[str]:
-    """The headline of the report, if it is of these very stages."""
-    report = None if run is None else read_json(run / "report" / "report.json")
+def _metrics(report: Mapping[str, Any] | None, run: Path | None) -> list[str]:
+    """The headline of the report."""
     card = None if run is None else run / "pipeline" / CARD
     if report is None or card is None or not card.is_file():
-        return ["## Metrics", "", "Not measured.", ""]
-    if report.get("protocol", {}).get("stages") != dict(pipeline.config.stages):
-        return ["## Metrics", "", "Measured on other stages than these; not shown.", ""]
+        return ["## Metrics", "", "Not measured, or on other stages than these.", ""]
     table = [line for line in card.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     return ["## Metrics", "", *table, "", f"{report['protocol'].get('device', '')}, by `python -m eval`.", ""]
 
@@ -236,7 +236,13 @@ def _data(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return ["## Training data", "", *(facts or ["Not recorded."]), ""]
 
 
-def _limits(pipeline: JoinedPipeline, stages: Mapping[str, Mapping[str, Any]], license_name: str | None) -> list[str]:
+def _limits(
+    pipeline: JoinedPipeline,
+    stages: Mapping[str, Mapping[str, Any]],
+    report: Mapping[str, Any] | None,
+    license_name: str | None,
+) -> list[str]:
+    copies = "the table above says how many are close to one" if "memorisation" in (report or {}) else "not measured"
     seen = max((stage["data"]["count"] for stage in stages.values() if "data" in stage), default=None)
     length, _ = pipeline.embeds_shape
     return [
@@ -245,7 +251,7 @@ def _limits(pipeline: JoinedPipeline, stages: Mapping[str, Mapping[str, Any]], l
         f"- It knows what its {'' if seen is None else f'{seen:,} '}training pictures show, in their captions' words.",
         f"- Prompts longer than {length} tokens are cut, with a warning.",
         f"- Other sizes than {pipeline.config.resolution} x {pipeline.config.resolution} px were not trained.",
-        "- It may repeat training pictures; the report measures how many.",
+        f"- It may repeat training pictures ({copies}).",
         f"- Licence of the weights: {license_name or 'not stated by whoever exported them'}.",
         "",
     ]
@@ -256,7 +262,7 @@ def _steps(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not recipes:
         return []
     launches = [
-        f"accelerate launch -m training.{kind} --config training/{kind}.yaml --run runs/again"
+        f"accelerate launch -m training.{kind} --config FOLDER/training/{kind}.yaml --run runs/again"
         for kind in ("autoencoder", "text_encoder", "noise_predictor")
         if f"{kind}.yaml" in recipes
     ]
@@ -264,8 +270,8 @@ def _steps(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         "## How to reproduce",
         "",
-        f"From a checkout of sd_mini {sd_mini.__version__}, with the recipes in `training/` of this folder"
-        f"{f' ({spent})' if spent else ''}:",
+        f"From a checkout of sd_mini {sd_mini.__version__}; FOLDER is this folder{f' ({spent})' if spent else ''}. "
+        "Data that is read, not drawn: set `data.source` in the recipes to where it lies.",
         "",
         "```sh",
         *launches,

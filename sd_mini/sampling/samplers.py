@@ -100,7 +100,12 @@ def _spacing(process: Process) -> dict[str, Any]:
 
 def name_of(scheduler: SchedulerMixin) -> str | None:
     """A scheduler => the sampler that it is; none for one of another kind."""
-    return next((name for name, cls in [*FLOW.items(), *DISCRETE.items()] if type(scheduler) is cls), None)
+    return name_of_class(type(scheduler).__name__)
+
+
+def name_of_class(name: str) -> str | None:
+    """As `name_of`, of the name of a scheduler's class."""
+    return next((sampler for sampler, cls in [*FLOW.items(), *DISCRETE.items()] if cls.__name__ == name), None)
 
 
 def check(scheduler: Any, process: Process) -> None:

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from sd_mini.cli import commands as cli
-from sd_mini.cli.init import STAGES, Recipe
+from sd_mini.cli.recipe import STAGES, Machine, Recipe
 from sd_mini.config import read
 from sd_mini.data.captioned import DataConfig
 from tests.cli.test_cli import assert_refused
@@ -54,7 +54,7 @@ def test_the_files_are_read_by_the_launchers(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("stage", STAGES)
 def test_it_is_the_measured_recipe(device, side, stage, tmp_path):
     """Of 3,243 pictures like the emoji: the fields of the files in training/configs, but for where the data is."""
-    recipe = Recipe(tmp_path, DataConfig(source="pictures"), 3243, side, device, 1e12)
+    recipe = Recipe(tmp_path, DataConfig(source="pictures"), 3243, side, Machine(device, 1e12, 140))
     ours = yaml.safe_load(getattr(recipe, stage)())
     measured = ROOT / "training" / "configs" / MEASURED[device] / f"{stage}.yaml"
     if not measured.is_file():  # the GPU's recipe takes the text encoder of the CPU's
@@ -75,7 +75,7 @@ def test_it_is_the_measured_recipe(device, side, stage, tmp_path):
 
 @pytest.mark.parametrize(("side", "resolution"), [(20, 32), (50, 64), (40, 32), (500, 64)])
 def test_small_pictures_are_not_blown_up(side, resolution, tmp_path):
-    recipe = Recipe(tmp_path, DataConfig(source="pictures"), 10, side, "cpu", 1e11)
+    recipe = Recipe(tmp_path, DataConfig(source="pictures"), 10, side, Machine("cpu", 1e11))
     assert recipe.resolution == resolution and recipe.batch(64) == 8
 
 

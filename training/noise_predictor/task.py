@@ -28,7 +28,7 @@ from sd_mini.noise_predictor.network import check_call
 from sd_mini.offload import on_device
 from sd_mini.pipelines.generation import completed
 from sd_mini.pipelines.text_to_image import Pipeline
-from sd_mini.png import Settings
+from sd_mini.png import MAX_PROMPT, Settings
 from sd_mini.processes import process_device
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
@@ -210,7 +210,9 @@ class PredictorTask:
                 seeds = [torch.Generator().manual_seed(row) for row in span]
                 own = captions[span.start : span.stop]
                 made = pipeline(own, generator=seeds, height=size.height, width=size.width).images
-                asked = [Settings(prompt=caption, seed=row) for caption, row in zip(own, span, strict=True)]
+                asked = [
+                    Settings(prompt=caption[:MAX_PROMPT], seed=row) for caption, row in zip(own, span, strict=True)
+                ]
                 settings += [completed(pipeline, *pair) for pair in zip(asked, made, strict=True)]
                 pictures += made
         return png.attach(images.grid(pictures, columns=4, labels=captions, scale=2), *settings)
