@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     source = Path(options.data)
     name = str(source.absolute()) if source.exists() else options.data  # a recipe is launched from the checkout
     config = read(DataConfig, None, ["--source", name, *options.rest])
-    rows, sizes = counted(config)
+    rows, sizes = counted(config.model_copy(update={"max_aspect": 1.0}))  # squares will do to look at them
     side = int(sorted(min(size) for size in sizes.tolist())[len(sizes) // 2])
     if rows < _FEWEST:
         raise UserError(

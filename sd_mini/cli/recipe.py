@@ -97,7 +97,8 @@ class Recipe:
 
     def _bucket_step(self, resolution: int) -> int:
         """Of sizes that are not square: whole patches of the noise predictor, and several sizes to choose from."""
-        return min(16, max(2 * self.stride, resolution // 4))
+        cell = 2 * self.stride if resolution == self.resolution else 1  # the text stage has no latents
+        return min(16, max(cell, resolution // 4))
 
     @property
     def hours(self) -> float:

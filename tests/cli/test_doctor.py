@@ -1,12 +1,15 @@
 """sd-mini doctor: what is found, what is missing and the remedy."""
 
 import os
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
 
 from sd_mini.cli import commands as cli
 from sd_mini.cli import doctor
+from tests.cli.test_cli import assert_refused
 
 
 def findings(capsys, *argv):
@@ -25,7 +28,8 @@ def test_versions_devices_and_extras(tmp_path, capsys):
     for name, (state, fact) in found.items():
         assert state in ("ok", "mend", "")
         assert state == "ok" or ";" in fact or ":" in fact, f"{name}: no remedy"
-    assert last.endswith("to mend")
+    count = sum(state == "mend" for state, _ in found.values())
+    assert last == (f"{count} to mend" if count else "nothing to mend")
 
 
 def test_what_is_missing_or_too_old_has_a_remedy(monkeypatch, tmp_path, capsys):
@@ -48,6 +52,51 @@ def test_what_is_missing_or_too_old_has_a_remedy(monkeypatch, tmp_path, capsys):
     assert state == "" and "lacks scipy" in fact and "pip install 'sd-mini[train]'" in fact
     assert found["C compiler"][0] == "mend" and "install gcc" in found["C compiler"][1]
     assert last == "2 to mend"
+
+
+def test_without_torch_and_without_being_installed(tmp_path):
+    """The rest is still said."""
+    code = f"""if True:
+        import sys
+        from importlib import metadata
+        sys.modules["torch"] = None
+        def missing(name):
+            raise metadata.PackageNotFoundError(name)
+        metadata.metadata = missing
+        from sd_mini.cli import commands
+        sys.exit(commands.main(["doctor", {str(tmp_path)!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install torch" in done.stdout and "sd-mini is not installed" in done.stdout
+    assert "GB free" in done.stdout and done.stdout.endswith("2 to mend\n")
+
+
+def test_a_torch_for_cpus_beside_an_nvidia_driver(monkeypatch, tmp_path):
+    import torch
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, part in ((None, "built for CPUs alone"), ("13.0", "sees none")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        ((state, _, fact),) = doctor.devices()
+        assert state == "mend" and part in fact
+
+
+def test_the_compiler_is_the_one_that_is_used(monkeypatch, tmp_path):
+    (tmp_path / "mycc").write_text("#!/bin/sh\n")
+    (tmp_path / "mycc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "mycc")
+    ((state, _, fact),) = doctor.compiler()
+    assert state == "ok" and str(tmp_path / "mycc") in fact
+
+
+def test_a_file_is_no_place_for_runs(tmp_path, capsys):
+    (tmp_path / "a.png").touch()
+    assert_refused(["doctor", tmp_path / "a.png"], capsys, "is a file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -12,6 +12,7 @@ from PIL import Image
 from sd_mini.cli import commands as cli
 from sd_mini.cli.recipe import STAGES, Machine, Recipe
 from sd_mini.config import read
+from sd_mini.data.buckets import bucket_sizes
 from sd_mini.data.captioned import DataConfig
 from tests.cli.test_cli import assert_refused
 from training.autoencoder.task import AutoencoderConfig
@@ -43,9 +44,11 @@ def test_the_files_are_read_by_the_launchers(tmp_path, monkeypatch, capsys):
     for stage, config in CONFIGS.items():
         read_back = read(config, tmp_path / "mine" / f"{stage}.yaml")
         assert read_back.data.source == str(source) and read_back.data.max_aspect == 2
+        assert len(bucket_sizes(read_back.data)) > 1
         assert read_back.train.batch_size <= 29
     readme = (tmp_path / "mine" / "README.md").read_text()
-    assert all(f"training.{stage} --config mine/{stage}.yaml --run runs/mine" in readme for stage in STAGES)
+    own = tmp_path / "mine"  # the commands are given in the checkout
+    assert all(f"training.{stage} --config {own}/{stage}.yaml --run runs/mine" in readme for stage in STAGES)
     assert f"sd-mini data '{source}' --max_aspect 2.0 --sheet sheet.png" in readme
     assert_refused(argv, capsys, "mine", "there already")
 
@@ -77,6 +80,47 @@ def test_it_is_the_measured_recipe(device, side, stage, tmp_path):
 def test_small_pictures_are_not_blown_up(side, resolution, tmp_path):
     recipe = Recipe(tmp_path, DataConfig(source="pictures"), 10, side, Machine("cpu", 1e11))
     assert recipe.resolution == resolution and recipe.batch(64) == 8
+
+
+def test_every_field_that_was_given_is_kept(tmp_path):
+    source = folder_of(tmp_path, 20, (40, 40))
+    given = ["--resolution", "32", "--max_bad", "0.5", "--crop", "top", "--mirror", "true", "--background", "[0, 0, 0]"]
+    assert cli.main(["init", str(tmp_path / "mine"), "--data", str(source), *given, "--max_aspect", "2"]) == 0
+    for stage, config in CONFIGS.items():
+        data = read(config, tmp_path / "mine" / f"{stage}.yaml").data
+        assert (data.resolution, data.max_bad, data.crop, data.mirror, data.background) == (
+            32,
+            0.5,
+            "top",
+            True,
+            (0, 0, 0),
+        )
+        assert len(bucket_sizes(data)) > 1
+
+
+def test_a_small_gpu_gets_small_batches(tmp_path):
+    recipes = [
+        Recipe(tmp_path, DataConfig(source="a"), 9999, 128, Machine("cuda", 1e13, gb, gb > 20)) for gb in (140, 16)
+    ]
+    large, small = (yaml.safe_load(recipe.noise_predictor())["train"] for recipe in recipes)
+    assert (large["batch_size"], small["batch_size"]) == (512, 64)
+    assert large["mixed_precision"] == "bf16" and "mixed_precision" not in small
+
+
+def test_sources_of_which_no_stage_could_be_trained(tmp_path, capsys):
+    plain, alike, few, gaps = (
+        folder_of(tmp_path, n, (40, 40), name) for n, name in ((20, "a"), (20, "b"), (3, "c"), (20, "d"))
+    )
+    for text in plain.glob("*.txt"):
+        text.unlink()
+    for text in alike.glob("*.txt"):
+        text.write_text("a picture")
+    for number in range(10):
+        (gaps / f"{number}.txt").write_text(" ")
+    for source, parts in ((plain, ("no captions",)), (alike, ("every caption is 'a picture'",)), (few, ("has 3 rows",)),
+                          (gaps, ("10 of 20 rows cannot be used", "max_bad"))):  # fmt: skip
+        assert_refused(["init", tmp_path / "new", "--data", source], capsys, *parts)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_refused(tmp_path, capsys):

@@ -1,8 +1,11 @@
 """Settings in pictures: `generate --like` makes the same picture again, `inspect` shows what it was made with."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sd_mini import png
 from sd_mini.cli import commands as cli
@@ -97,6 +100,35 @@ def test_inspect_shows_them_and_obeys_none(made, tmp_path, capsys):
     png.save(picture(), tmp_path / "f.png", forged)
     run("inspect", tmp_path / "f.png")
     assert r"a\x1b[2Jb\nsecond <b>" in capsys.readouterr().out
+
+
+def test_options_may_stand_before_the_prompt(tiny_run, tmp_path, capsys):
+    run("generate", tiny_run, "--seed", 7, PROMPT, "--steps", 2, "--out", tmp_path / "a.png")
+    run("generate", "--steps", 2, "--out", tmp_path / "b.png", tiny_run, PROMPT, "--seed", 7)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    capsys.readouterr()
+    assert_refused(["generate", tiny_run, PROMPT, "another"], capsys, "unrecognized arguments: another")
+
+
+def test_an_older_version_is_remarked_and_a_forged_one_obeys_nothing(made, tiny_run, tmp_path, capsys):
+    old = png.read(made).model_copy(update={"version": "0.0.1\x1b[2J"})
+    png.save(picture(), tmp_path / "a.png", old)
+    run("generate", tiny_run, "--like", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    err = capsys.readouterr().err
+    assert r"sd_mini 0.0.1\x1b[2J" in err and "\x1b" not in err
+    assert (tmp_path / "b.png").read_bytes() == made.read_bytes()  # with this version's number
+    chunks = PngInfo()
+    chunks.add_itxt("sd_mini", json.dumps({"prompt": "a", "\x1b[2J": 1}))
+    picture().save(tmp_path / "c.png", pnginfo=chunks)
+    assert cli.main(["inspect", str(tmp_path / "c.png")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_seeds_end_somewhere(made, tiny_run, tmp_path, capsys):
+    last = png.read(made).model_copy(update={"seed": 2**63 - 1})
+    png.save(picture(), tmp_path / "a.png", last)
+    argv = ["generate", tiny_run, "--like", tmp_path / "a.png", "--count", 2, "--out", tmp_path / "b.png"]
+    assert_refused(argv, capsys, "seeds below")
 
 
 def test_what_is_missing(tiny_run, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """LoRA by diffusers' calls: pictures equal those of weights to which the products are added by hand."""
 
 import copy
-import io
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,7 @@ from sd_mini.errors import UserError
 from sd_mini.pipelines.generation import generate
 from tests.pipelines.test_pipeline_use import make
 
-TARGETS = ("img_qkv_proj", "attn_out")
+TARGETS = ("img_qkv_proj", "to_out.0")
 RANK, ALPHA = 2, 6
 
 
@@ -137,6 +137,69 @@ def test_pictures_name_the_adapters_they_were_made_with(pipeline, files):
     assert generate(pipeline, settings)[1] == plain
 
 
+def test_adapters_of_different_layers(pipeline, talking_pipeline, tmp_path):
+    """Each has layers that the other has not; and names that are parts of layers' names."""
+    network, draws, changes = talking_pipeline.noise_predictor, torch.Generator().manual_seed(4), []
+    for target, name in (("img_qkv_proj", "0"), ("to_out.0", "attention")):
+        own, weights = {}, {}
+        for layer, linear in layers(network).items():
+            if layer.endswith(target):
+                weights[f"{layer}.lora_A.weight"] = torch.randn(RANK, linear.in_features, generator=draws)
+                weights[f"{layer}.lora_B.weight"] = 0.3 * torch.randn(linear.out_features, RANK, generator=draws)
+                own[layer] = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"]
+            else:
+                own[layer] = torch.zeros_like(linear.weight)
+        changes.append(own)
+        expected = by_hand(talking_pipeline, changes[-1:], 1.0)
+        both = by_hand(talking_pipeline, changes, *[0.5] * len(changes))
+        pipeline.load_lora_weights(weights, name)
+        assert_same(make(pipeline), expected)
+    pipeline.set_adapters(["0", "attention"], [0.5, 0.5])
+    assert pipeline.get_active_adapters() == ["0", "attention"]
+    assert_same(make(pipeline), both)
+    assert generate(pipeline, png.Settings(prompt="a red circle", num_inference_steps=2))[1].stages
+    for name in ("0", "attention"):
+        pipeline.save_lora_weights(tmp_path / name, name)
+    again = Pipeline.from_pipe(talking_pipeline, noise_predictor=copy.deepcopy(talking_pipeline.noise_predictor))
+    again.set_progress_bar_config(disable=True)
+    again.load_lora_weights(tmp_path / "attention", "b")
+    again.load_lora_weights(tmp_path / "0", "a")
+    again.set_adapters(["b", "a"], 0.5)
+    assert_same(make(again), both)
+
+
+def test_what_is_fused_and_forgotten_is_recorded(pipeline, files, tmp_path):
+    before = dict(pipeline.config.stages)
+    pipeline.load_lora_weights(files[0][0], "a")
+    with pytest.raises(UserError, match="unload_lora_weights"):
+        pipeline.save(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+    pipeline.fuse_lora(adapter_names="a")
+    with pytest.raises(UserError, match="another LoRA is fused"):
+        pipeline.load_lora_weights(files[0][1], "b")
+    expected = make(pipeline)
+    pipeline.unload_lora_weights()
+    assert pipeline.config.stages["noise_predictor"] != before.get("noise_predictor")
+    pipeline.save(tmp_path / "pipeline")
+    again = Pipeline.from_pretrained(tmp_path / "pipeline")
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(make(again), expected) and again.config.stages == pipeline.config.stages
+
+
+def test_a_network_that_is_offloaded_by_layers_takes_none(pipeline, files):
+    accelerate.cpu_offload(pipeline.noise_predictor, torch.device("cpu"))
+    with pytest.raises(UserError, match="offloaded by layers"):
+        pipeline.load_lora_weights(files[0][0])
+    assert not lora.is_adapted(pipeline.noise_predictor)
+
+
+def test_a_refused_adapter_changes_nothing(pipeline, tmp_path):
+    pipeline.noise_predictor.requires_grad_(True)
+    with pytest.raises(UserError):
+        pipeline.load_lora_weights(tmp_path)
+    assert all(p.requires_grad for p in pipeline.noise_predictor.parameters())
+
+
 def test_what_is_refused(pipeline, files, tmp_path):
     with pytest.raises(UserError, match="no adapter is loaded"):
         pipeline.save_lora_weights(tmp_path)
@@ -145,6 +208,7 @@ def test_what_is_refused(pipeline, files, tmp_path):
         (lambda: pipeline.load_lora_weights(files[0][1], "a"), "loaded already"),
         (lambda: pipeline.load_lora_weights(files[0][1], "a.b"), "dot"),
         (lambda: pipeline.load_lora_weights(tmp_path), "neither"),
+        (lambda: pipeline.load_lora_weights(files[0][1], low_cpu_mem_usage=True), "unknown option low_cpu_mem_usage"),
         (lambda: pipeline.load_lora_weights(files[0][1], weight_name="other.safetensors"), "other.safetensors"),
         (lambda: pipeline.set_adapters("b"), "adapter_names: got 'b'"),
         (lambda: pipeline.set_adapters(["a"], [1.0, 2.0]), "2 adapter_weights for 1"),
@@ -191,4 +255,3 @@ def test_in_half_precision(talking_pipeline, tmp_path):
     pictures = make(half)
     assert half.noise_predictor.dtype == torch.float16 and np.isfinite(pictures).all()
     assert np.abs(pictures - make(talking_pipeline)).mean() < 0.02
-    png.save(half("a red circle", num_inference_steps=2).images[0], io.BytesIO(), png.Settings(prompt="a"))

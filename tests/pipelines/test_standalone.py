@@ -13,19 +13,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.repocard import RepoCard
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from eval.makers.sources import Ours, open_source
 from sd_mini import Pipeline
 from sd_mini.cli import commands as cli
 from sd_mini.files import MANIFEST, file_hash
-from sd_mini.pipelines import standalone
+from sd_mini.pipelines import joining, standalone
 from tests.cli.test_cli import PROMPT, assert_refused
+from tests.pipelines.test_adapters import on_the_hub
 
 SCRIPT = f"""
 import importlib.util, sys
-assert importlib.util.find_spec("sd_mini") is None
+assert importlib.util.find_spec("sd_mini").origin is None
 import torch
 from diffusers import DiffusionPipeline
 folder = sys.argv[1]
@@ -61,6 +64,7 @@ def test_stock_diffusers_makes_the_same_picture(folder, tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
     environment |= {"PYTHONPATH": str(without_sd_mini(tmp_path / "packages")), "HF_HOME": str(tmp_path / "hf")}
     (tmp_path / "a.py").write_text(SCRIPT)
+    (tmp_path / "sd_mini").mkdir()  # a folder that only happens to have the name
     # -S: no .pth file of this environment, which could name the checkout
     command = [sys.executable, "-S", "a.py", str(folder)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -93,13 +97,44 @@ def test_ours_loads_it_without_running_its_code(folder, tiny_run, tmp_path):
             (tmp_path / "aside").rename(folder / standalone.CODE)
 
 
+def test_a_hub_name_takes_what_is_loaded_and_no_more(folder, tmp_path):
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    taken = list(filter_repo_objects(names, allow_patterns=list(joining._PARTS)))
+    assert standalone.CODE not in taken and not any(name.endswith(".py") for name in taken)
+    for name in taken:
+        (tmp_path / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, tmp_path / "part" / name)
+    on_the_hub(tmp_path / "hub", "user/shapes", tmp_path / "part")
+    ours = Pipeline.from_pretrained("user/shapes", cache_dir=tmp_path / "hub", local_files_only=True)
+    assert ours.config.stages == Pipeline.from_pretrained(folder).config.stages
+
+
+def test_a_user_s_own_files_are_kept_and_not_uploaded(folder, tiny_run, tmp_path, monkeypatch):
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / ".env").write_text("SECRET=1")
+    standalone.write(Pipeline.from_run(tiny_run), own)
+    assert (own / ".env").is_file()
+    sent = {}
+    monkeypatch.setattr(HfApi, "create_repo", lambda hub, name, **options: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda hub, **options: sent.update(options))
+    standalone.push(own, "user/name")
+    found = [path.relative_to(own).as_posix() for path in own.rglob("*") if path.is_file()]
+    kept = set(filter_repo_objects(found, allow_patterns=sent["allow_patterns"]))
+    assert kept == set(found) - {".env"} and sent["repo_id"] == "user/name"
+    # `save_pretrained` has written the manifest by then
+    monkeypatch.setattr(HfApi, "upload_folder", lambda hub, folder_path, **options: sent.update(
+        manifest=(folder_path / MANIFEST).read_text(), listed=options["allow_patterns"]))  # fmt: skip
+    Pipeline.from_run(tiny_run).save_pretrained(tmp_path / "plain", push_to_hub=True, repo_id="user/name")
+    assert json.loads(sent["manifest"])["files"].keys() == set(sent["listed"]) - {MANIFEST}
+
+
 def test_the_card_says_what_it_is(folder):
     card = RepoCard.load(folder / "README.md")
     assert card.data.license == "cc-by-4.0" and card.data.pipeline_tag == "text-to-image"
     for heading in ("Metrics", "Training data", "Limits", "How to reproduce"):
         assert f"\n## {heading}\n" in card.text
-    assert "trust_remote_code=True" in card.text and "pictures" in card.text
-    for stage in re.findall(r"--config (training/\w+\.yaml)", card.text):
+    assert "trust_remote_code=True" in card.text and re.search(r"\n- autoencoder: .*, [0-9,]+ pictures\n", card.text)
+    for stage in re.findall(r"--config FOLDER/(training/\w+\.yaml)", card.text):
         assert yaml.safe_load((folder / stage).read_text())["train"]["steps"] > 0
     assert len(list((folder / "training").iterdir())) == 3
     for path in folder.rglob("*"):
@@ -115,19 +150,27 @@ def test_the_report_s_numbers_are_shown_for_its_own_stages_alone(tiny_run, tmp_p
     (run / "report").mkdir(exist_ok=True)
     Image.new("RGB", (8, 8)).save(run / "report" / "grid.png")
     (run / "pipeline" / "README.md").write_text("| measure | value |\n|---|---|\n| exact | 82 % |\n")
-    for stages, part in ((dict(pipeline.config.stages), "| exact | 82 % |"), ({}, "other stages")):
+    for stages, part in ((dict(pipeline.config.stages), "| exact | 82 % |"), ({}, "on other stages")):
         (run / "report" / "report.json").write_text(json.dumps({"protocol": {"stages": stages}}))
         standalone.write(pipeline, tmp_path / "folder", run)
         text = (tmp_path / "folder" / "README.md").read_text()
-        assert part in text and "![grid](grid.png)" in text and "not stated" in text
+        assert part in text and "not stated" in text
+        assert ("![grid](grid.png)" in text) == (tmp_path / "folder" / "grid.png").is_file() == bool(stages)
 
 
 def test_folders_of_whoever_trained_it_are_cut():
-    config = {"data": {"source": "/home/me/pictures", "resolution": 64}, "more": ["C:\\me\\b", "user/name", "~/c"]}
-    assert standalone._without_folders(config) == {
-        "data": {"source": "pictures", "resolution": 64},
-        "more": ["b", "user/name", "c"],
-    }
+    places = [
+        "/home/me/a",
+        "C:\\me\\a",
+        "~/a",
+        "file:///home/me/a",
+        "\\\\server\\me\\a",
+        "../me/secret/a",
+        "me/secret/a",
+    ]
+    kept = ["user/name", "a photo of {article} {label}, http://x/y/z", "a"]
+    config = {"data": {"source": places, "resolution": 64}, "more": kept}
+    assert standalone._without_folders(config) == {"data": {"source": ["a"] * 7, "resolution": 64}, "more": kept}
 
 
 def test_what_is_refused(tiny_run, tmp_path, capsys, monkeypatch):
