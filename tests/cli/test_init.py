@@ -135,9 +135,12 @@ def test_what_is_refused(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_recipe_trains(tmp_path):
-    """20 pictures, from `init` to the first updates of each stage, by the commands that it names."""
-    folder_of(tmp_path, 20, (40, 40), "pictures")
-    assert cli.main(["init", str(tmp_path / "mine"), "--data", str(tmp_path / "pictures")]) == 0
+    """20 pictures in 9 shapes, from `init` to the first updates of each stage."""
+    folder = folder_of(tmp_path, 20, (80, 80), "pictures")
+    for i in range(20):
+        with Image.open(folder / f"{i}.png") as picture:
+            picture.resize((60 + 10 * (i % 3), 60 + 10 * (i // 3 % 3))).save(folder / f"{i}.png")
+    assert cli.main(["init", str(tmp_path / "mine"), "--data", str(folder), "--max_aspect", "2"]) == 0
     for stage in STAGES:
         config = tmp_path / "mine" / f"{stage}.yaml"
         argv = [
