@@ -51,6 +51,7 @@ def _without_grad(call: Callable[[], Any]) -> Any:
 @lru_cache(maxsize=1)
 def _pool(threads: int, flush_denormal: bool) -> ThreadPoolExecutor:
     def start() -> None:
+        torch.get_num_threads()  # a thread's first call takes over what was last set in any thread
         torch.set_num_threads(1)  # of this thread alone
         torch.set_flush_denormal(flush_denormal)
 

@@ -3,6 +3,7 @@ import threading
 import pytest
 import torch
 
+from sd_mini.cpu import threads
 from sd_mini.cpu.threads import in_threads
 from training.optim import optimizer
 
@@ -17,6 +18,29 @@ def test_calls_run_side_by_side_on_one_core_each_and_keep_their_order():
     before = torch.get_num_threads()
     assert in_threads([lambda: call(0), lambda: call(1)]) == [(0, 1, False), (1, 1, False)]
     assert torch.get_num_threads() == before and torch.is_grad_enabled()
+
+
+def test_what_another_thread_sets_later_changes_nothing():
+    """torch keeps the number that was last set in any thread for those that have not asked yet."""
+    threads._pool.cache_clear()
+    begun, changed = threading.Barrier(3, timeout=20), threading.Event()
+
+    def call():
+        begun.wait()
+        changed.wait(20)
+        return torch.get_num_threads()
+
+    def change():
+        begun.wait()
+        torch.set_num_threads(7)
+        changed.set()
+
+    other = threading.Thread(target=change)
+    other.start()
+    found = in_threads([call, call])
+    other.join()
+    torch.set_num_threads(torch.get_num_threads())  # what is kept for others is this thread's again
+    assert found == [1, 1]
 
 
 def test_what_a_call_raises_is_raised():

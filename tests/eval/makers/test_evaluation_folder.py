@@ -26,7 +26,7 @@ def test_a_user_s_notes_stay_and_a_failed_write_loses_no_scores(tiny_run, tmp_pa
     table = capsys.readouterr().out
     assert "exact %" in table and table.endswith(f"{out / report.PAGE}\n")
 
-    def full(path, mode):
+    def full(*given, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
