@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.peft_utils import (
     delete_adapter_layers,
     recurse_remove_peft_layers,
@@ -23,17 +24,19 @@ from torch import Tensor
 
 from sd_mini import lora
 from sd_mini.config import check_choice
-from sd_mini.diffusion.objective import unwrapped
+from sd_mini.diffusion.objective import Process, unwrapped
 from sd_mini.errors import UserError
+from sd_mini.files import combined_hash
 from sd_mini.offload import is_offloaded_by_layers
 from sd_mini.weights import HUB, is_hub_name, snapshot
 
 
-class Adapters:
+class Adapters(DiffusionPipeline):
     """The part of a pipeline that holds LoRA adapters of its noise predictor, several by name, not merged."""
 
-    noise_predictor: Any
-    process: Any
+    config: Any  # diffusers' FrozenDict, whose entries are attributes too
+    noise_predictor: Any  # none in a pipeline that is loaded for its text half
+    process: Process
 
     def load_lora_weights(
         self,
@@ -173,7 +176,10 @@ class Adapters:
         lora.save(self._network, Path(save_directory), base, adapter_name or active[0])
 
     def _record(self, adapters: str) -> None:
-        raise NotImplementedError
+        """Say in the settings that the noise predictor is no stage's own any more: adapters are in its weights."""
+        stages = dict(self.config.stages)
+        merged = {"into": stages.get("noise_predictor"), "adapters": adapters}
+        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})
 
     @property
     def _network(self) -> Any:
@@ -181,7 +187,8 @@ class Adapters:
 
     def _layers(self) -> list[Any]:
         """peft's layers of the network."""
-        return [module for module in self._network.modules() if lora.is_adapted_layer(module)]
+        network = self._network
+        return [] if network is None else [module for module in network.modules() if lora.is_adapted_layer(module)]
 
     def _check_names(self, names: Sequence[str]) -> None:
         known = self.get_list_adapters()["noise_predictor"]

@@ -22,7 +22,6 @@ from sd_mini.files import (
     PIPELINE_MARK,
     atomic_folder,
     atomic_text,
-    combined_hash,
     file_hash,
     usual_modes,
     written,
@@ -42,7 +41,7 @@ _PARTS = (PIPELINE_MARK, MANIFEST, *(f"*/*.{ending}" for ending in ("json", "saf
 _PUSH = ("push_to_hub", "repo_id", "private", "token", "commit_message", "create_pr")
 
 
-class JoinedPipeline(Adapters, DiffusionPipeline):
+class JoinedPipeline(Adapters):
     """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
 
     `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
@@ -53,7 +52,6 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
-    config: Any  # diffusers' FrozenDict, whose entries are attributes too
     tile: int | None = None  # latent cells, of `enable_vae_tiling`
     _optional_components: ClassVar[list[str]] = [  # ty: ignore[incompatible-attribute-override]
         "tokenizer_2",
@@ -241,7 +239,7 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
     # ty: ignore[incompatible-method-override]
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """diffusers', and a manifest of the files that were written, by which `from_pretrained` checks them."""
-        if self.adapter_hash is not None or self.get_list_adapters()["noise_predictor"]:
+        if self.get_list_adapters()["noise_predictor"]:
             raise UserError(
                 "save_pretrained: LoRA adapters are loaded, which have no place in the files; unload_lora_weights() "
                 "first, after fuse_lora() if they are to stay in the weights"
@@ -262,12 +260,6 @@ class JoinedPipeline(Adapters, DiffusionPipeline):
         if push.pop("push_to_hub", False):  # after the manifest, which diffusers would leave behind
             push.setdefault("repo_id", folder.name)
             upload(folder, [*files, MANIFEST], **push)
-
-    def _record(self, adapters: str) -> None:
-        """Say in the settings that the noise predictor is no stage's own any more: adapters are in its weights."""
-        stages = dict(self.config.stages)
-        merged = {"into": stages.get("noise_predictor"), "adapters": adapters}
-        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})
 
     def save(self, folder: str | Path) -> None:
         """`save_pretrained`, but all or nothing: a folder that is there is only replaced by a complete one.
