@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_mini import __version__
 from sd_mini.errors import UserError
+from sd_mini.files import check_writable
 from sd_mini.openmp import cores
 
 if TYPE_CHECKING:
@@ -178,9 +179,12 @@ def disks(folder: Path) -> list[Finding]:
         there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free / 1e9
         fact = f"{free:.1f} GB free at {place.absolute()}"
-        if not os.access(there, os.W_OK):
-            findings.append((MEND, subject, f"{there} cannot be written; mend its permissions, or take another place"))
-        elif free < _LITTLE_DISK:
+        try:
+            check_writable(place.absolute(), subject)  # by a trial: permissions alone do not tell, least of all root
+        except UserError as error:
+            findings.append((MEND, subject, str(error)))
+            continue
+        if free < _LITTLE_DISK:
             findings.append((MEND, subject, f"{fact}, expected {_LITTLE_DISK}; make room, or take another place"))
         else:
             findings.append((OK, subject, fact))
