@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +193,19 @@ def atomic_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Generator[Path]:
-    """Yield the name of a file beside `path`; once what is written there is on disk, it takes `path`'s name."""
+    """Yield the name of a file beside `path`; once what is written there is on disk, it takes `path`'s name.
+
+    After an exception it is gone.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    sync(partial)
-    os.replace(partial, path)
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):  # it may never have been made; what went wrong before is raised
+            partial.unlink()
+        raise
     sync(path.parent)
 
 

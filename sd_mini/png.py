@@ -7,7 +7,6 @@ writes and galleries show. Reading one decodes no pixels and executes nothing.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -16,7 +15,7 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 from sd_mini import __version__
 from sd_mini.config import Config, complaint
 from sd_mini.errors import UserError
-from sd_mini.files import written_to
+from sd_mini.files import atomic_file, written_to
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,13 +104,8 @@ def save(picture: Image.Image, target: str | Path | BinaryIO, *settings: Setting
 
 def replace(picture: Image.Image, path: Path, picture_format: str, **options: object) -> None:
     """Write beside `path`, then rename: whoever opens it finds a whole picture or none. Raises UserError."""
-    partial = path.with_name(f".{path.name}.partial")
-    with written_to(path):
-        try:
-            picture.save(partial, picture_format, **options)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with written_to(path), atomic_file(path) as partial:
+        picture.save(partial, picture_format, **options)
 
 
 def read(path: str | Path) -> Settings:
