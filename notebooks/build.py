@@ -23,6 +23,8 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+from sd_mini.openmp import let_threads_sleep
+
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("[0-9]_*.py"))
 LIMIT = 600_000  # bytes of an .ipynb
@@ -35,6 +37,7 @@ def execute(source: Path, folder: Path, run: Path) -> NotebookNode:
 
     Raises nbclient's CellExecutionError with the traceback of a cell that fails.
     """
+    let_threads_sleep()  # in the kernel, which takes this environment over before it imports torch
     for name in ("sd_mini", "training", "eval"):
         (folder / name).symlink_to(FOLDER.parent / name)
     notebook = jupytext.read(source)

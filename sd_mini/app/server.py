@@ -119,7 +119,7 @@ def import_gradio(files: Path) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        import gradio  # noqa: F401
+        import gradio  # noqa: F401  # for its effect: it reads the environment above when it is first imported
     except ImportError as error:
         raise UserError(f"the page needs gradio ({error}): pip install 'sd-mini[app]'") from None
 

@@ -16,8 +16,7 @@ from sd_mini.files import check_writable
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ValueErrors, for `config.command`: one line, without the usage in front.
 
-    Abbreviated options are refused: a later option could change what they mean. What is unknown is named with the
-    nearest option or command.
+    Abbreviated options are refused: a later option could change what they mean.
     """
 
     def __init__(self, **kwargs: Any):

@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
     pipeline = open_pipeline(options.run)
     if options.lora is not None:
         pipeline.load_lora(options.lora)
-        settings = settings.model_copy(update={"lora": options.lora.resolve().name[:200]})
+    # of `--like` its name alone is known
+    settings = settings.model_copy(update={"lora": None if options.lora is None else options.lora.resolve().name[:200]})
     if options.like is not None:
         _compare(options.like, settings, pipeline, image, mask)
     from sd_mini import png

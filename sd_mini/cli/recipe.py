@@ -233,7 +233,7 @@ class Recipe:
         return [
             f"{self.folder}: a recipe for {self.rows:,} pictures of about {self.side} px, at {self.resolution} px on "
             f"{'one GPU' if self.is_gpu else 'the CPU'}",
-            f"estimate: {unit} for all three stages, right within a factor of two, and {self.disk:.1f} GB of disk",
+            f"estimate: {unit} for all three stages (by matrix products a second), {self.disk:.1f} GB of disk",
             f"next: see {self.folder / 'README.md'}",
         ]
 

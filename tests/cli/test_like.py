@@ -111,12 +111,12 @@ def test_options_may_stand_before_the_prompt(tiny_run, tmp_path, capsys):
 
 
 def test_an_older_version_is_remarked_and_a_forged_one_obeys_nothing(made, tiny_run, tmp_path, capsys):
-    old = png.read(made).model_copy(update={"version": "0.0.1\x1b[2J"})
+    old = png.read(made).model_copy(update={"version": "0.0.1\x1b[2J", "lora": "style"})
     png.save(picture(), tmp_path / "a.png", old)
     run("generate", tiny_run, "--like", tmp_path / "a.png", "--out", tmp_path / "b.png")
     err = capsys.readouterr().err
     assert r"sd_mini 0.0.1\x1b[2J" in err and "\x1b" not in err
-    assert (tmp_path / "b.png").read_bytes() == made.read_bytes()  # with this version's number
+    assert (tmp_path / "b.png").read_bytes() == made.read_bytes()  # with this version's number, and without a LoRA
     chunks = PngInfo()
     chunks.add_itxt("sd_mini", json.dumps({"prompt": "a", "\x1b[2J": 1}))
     picture().save(tmp_path / "c.png", pnginfo=chunks)
