@@ -37,6 +37,20 @@ def test_what_is_written_is_read(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_a_disk_that_is_full_half_way_leaves_the_old_picture_and_nothing_beside_it(tmp_path, monkeypatch):
+    png.save(picture(), tmp_path / "a.png", SETTINGS)
+    before = (tmp_path / "a.png").read_bytes()
+
+    def full(own, path, *given, **options):
+        path.write_bytes(before[:50])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        png.save(picture(16), tmp_path / "a.png", SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == before
+
+
 def test_a_grid_holds_those_of_each_picture(tmp_path):
     others = [SETTINGS, SETTINGS.model_copy(update={"seed": 1, "prompt": "[a]"})]
     png.save(png.attach(picture(16), *others), tmp_path / "grid.png")
