@@ -85,9 +85,9 @@ run(f"""
     --data.source {WORLD} --data.resolution 32 --valid.source {WORLD} --valid.split test
     --model.patch_size 2 --model.network.latent_channels 8
     --model.network.encoder_block_out_channels '[16, 32]' --model.network.decoder_block_out_channels '[32, 64]'
-    --train.steps 700 --train.preview_every 700
+    --train.steps 480 --train.preview_every 480
 """)
-Image.open(RUN / "autoencoder/samples/step-00000700.png")
+Image.open(RUN / "autoencoder/samples/step-00000480.png")
 
 # %% [markdown]
 # Top: held-out pictures. Bottom: their reconstructions.
@@ -101,9 +101,9 @@ Image.open(RUN / "autoencoder/samples/step-00000700.png")
 run(f"""
     training.text_encoder --config training/configs/pictures/text_encoder.yaml --run {RUN} --log_with none
     --encoder.dim 96 --encoder.max_length 16 --adapter.dim 96 --tower.width 32
-    --train.batch_size 32 --train.steps 150 --train.preview_every 150
+    --train.batch_size 32 --train.steps 120 --train.preview_every 120
 """)
-Image.open(RUN / "text_encoder/samples/step-00000150.png")
+Image.open(RUN / "text_encoder/samples/step-00000120.png")
 
 # %% [markdown]
 # For eight captions, the held-out picture that the encoder finds first.
