@@ -54,7 +54,8 @@ def check(cls: type[C], values: dict[str, Any], source: str) -> C:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {complaint(cls, error)}") from None
+        mend = "; give it in the file or as --{name} VALUE"
+        raise UserError(f"{source}: {complaint(cls, error, mend)}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -100,8 +101,8 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def complaint(cls: type[Config], error: ValidationError) -> str:
-    """pydantic's report => its first complaint, on one line."""
+def complaint(cls: type[Config], error: ValidationError, mend_missing: str = "") -> str:
+    """pydantic's report => its first complaint, on one line; `mend_missing` says where a field {name} can be given."""
     first = error.errors()[0]
     where = [str(part)[:60] for part in first["loc"] if isinstance(part, str)]
     name = ".".join(where) or "the config"
@@ -111,7 +112,7 @@ def complaint(cls: type[Config], error: ValidationError) -> str:
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{name}: unknown field; {hint}fields here: {', '.join(known)}"
     if first["type"] == "missing":
-        return f"{name}: missing; give it in the file or as --{name} VALUE"
+        return f"{name}: missing{mend_missing.format(name=name)}"
     return f"{name}: got {shown(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
 
 

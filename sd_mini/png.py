@@ -123,8 +123,7 @@ def read_all(path: str | Path) -> list[Settings]:
     try:
         found = _GRIDS.validate_json(text) if text.startswith("[") else [Settings.model_validate_json(text)]
     except ValidationError as error:
-        what = complaint(Settings, error).replace("; give it in the file or as --prompt VALUE", "")
-        raise UserError(f"{path}: its settings cannot be used: {what}") from None
+        raise UserError(f"{path}: its settings cannot be used: {complaint(Settings, error)}") from None
     for one in found:
         if one.image is None and (one.strength is not None or one.mask_image is not None):
             raise UserError(

@@ -16,8 +16,9 @@ from typing import Any
 
 from sd_mini.memory import total
 
-_MEASURED_MEMORY = 80.0  # GB, which the GPU's recipe fits into
-# what the measured recipes took, and the float32 (CPU) or bfloat16 (GPU) matrix products a second of their machines
+_MEASURED_MEMORY = 140.0  # GB, of the H200
+# s that the measured recipes took, and floating-point operations a second of their machines' matrix products: of the two
+# cores measured, in float32; of the H200 seven tenths of its data sheet's 989e12 in bfloat16
 _MEASURED = {"cpu": (14 * 60, 290e9), "cuda": (321, 700e12)}
 _DECIDED = {"source", "resolution", "share", "bucket_step", "side"}  # fields of the data that the recipe writes itself
 STAGES = ("autoencoder", "text_encoder", "noise_predictor")
@@ -135,8 +136,8 @@ class Recipe:
             "batch_size": "pictures an update",
             "lr": "AdamW's, of norms, biases and embeddings",
             "muon_lr": "Muon's, of the weight matrices",
-            "mixed_precision": "half the memory and twice the speed on a GPU",
-            "compile": "a minute at the start, faster from then on",
+            "mixed_precision": "less memory, and faster on a GPU",
+            "compile": "slow at the start, faster from then on",
             "ema_width": "of the average of the weights that is exported, as a share of the updates",
             "preview_every": "updates between two pictures in samples/",
             "checkpoint_every": "updates between two checkpoints, from which an interrupted launch goes on",

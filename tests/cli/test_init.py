@@ -103,7 +103,7 @@ def test_a_small_gpu_gets_small_batches(tmp_path):
         Recipe(tmp_path, DataConfig(source="a"), 9999, 128, Machine("cuda", 1e13, gb, gb > 20)) for gb in (140, 16)
     ]
     large, small = (yaml.safe_load(recipe.noise_predictor())["train"] for recipe in recipes)
-    assert (large["batch_size"], small["batch_size"]) == (512, 64)
+    assert (large["batch_size"], small["batch_size"]) == (512, 32)
     assert large["mixed_precision"] == "bf16" and "mixed_precision" not in small
 
 
