@@ -17,8 +17,8 @@ from typing import Any
 from sd_mini.memory import total
 
 _MEASURED_MEMORY = 140.0  # GB, of the H200
-# s that the measured recipes took, and floating-point operations a second of their machines' matrix products: of the two
-# cores measured, in float32; of the H200 seven tenths of its data sheet's 989e12 in bfloat16
+# seconds of the measured recipes, and what their machines' matrix products reach, operations a second: two cores in
+# float32, measured; the H200 in bfloat16, seven tenths of its data sheet's 989e12
 _MEASURED = {"cpu": (14 * 60, 290e9), "cuda": (321, 700e12)}
 _DECIDED = {"source", "resolution", "share", "bucket_step", "side"}  # fields of the data that the recipe writes itself
 STAGES = ("autoencoder", "text_encoder", "noise_predictor")
