@@ -62,6 +62,10 @@ def read_run(run: Path) -> dict[str, Any]:
         found[f"exact, {split}, %"] = {k: 100 * judged["all"][n] for k, n in _ENDS.items()}
     for name, one in report["distances"].items():
         found[name] = {k: one[n] for k, n in _FD_ENDS.items() if n in one}
+    for name, one in report.get("diversity", {}).items():
+        if name != "compared_with":
+            what = "layouts" if name == "layouts" else f"diversity within a prompt, {name}"
+            found[f"{what}, %"] = {k: 100 * one.get("vendi", one)[n] for k, n in _SHARE_ENDS.items()}
     networks = dict(report["protocol"].get("extractors", {}))
     if "clip" in report:
         networks["CLIP score"] = report["clip"]["hash"]
@@ -80,6 +84,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 _ENDS = {"value": "exact", "low": "low", "high": "high"}
 _FD_ENDS = {"value": "fd", "low": "low", "high": "high"}
+_SHARE_ENDS = {"value": "share", "low": "low", "high": "high"}
 _MEAN_ENDS = {"value": "mean", "low": "low", "high": "high"}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from eval.data_options import SHAPES, recorded_data
+from eval.makers.repeated import Repeated, of_captions, of_scenes, repeated_captions, repeated_shapes, several_of_each
 from eval.metrics.reconstruction import FIRST_SCENE_SEED, PROMPTS
 from sd_mini import shapes
 from sd_mini.data.arrays import Pictures, taken
@@ -42,7 +43,7 @@ class Question:
 
     is_apart: whether the reference holds none of the asked rows, so that those say how far real sets lie apart.
     name, fingerprint: of the data that the reference comes from. reference_captions: of each of its pictures the first
-    one, where data other than shapes have them.
+    one, where data other than shapes have them. repeated: several pictures of each of some prompts.
     """
 
     splits: list[PromptSet]
@@ -51,6 +52,7 @@ class Question:
     name: str
     fingerprint: str
     reference_captions: list[str] | None = None
+    repeated: Repeated | None = None
 
 
 def shapes_question(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
@@ -68,7 +70,8 @@ def shapes_question(prompts: int | None, seed: int, resolution: int, most: int |
         resolution=resolution,
     )
     reference = load(further)
-    return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
+    repeated = repeated_shapes(FIRST_SCENE_SEED + seed, resolution, prompts)
+    return Question(splits, reference.pictures, True, reference.name, reference.fingerprint, repeated=repeated)
 
 
 def captions_question(
@@ -99,22 +102,40 @@ def captions_question(
     compared = _compared(others, most)
     pictures = rows.pictures if len(compared) == len(rows) else taken(rows.pictures, compared)
     names = [captions[row] for row in compared]
-    return Question([asked], pictures, is_apart, rows.name, rows.fingerprint, names)
+    repeated = repeated_captions(chosen, captions, rows.pictures)
+    return Question([asked], pictures, is_apart, rows.name, rows.fingerprint, names, repeated)
 
 
 def folder_question(
     data: DataConfig, prompts: list[str], seed: int, most: int | None = None, folder: Path | None = None
 ) -> Question:
     """Pictures that lie there, compared with all of `data`, or `most` of it, evenly spread. Where they are asked what
-    the shapes' test split asks, the judge knows their scenes."""
+    the shapes' test split asks, the judge knows their scenes. Prompts with several pictures are `repeated`."""
     if data.source == SHAPES:
-        whole = shapes_question(len(prompts), seed, data.resolution, most)
-        test = whole.splits[0]
-        asked = test if test.captions == prompts else PromptSet(test.split, prompts)
-        return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
+        return _shapes_folder(data, prompts, seed, most)
     rows = load(data, pictures_only=True, folder=folder)
     reference = taken(rows.pictures, _compared(range(len(rows)), most))
-    return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
+    captions = [several[0] for several in rows.captions if several]
+    several = several_of_each(prompts)
+    has_both = several and len(captions) == len(rows)
+    repeated = of_captions([prompts[row] for row in several], captions, rows.pictures) if has_both else None
+    return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint, repeated=repeated)
+
+
+def _shapes_folder(data: DataConfig, prompts: list[str], seed: int, most: int | None) -> Question:
+    """Of prompts that are the test split's first captions: in order, or each several times."""
+    whole = shapes_question(len(prompts), seed, data.resolution, most)
+    test = whole.splits[0]
+    if test.captions == prompts:
+        return replace(whole, splits=[test], repeated=None)
+    different = list(dict.fromkeys(prompts))
+    if test.captions[: len(different)] != different:
+        return replace(whole, splits=[PromptSet(test.split, prompts)], repeated=None)
+    assert test.scenes is not None  # of shapes
+    scenes = dict(zip(different, test.scenes, strict=False))
+    asked = PromptSet(test.split, prompts, scenes=[scenes[prompt] for prompt in prompts])
+    several = [prompts[row] for row in several_of_each(prompts)]
+    return replace(whole, splits=[asked], repeated=of_scenes(several, scenes, FIRST_SCENE_SEED + seed, data.resolution))
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -33,11 +33,11 @@ from sd_mini.shapes.graph import (
     heldout_split,
     lab,
 )
-from sd_mini.shapes.sample import CHANGES, sample_scene, sample_scenes, swapped
+from sd_mini.shapes.sample import CHANGES, redrawn, sample_scene, sample_scenes, swapped
 
 __all__ = [
     "BACKGROUND", "CHANGES", "COLOURS", "COUNTS", "GAP", "HELDOUT_PAIRS", "HELDOUT_RELATIONS", "INVERSE", "KINDS",
     "MARGIN", "MIN_RESOLUTION", "PHRASINGS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "SPLITS", "Group", "Scene",
-    "caption", "captions", "check_scene", "draw", "draw_batch", "heldout_split", "lab", "sample_scene",
-    "sample_scenes", "swapped",
+    "caption", "captions", "check_scene", "draw", "draw_batch", "heldout_split", "lab", "redrawn",
+    "sample_scene", "sample_scenes", "swapped",
 ]  # fmt: skip
