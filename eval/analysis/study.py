@@ -19,7 +19,7 @@ from sd_mini.cli.arguments import Parser, check_target
 from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, read_json, written_to
-from sd_mini.stages.contract import read_contract
+from sd_mini.stages.contract import lineage, read_contract
 
 SCORES, FIGURE = "study.json", "study.svg"
 # what has to be alike for two reports to be compared
@@ -48,15 +48,17 @@ def read_run(run: Path) -> dict[str, Any]:
 
     Raises ValueError for a run that is not finished: a stage or the report is missing, or the report is of others.
     """
-    contracts = {kind: read_contract(run / kind / "final", kind) for kind in ("text_encoder", "noise_predictor")}
     path = run / "report" / "report.json"
     report = read_json(path)
     if report is None:
         raise UserError(f"{run}: no report yet; measure it: python -m eval {run} --data ... --out {path.parent}")
     measured = report["protocol"].get("stages", {})
+    predictor = (lineage(run, measured.get("noise_predictor")) or ["noise_predictor"])[-1]
+    finals = {"text_encoder": run / "text_encoder" / "final", "noise_predictor": run / predictor / "final"}
+    contracts = {kind: read_contract(final, kind) for kind, final in finals.items()}
     for kind, contract in contracts.items():
         if measured.get(kind) != contract["hash"]:
-            raise UserError(f"{path}: measures another {kind} than {run / kind / 'final'}; measure the run again")
+            raise UserError(f"{path}: measures another {kind} than {finals[kind]}; measure the run again")
     found: dict[str, dict[str, float]] = {}
     for split, judged in report.get("composition", {}).items():
         found[f"exact, {split}, %"] = {k: 100 * judged["all"][n] for k, n in _ENDS.items()}
