@@ -81,7 +81,7 @@ def test_rejection_learns_from_what_scores_and_reward_s_adapters_are_saved_alone
         for name in ("noise_predictor", "reward")
     )
     changed = {name for name in start if not torch.equal(start[name], tuned[name])}
-    assert start.keys() == tuned.keys() and changed and all("attn" in name for name in changed)
+    assert start.keys() == tuned.keys() and changed and all(".attention." in name for name in changed)
     # the adapters are of that very network
     network = stages.load_stage(run / "noise_predictor" / "final", "noise_predictor").parts["noise_predictor"]
     lora.load(network, final / "noise_predictor" / "lora")
@@ -129,7 +129,9 @@ def test_the_judge_without_scenes_is_refused(ready, tmp_path, capsys):
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(shapes.caption(scenes[number], 0))
     data = ["--data.source", str(folder), "--valid.source", str(folder), "--valid.split", "train", "--valid.count", "9"]
-    assert launch("reward", ready, *data, "--data.count", "12", "--rewards", "{judge: 1}") == 2
+    assert (
+        launch("reward", ready, *data, "--data.count", "12", "--rewards", "{judge: 1}", "--guards.judge", "null") == 2
+    )
     assert "reward judge: reads scene graphs, which shapes alone have" in error_line(capsys.readouterr().err)
     # what needs none is trained on pictures of one's own
     assert launch("reward", ready, *data, "--data.count", "12", "--guards.judge", "null", "--steps", "2") == 0

@@ -91,7 +91,7 @@ def test_a_reward_of_one_s_own(made, text, tmp_path, monkeypatch):
         (["--train.batch_size", "5"], "train.batch_size 5: expected a divisor of a round's 16 pictures times 2"),
         (["--train.workers", "1"], "train.workers 1"),
         (["--rollouts.kinds", "[many]"], "rollouts.kinds 'many'"),
-        (["--rollouts.guidance", "-1"], "guidance_scale -1"),
+        (["--rollouts.interval", "[0.9, 0.2]"], "guidance_interval"),
         (["--evaluate.every", "3"], "set guards.every"),
     ],
 )
