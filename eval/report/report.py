@@ -81,7 +81,11 @@ def training_facts(stages: Mapping[str, Path]) -> dict[str, str]:
         contract = read_contract(folder, kind_of(stage))
         width = contract.get("ema_width")
         average = "the trained weights" if width is None else f"their average of width {width:g}"
-        facts[stage] = f"{average} at step {contract['steps']}" if "steps" in contract else average
+        best = contract.get("best")
+        if best is not None:
+            average += f", the best by {best['score']} ({best['value']:.4g})"
+        step = best["step"] if best is not None else contract.get("steps")
+        facts[stage] = f"{average} at step {step}" if step is not None else average
     return facts
 
 

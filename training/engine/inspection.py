@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
+from sd_mini.errors import UserError
 from sd_mini.processes import wait_for_everyone
 from training.distributed.processes import joined_rows, rows_of_process
+from training.engine.best import BestKeeper
 from training.engine.learner import Learner
-from training.engine.metrics import EVALUATION, FiniteCheck, Watch, is_due
+from training.engine.metrics import EVALUATION, SCORE, FiniteCheck, Watch, is_due
 from training.engine.task import EvaluatedTask, Task, TrainConfig, export_record, mean_scores
 from training.optim.ema import WIDTHS
 from training.storage import snapshots
@@ -40,6 +42,10 @@ class Inspection:
         self.learner, self.watch, self.finite = learner, watch, finite
         self.folder: Path = watch.folder
         self.scores: dict[str, float] = {}  # held-out, the newest
+        wish = config.keep_best
+        self.keeper = BestKeeper(self.folder, wish, config.patience) if wish is not None else None
+        if wish is not None and EVALUATION in wish and task.evaluate_every is None:
+            raise UserError(f"train.keep_best {wish}: nothing evaluates the pipeline; set evaluate.every")
 
     def run(self, step: int, wanted: Sequence[bool] = (True, True, True)) -> None:
         """Of the held-out scores, the preview and the evaluation those that are `wanted` and due at `step`."""
@@ -101,8 +107,8 @@ class Inspection:
         rows = rows_of_process(count, self.accelerator.num_processes, self.accelerator.process_index)
         with self.weights(step) as objective:
             local_scores = self.task.validate(objective, rows)
-        self.scores = mean_scores(joined_rows(local_scores, rows, count, self.accelerator), self.task.valid_sources)
-        self.watch.write_scores(step, self.scores)
+            self.scores = mean_scores(joined_rows(local_scores, rows, count, self.accelerator), self.task.valid_sources)
+            self._record(step, self.scores, SCORE, objective)
 
     def preview(self, step: int) -> None:
         """A grid of pictures, `samples/step-NNNNNNNN.png`."""
@@ -116,14 +122,32 @@ class Inspection:
         with self.weights(step) as objective:
             if self.accelerator.is_main_process:
                 task = cast(EvaluatedTask, self.task)  # as its `evaluate_every` is a number
-                self.watch.write_scores(step, task.evaluate(objective), EVALUATION)
+                self._record(step, task.evaluate(objective), EVALUATION, objective)
         wait_for_everyone()
+
+    def _record(self, step: int, scores: dict[str, float], kind: str, objective: nn.Module) -> None:
+        """Log the scores; keep the weights where they are the best."""
+        self.watch.write_scores(step, scores, kind)
+        if self.keeper is not None and kind in self.keeper.name and self.accelerator.is_main_process:
+            self.keeper.look(step, {kind + name: value for name, value in scores.items()}, objective)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `patience` has run out; all processes take the main one's answer."""
+        if self.keeper is None or self.keeper.patience is None:
+            return False
+        over = torch.tensor([self.keeper.is_over], device=self.accelerator.device)
+        return bool(broadcast(over)[0])
 
     def export(self, step: int, seconds: float) -> None:
         """Write the stage to `final/`, with what it took."""
         with self.weights(step) as objective:
             if self.accelerator.is_main_process:
-                record = export_record(objective, seconds, step, self.scores, self.config.ema_width)
+                best = self.keeper.put(objective) if self.keeper is not None else None
+                scores = self.watch.scores(best["step"]) if best is not None else {}
+                record = export_record(objective, seconds, step, scores or self.scores, self.config.ema_width)
+                if best is not None:
+                    record |= {"best": best, "stopped_early": step < self.config.steps}
                 self.task.export(objective, self.folder / "final", record)
         scores = ", ".join(f"{k} {v:.4g}" for k, v in list(self.scores.items())[:2])  # the curve is in metrics.jsonl
         self.watch.message(f"{step} steps in {seconds:.0f} s; {scores}; exported to {self.folder / 'final'}")

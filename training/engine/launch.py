@@ -42,6 +42,7 @@ _FIXED = {"resolution", "count", "seed", "background", "caption_weights"}
 # the data and the other stages, whose hashes a checkpoint holds.
 _FREE = {
     *(f"train.{name}" for name in ("log_every", "valid_every", "preview_every", "checkpoint_every")),
+    *(f"train.{name}" for name in ("keep_best", "patience")),
     *(f"train.{name}" for name in ("keep_last", "keep_every", "workers", "trace")),
     *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
     *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
@@ -85,7 +86,10 @@ class Program(Generic[C]):
             return
         _check_folder(launched)
         exported = _exported_steps(launched.folder)
-        if exported is not None and max(exported, _reached(launched.folder)) >= launched.config.train.steps:
+        is_over = exported is not None and _stopped_early(launched.folder)
+        if exported is not None and (
+            is_over or max(exported, _reached(launched.folder)) >= launched.config.train.steps
+        ):
             print(f"{launched.folder}: already trained and exported")
             return
         follow_launcher()
@@ -222,6 +226,11 @@ def _exported_steps(folder: Path) -> int | None:
     """The steps after which the stage in `folder` was exported; none where it was not."""
     final = folder / "final"
     return read_contract(final, kind_of(folder.name)).get("steps") if (final / CONTRACT).is_file() else None
+
+
+def _stopped_early(folder: Path) -> bool:
+    """Whether the exported training ended by its patience: the same command does not go on."""
+    return read_contract(folder / "final", kind_of(folder.name)).get("stopped_early", False)
 
 
 def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: str, mend: str) -> None:

@@ -87,12 +87,13 @@ class Loop:
             if missing and self.step == config.steps and config.ema_width is not None:
                 self.inspection.snapshot(self.step)  # the run was to be longer, or a kill came between
             self.inspection.run_missing(self.step)
-        if self.step < config.steps:
+        last = config.steps if not self.inspection.is_over else self.step
+        if self.step < last:
             self._settle_buckets()
         snapshot_steps, intervals = self.inspection.snapshot_steps, self.inspection.intervals
         with Stop(self.accelerator.num_processes) as stop:
             mark = time.perf_counter()
-            for inputs in iterate(self.steps, self.step, config.steps, config.workers):
+            for inputs in iterate(self.steps, self.step, last, config.workers):
                 self.update(inputs)
                 self.watch.bar.update()
                 self.pace.add(time.perf_counter() - mark)
@@ -112,6 +113,10 @@ class Loop:
                 # Held-out scores, preview, evaluation.
                 if any(is_due(self.step, interval, config.steps) for interval in intervals):
                     self.inspection.run(self.step)
+                    if self.step < config.steps and self.inspection.is_over:
+                        self.save()
+                        self.watch.message(f"stopped at step {self.step}: nothing better in {config.patience} looks")
+                        break
                 mark = time.perf_counter()
         self._tick()
         self.inspection.export(self.step, self.seconds)

@@ -16,6 +16,7 @@ from torch import nn
 from sd_mini.data.batches import Batch, Pass
 from sd_mini.data.rejected import Rejected
 from sd_mini.errors import UserError
+from training.engine.best import check_wish
 from training.engine.learner import Player
 from training.optim.ema import WIDTHS
 from training.optim.optimizer import OptimizerConfig
@@ -55,6 +56,11 @@ class TrainConfig(OptimizerConfig):
     """newest checkpoints kept"""
     keep_every: int | None = Field(None, ge=1)
     """checkpoints of its multiples are kept for good"""
+    keep_best: str | None = None
+    """export the weights with the best score instead of the last, "lowest valid/loss" or "highest eval/exact" for
+    example; null: the last"""
+    patience: int | None = Field(None, ge=1)
+    """looks at the score of keep_best without a better one, after which training ends; null: never"""
     trace: bool = False
     """write the ids and a hash of every input row of every step, to compare two runs"""
 
@@ -62,6 +68,14 @@ class TrainConfig(OptimizerConfig):
     @classmethod
     def _no(cls, value: Any) -> Any:
         return "no" if value is False else value  # as YAML reads it
+
+    @model_validator(mode="after")
+    def _best_of_a_score(self) -> Self:
+        if self.keep_best is not None:
+            check_wish(self.keep_best)
+        elif self.patience is not None:
+            raise UserError(f"train.patience {self.patience}: counts looks at train.keep_best, which is not given")
+        return self
 
     @model_validator(mode="after")
     def _snapshots_for_the_width(self) -> Self:
