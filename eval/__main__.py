@@ -44,6 +44,7 @@ from sd_mini.data.captioned import DataConfig
 from sd_mini.errors import UserError
 from sd_mini.files import check_writable
 from sd_mini.memory import keep_freed_memory
+from sd_mini.stages.contract import read_contract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +106,10 @@ def _main(argv: Sequence[str]) -> None:
             **_made_by(options, source, sampling),
             "weights": report.training_facts(stages),
         }
+    if looks := report.reward_looks(stages):
+        exported = read_contract(stages["reward"], "noise_predictor")
+        best = exported.get("best", {}).get("step", exported.get("steps"))
+        measured.scores["reward"] = {**exported["reward"], "looks": looks, "exported_step": best}
     full = {
         **measured.scores,
         "remarks": measured.remarks,

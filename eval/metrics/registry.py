@@ -96,7 +96,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {}
 # the parts of report.json that are no metrics
-_PARTS = {"composition", "ceiling", "chance", "text", "blame", "sweep", "different_captions"}
+_PARTS = {"composition", "ceiling", "chance", "text", "blame", "sweep", "different_captions", "reward"}
 _PARTS |= {"remarks", "seconds", "protocol"}
 
 

@@ -110,6 +110,31 @@ def curves(stages: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> str
     return _svg(figure, "training curves")
 
 
+def rounds(looks: Sequence[Mapping[str, float]], best: int | None) -> str:
+    """A training by rewards: its score against diversity within a prompt, a point a look, joined in order; up and right
+    is better. The step whose weights were exported is marked."""
+    figure, axes = _figure(3.0)
+    for name, colour in (("vendi", _INK), ("layouts", _MARK)):
+        points = [(100 * look[name], look["score"], look["step"]) for look in looks if name in look]
+        if not points:
+            continue
+        axes.plot(
+            *list(zip(*points, strict=True))[:2],
+            color=colour,
+            marker="o",
+            ms=4,
+            lw=1,
+            label={"vendi": "Vendi"}.get(name, name),
+        )
+        for x, y, step in points:
+            axes.annotate(f"{step:.0f}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            if step == best:
+                axes.plot(x, y, marker="o", ms=11, mfc="none", mec=_MARK, mew=1.6)
+    axes.set(xlabel="diversity within a prompt, % of the data's", ylabel="score")
+    axes.legend(fontsize="small", frameon=False)
+    return _svg(figure, "score against diversity by step of the training by rewards")
+
+
 def _figure(height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # a second
 

@@ -38,6 +38,7 @@ def render(report: Mapping[str, Any], galleries: Sequence[Gallery], curves: Mapp
         diversity=report.get("diversity"),
         by_caption=report.get("by_caption", {}),
         text=report.get("text"),
+        reward=_reward(report),
         galleries=galleries,
         curves=figures.curves(curves) if curves else "",
         seconds=report["seconds"],
@@ -56,6 +57,13 @@ def _blame(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             svg = figures.waterfall(entry["shares"], entry.get("shuffled"), unit, factor, f"{split} {measure}")
             found.append({"split": split, "measure": measure, "svg": svg})
     return found
+
+
+def _reward(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    part = report.get("reward")
+    if part is None:
+        return None
+    return {**part, "svg": figures.rounds(part["looks"], part["exported_step"])}
 
 
 def _splits(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

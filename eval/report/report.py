@@ -74,6 +74,16 @@ def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, lis
     return found
 
 
+def reward_looks(stages: Mapping[str, Path]) -> list[dict[str, float]]:
+    """What the guards of a training by rewards found, a look each, with its step; none of another training."""
+    path = stages["reward"].parent / "metrics.jsonl" if "reward" in stages else None
+    if path is None or not path.is_file():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+    lines = [line for line in map(json.loads, whole) if "eval/score" in line]
+    return [{name.removeprefix("eval/"): value for name, value in line.items()} for line in lines]
+
+
 def training_facts(stages: Mapping[str, Path]) -> dict[str, str]:
     """By stage, which weights were exported: the step, and the average's width where there is one."""
     facts = {}

@@ -35,3 +35,12 @@ def test_the_page_in_a_browser(shapes_report, width):
         assert page.evaluate("document.querySelectorAll('svg text').length") > 20  # text that can be read and searched
         browser.close()
     assert page_file.stat().st_size < 3e6
+
+
+def test_a_training_by_rewards_is_drawn_with_the_weights_that_were_exported():
+    from eval.report.figures import rounds
+
+    looks = [{"step": s, "score": 0.5 + s / 100, "vendi": 1 - s / 200, "layouts": 0.9} for s in (10, 20, 30)]
+    svg = rounds(looks, 20)
+    assert svg.count("<svg ") == 1 and all(f">{step}<" in svg for step in (10, 20, 30)) and "layouts" in svg
+    assert rounds(looks, None) != svg
