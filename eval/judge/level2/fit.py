@@ -14,7 +14,7 @@ MAX_HIDDEN = 0.35  # share of an outline; more is not an object that is seen
 MIN_MARGIN = 0.01  # soft IoU, best shape over second best; below it the shape cannot be told
 
 HYPOTHESES = [(shape, pattern) for pattern in PATTERNS for shape in SHAPES]
-_MOMENTS = np.array([opacity_moments(shape, pattern) for shape, pattern in HYPOTHESES])  # (18, 2)
+_MOMENTS = np.array([opacity_moments(shape, pattern) for shape, pattern in HYPOTHESES], dtype=np.float32)  # (18, 2)
 
 
 class Fit(NamedTuple):
@@ -63,7 +63,7 @@ def _placed(filled: np.ndarray, x_px: np.ndarray, y_px: np.ndarray) -> tuple[np.
 def _render(x: np.ndarray, y: np.ndarray, radius: np.ndarray, x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
     """Centres and radii (18,) of the hypotheses => their opacity, (18, h, w)."""
     dx, dy = x_px[None, None, :] - x[:, None, None], y_px[None, :, None] - y[:, None, None]
-    rendered = np.empty((len(HYPOTHESES), len(y_px), len(x_px)))
+    rendered = np.empty((len(HYPOTHESES), len(y_px), len(x_px)), dtype=np.float32)
     for i, (shape, pattern) in enumerate(HYPOTHESES):
         own = slice(i, i + 1)
         size = radius[own, None, None]

@@ -4,7 +4,7 @@ import numpy as np
 from scipy import ndimage
 
 from eval.judge.level2.fit import fit
-from eval.judge.level2.regions import Region, paper, regions
+from eval.judge.level2.regions import Region, segment
 from eval.judge.objects import FRINGE, MAX_OBJECTS, READING_SIDE, FoundObject, reading_pixels
 from sd_mini.shapes.graph import COLOURS
 from sd_mini.shapes.level2.outlines import extent
@@ -23,10 +23,10 @@ def find_objects(picture: np.ndarray) -> list[FoundObject] | None:
     """(3, S, S) uint8 sRGB => its objects in no particular order, or None where the picture cannot be read: where it
     has too little background, or more objects than a scene could hold."""
     pixels = reading_pixels(picture)
-    background = paper(pixels)
-    if background is None:
+    segmented = segment(pixels)
+    if segmented is None:
         return None
-    found = regions(pixels, background)
+    background, found = segmented
     if len(found) > MAX_OBJECTS:
         return None
     claimed = np.any([region.mask for region in found], axis=0) if found else np.zeros(pixels.shape[:2], dtype=bool)
@@ -44,8 +44,9 @@ def _read_object(pixels: np.ndarray, background: np.ndarray, region: Region, cla
         opacity = _opacity(pixels[box], background[box], _RGB[region.colour]) * support
     # where two objects touch, a pixel is a mixture of both
     visible = ~(ndimage.binary_dilation(hidden, _BLOCK) if hidden.any() else hidden)
-    x_px, y_px = np.arange(opacity.shape[1]) + box[1].start + 0.5, np.arange(opacity.shape[0]) + box[0].start + 0.5
-    best = fit(opacity, visible, x_px, y_px)
+    height, width = opacity.shape
+    x_px, y_px = np.arange(width) + box[1].start + 0.5, np.arange(height) + box[0].start + 0.5
+    best = fit(opacity.astype(np.float32), visible, x_px.astype(np.float32), y_px.astype(np.float32))
     size = _size(best.radius / READING_SIDE)
     has_shape = best.iou >= MIN_IOU.get(size or "small", 0)
     radius = best.radius / READING_SIDE

@@ -9,23 +9,23 @@ import numpy as np
 from scipy import ndimage
 
 from sd_mini.shapes.graph import COLOURS, lab
+from sd_mini.shapes.level2.graph import TONES
 from sd_mini.shapes.level2.outlines import PALE
 
 # CIELAB. Paper is light and nearly grey: L* 90 or more, chroma below 10; a pale band of a colour is one or the other
 PAPER_LIGHTNESS, PAPER_CHROMA = 80.0, 18.0
-PAPER_RESIDUAL = 8.0  # a pixel farther from the plane through the paper is left out of its next fit
+PAPER_RESIDUAL = 15.0  # a pixel farther from the plane through the paper is left out of its next fit
 MIN_PAPER = 0.45  # share of the picture
 FOREGROUND = 15.0  # distance from the paper at which a pixel belongs to an object
-COLOUR_REACH = 26.0  # as level 1's
+COLOUR_REACH = 20.0  # of the line from white to a colour
 MIN_MARK = 9  # px of one connected mark that make it an object: fewer is a speck
 MIN_VOTES = 0.15  # share of a mark's pixels that are of a palette colour, for it to be an object of that colour
 MIN_CORE = 2  # px of a colour that survive erosion: none of the thin mixture where two objects touch
 
 _RGB = np.array(list(COLOURS.values()), dtype=np.float64)  # (8, 3)
-_LAB = lab(_RGB)
-_WHITE = np.array((245.0, 245.0, 245.0))
+_WHITE = np.array(TONES["white"], dtype=np.float64)
 # points on the line from white to each colour, from its pale band on: (8, 4, 3)
-_LINES = lab(_WHITE + np.array([PALE, 0.6, 0.8, 1.0])[None, :, None] * (_RGB - _WHITE)[:, None, :])
+_LINES = lab(_WHITE + np.array([PALE, 0.65, 0.82, 1.0])[None, :, None] * (_RGB - _WHITE)[:, None, :])
 _CROSS = ndimage.generate_binary_structure(2, 1)
 _FIT_ROUNDS = 3
 
@@ -40,43 +40,37 @@ class Region:
     hidden: np.ndarray
 
 
-def paper(pixels: np.ndarray) -> np.ndarray | None:
-    """(64, 64, 3) sRGB => the background under every pixel, (64, 64, 3) sRGB; None where there is too little of it."""
+def segment(pixels: np.ndarray) -> tuple[np.ndarray, list[Region]] | None:
+    """(64, 64, 3) sRGB => the background under every pixel, (64, 64, 3) sRGB, and the objects; None where there is too
+    little background."""
     colours = lab(pixels)
     side = pixels.shape[0]
-    rows, columns = np.mgrid[:side, :side] / side - 0.5
-    terms = np.stack([np.ones_like(rows), rows, columns], axis=-1)  # (64, 64, 3)
+    down, across = np.mgrid[:side, :side] / side - 0.5
+    terms = np.stack([np.ones_like(down), down, across], axis=-1)  # (64, 64, 3)
+    values = np.concatenate([pixels, colours], axis=-1)  # (64, 64, 6)
     is_paper = (colours[..., 0] > PAPER_LIGHTNESS) & (np.hypot(colours[..., 1], colours[..., 2]) < PAPER_CHROMA)
-    fitted = pixels
+    planes, away = values, np.zeros((side, side))
     for _ in range(_FIT_ROUNDS):
         if is_paper.mean() < MIN_PAPER:
             return None
         # plane through the paper, by least squares; what does not lie on it is left out of the next round
-        planes = np.linalg.lstsq(terms[is_paper], pixels[is_paper], rcond=None)[0]
-        fitted = np.clip(terms @ planes, 0, 255)
-        is_paper &= np.linalg.norm(colours - lab(fitted), axis=-1) < 2 * PAPER_RESIDUAL
-    return fitted
-
-
-def regions(pixels: np.ndarray, background: np.ndarray) -> list[Region]:
-    """(64, 64, 3) sRGB of both => the objects."""
-    colours = lab(pixels)
-    foreground = np.linalg.norm(colours - lab(background), axis=-1) > FOREGROUND
-    component, n = ndimage.label(foreground, _CROSS)
+        known = terms[is_paper]
+        planes = terms @ np.linalg.solve(known.T @ known, known.T @ values[is_paper])
+        away = np.linalg.norm(colours - planes[..., 3:], axis=-1)
+        is_paper &= away < PAPER_RESIDUAL
+    component, n = ndimage.label(away > FOREGROUND, _CROSS)
     sizes = np.bincount(component.ravel(), minlength=n + 1)
-    found = []
-    for i in range(1, n + 1):
-        if sizes[i] >= MIN_MARK:
-            found += _split(colours, component == i)
-    return found
+    marks = [component == i for i in range(1, n + 1) if sizes[i] >= MIN_MARK]
+    return planes[..., :3], [region for mark in marks for region in _split(colours, mark)]
 
 
 def _split(colours: np.ndarray, mark: np.ndarray) -> list[Region]:
     """One connected mark => its objects: one, or several of different colours that touch."""
     inside = colours[mark]  # (P, 3)
-    distances = np.linalg.norm(inside[:, None] - _LAB, axis=-1)  # (P, 8)
+    # pale bands of two colours may be alike, so they do not vote
+    distances = np.linalg.norm(inside[:, None, None] - _LINES[:, 1:], axis=-1).min(axis=-1)  # (P, 8)
     nearest = np.where(distances.min(axis=1) <= COLOUR_REACH, distances.argmin(axis=1), -1)
-    votes = np.bincount(nearest[nearest >= 0], minlength=len(_LAB)) / len(inside)
+    votes = np.bincount(nearest[nearest >= 0], minlength=len(_LINES)) / len(inside)
     nothing = np.zeros_like(mark)
     candidates = np.flatnonzero(votes >= MIN_VOTES / 2)
     if votes.sum() < MIN_VOTES:

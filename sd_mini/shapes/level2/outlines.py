@@ -21,7 +21,6 @@ DIAMOND_HALF_DIAGONAL = 0.97
 BAR_HALF_LENGTH, BAR_HALF_WIDTH = 0.9, 0.42
 STRIPE_EDGES = (0.18, 0.5)
 DOT_RADIUS, DOT_DISTANCE = 0.2, 0.48
-DOTS = ((0.0, 0.0), (DOT_DISTANCE, 0.0), (-DOT_DISTANCE, 0.0), (0.0, DOT_DISTANCE), (0.0, -DOT_DISTANCE))
 PALE = 0.45  # of the colour in a pattern's light part, the rest white
 MOST_HIDDEN = 0.2  # share of an object's area that another may cover
 
@@ -45,7 +44,10 @@ def darkness(pattern: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -
         light = np.clip(np.minimum(np.abs(dx) - low, high - np.abs(dx)) + 0.5, 0, 1)
         return 1 - np.broadcast_to(light, np.broadcast_shapes(dx.shape, dy.shape))
     if pattern == "dotted":
-        nearest = np.min([np.hypot(dx - x * radius, dy - y * radius) for x, y in DOTS], axis=0)
+        # the dots lie alike on both axes, so one of each two stands for both
+        aside_x, aside_y = np.abs(dx), np.abs(dy)
+        beside = np.minimum((aside_x - DOT_DISTANCE * radius) ** 2 + dy**2, dx**2 + (aside_y - DOT_DISTANCE * radius) ** 2)
+        nearest = np.sqrt(np.minimum(dx**2 + dy**2, beside))
         return 1 - np.clip(DOT_RADIUS * radius + 0.5 - nearest, 0, 1)
     return np.ones(np.broadcast_shapes(dx.shape, dy.shape), dtype=np.float32)
 
