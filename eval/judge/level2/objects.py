@@ -9,8 +9,11 @@ from eval.judge.objects import FRINGE, MAX_OBJECTS, READING_SIDE, FoundObject, r
 from sd_mini.shapes.graph import COLOURS
 from sd_mini.shapes.level2.outlines import extent
 
-# Below it an object has no shape; by its radius, as pixels are coarser on small ones.
+# Soft IoU below which an object has no shape, by its size: pixels are coarser on small ones. What softens a pattern
+# lowers it, and so does a neighbour that it touches.
 MIN_IOU = {"small": 0.80, "medium": 0.82, "large": 0.86}
+MIN_IOU_PATTERNED = 0.76
+MIN_IOU_TOUCHING = 0.74
 # radii in fractions of the side between which a size is told, with dead zones between
 SIZE_LIMITS = {"small": (0.078, 0.113), "medium": (0.117, 0.157), "large": (0.163, 0.22)}
 
@@ -48,7 +51,7 @@ def _read_object(pixels: np.ndarray, background: np.ndarray, region: Region, cla
     x_px, y_px = np.arange(width) + box[1].start + 0.5, np.arange(height) + box[0].start + 0.5
     best = fit(opacity.astype(np.float32), visible, x_px.astype(np.float32), y_px.astype(np.float32))
     size = _size(best.radius / READING_SIDE)
-    has_shape = best.iou >= MIN_IOU.get(size or "small", 0)
+    has_shape = best.iou >= _least_iou(size, best.pattern, bool(hidden.any()))
     radius = best.radius / READING_SIDE
     return FoundObject(
         shape=best.shape if has_shape else None,
@@ -77,6 +80,12 @@ def _opacity(patch: np.ndarray, background: np.ndarray, rgb: np.ndarray) -> np.n
     """(h, w, 3) sRGB of both => (h, w) in [0, 1]: how much of `rgb` lies over the background."""
     line = rgb - background
     return np.clip(((patch - background) * line).sum(-1) / (line**2).sum(-1), 0, 1)
+
+
+def _least_iou(size: str | None, pattern: str, touches: bool) -> float:
+    least = MIN_IOU[size or "small"]
+    least = min(least, MIN_IOU_PATTERNED) if pattern != "plain" else least
+    return min(least, MIN_IOU_TOUCHING) if touches else least
 
 
 def _size(radius: float) -> str | None:

@@ -226,8 +226,8 @@ def _check_layout(scene: Scene) -> None:
 
 
 def _check_overlap(scene: Scene) -> None:
-    if scene.kind != "two_objects" or scene.top not in (0, 1):
-        raise UserError(f"top: got {scene.top} in a {scene.kind} scene, expected None, or 0 or 1 of two objects")
+    if scene.kind != "two_objects" or scene.top not in (0, 1) or any(g.size == "small" for g in scene.groups):
+        raise UserError(f"top: got {scene.top}, expected None, or 0 or 1 of two objects that are not small: leave it out")
     a, b = scene.groups
     depth = overlap_depth(a.shape, b.shape, scene.relations[0], scene.layout)
     lower, side = covered_side(scene.groups, scene.relations[0], scene.top)

@@ -33,7 +33,7 @@ from sd_mini.shapes.sample import allowed_kinds
 from sd_mini.shapes.uniforms import uniforms
 
 KIND_WEIGHTS = {"one_object": 0.25, "two_objects": 0.30, "groups": 0.25, "chain": 0.20}
-OVERLAP_SHARE = 0.3  # of the scenes of two objects
+OVERLAP_SHARE = 0.5  # of the scenes of two objects that are not small
 COLUMNS = 64  # uniforms a scene has; the longest takes fewer
 
 _STREAM = 16  # the first of level 2's streams, one a split; level 1's are below
@@ -85,7 +85,7 @@ def _scene(kind: str, split: str, draws: Draws) -> Scene:
 
 def arranged(kind: str, groups: tuple[Group, ...], relations: tuple[str, ...], draws: Draws) -> Scene:
     """A graph with a new layout and background."""
-    overlaps = kind == "two_objects" and draws.between(0, 1) < OVERLAP_SHARE
+    overlaps = kind == "two_objects" and draws.between(0, 1) < OVERLAP_SHARE and all(g.size != "small" for g in groups)
     top = draws.below(2) if overlaps else None
     layout = new_layout(kind, groups, relations, top, draws)
     return Scene(kind, groups, relations, layout, _background(draws), top)
