@@ -30,6 +30,7 @@ from eval.features.features import open_all
 from eval.judge.objects import MIN_SIDE
 from eval.makers.generate import Job, Kept
 from eval.makers.questions import Question, captions_question, folder_question, shapes_question, training_data
+from eval.makers.repeated import REPEATED, Repeated, several_of_each
 from eval.makers.sources import GeneratedFolder, Ours, PictureSource, Sampling, open_source
 from eval.measure import Measured, Tools, measure
 from eval.metrics.clip_score import Clip
@@ -80,7 +81,10 @@ def _main(argv: Sequence[str]) -> None:
     if isinstance(source, GeneratedFolder):
         if state is not None and not state.is_main_process:
             return  # there is nothing to share out
-        measured = measure(question, {question.splits[0].split: source.pictures}, None, tools)
+        rows = several_of_each(source.prompts)
+        repeated = source.pictures[rows] if question.repeated is not None else None
+        made = {a.split: source.pictures if a.rows is None else source.pictures[a.rows] for a in question.splits}
+        measured = measure(question, made, None, tools, repeated)
         protocol: dict[str, Any] = {"pictures": str(source.folder)}
     else:
         sampling = asked_sampling(options, source)
@@ -94,7 +98,7 @@ def _main(argv: Sequence[str]) -> None:
             if not is_main:
                 return
         made = {job.name: kept.read(job.name) for job in jobs + swept}
-        measured = measure(question, made, source, tools)
+        measured = measure(question, made, source, tools, made.get(REPEATED))
         if swept:
             measured.scores["sweep"] = sweep_scores(swept, made, question, tools, sampling.guidance.scale)
         protocol = {
@@ -120,7 +124,7 @@ def _question(options: argparse.Namespace, source: PictureSource | GeneratedFold
         return captions_question(data, options.prompts, options.reference, _pictures_cache(options))
     if source.resolution < MIN_SIDE:
         raise UserError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
-    return shapes_question(options.prompts, options.seed or 0, source.resolution, options.reference)
+    return shapes_question(options.prompts, options.seed or 0, source.resolution, options.reference, data.level)
 
 
 def _cache(options: argparse.Namespace) -> Path:
@@ -141,9 +145,11 @@ def _jobs(
     question: Question, sampling: Sampling, options: argparse.Namespace, maker: PictureSource, tools: Tools
 ) -> tuple[list[Job], ...]:
     jobs = [Job(asked.split, asked.captions, sampling) for asked in question.splits]
+    if question.repeated is not None:
+        jobs.append(Job(REPEATED, question.repeated.captions, sampling))
     is_judged = question.splits[0].scenes is not None or tools.clip is not None
     scales = swept_scales(options, maker, is_judged)
-    return jobs, sweep_jobs(question.splits[0], scales, options.sweep_prompts or SWEEP_PROMPTS, sampling)
+    return jobs, sweep_jobs(question, scales, options.sweep_prompts or SWEEP_PROMPTS, sampling)
 
 
 def _tools(
@@ -205,12 +211,17 @@ def _made_by(options: argparse.Namespace, maker: PictureSource, sampling: Sampli
     }
 
 
+def _several(repeated: Repeated) -> str:
+    return f"{len(repeated.captions)} pictures of {len(set(repeated.captions))} prompts"
+
+
 def _protocol(options: argparse.Namespace, question: Question, tools: Tools, data: DataConfig) -> dict[str, Any]:
     """Everything needed to measure the same again."""
     resize = "short side by Lanczos, antialiased; the centre kept" if options.data != SHAPES else "drawn at that size"
     protocol = {
         "data": options.data,
         "prompts": {asked.split: len(asked.captions) for asked in question.splits},
+        **({"several_of_each": _several(question.repeated)} if question.repeated is not None else {}),
         "reference": question.name,
         "reference_count": len(question.reference),
         "reference_hash": question.fingerprint,
@@ -222,7 +233,12 @@ def _protocol(options: argparse.Namespace, question: Question, tools: Tools, dat
     }
     if options.data != SHAPES:
         return {**protocol, "columns": {name: getattr(data, name) for name in COLUMNS}}
-    return {**protocol, "scene_seed": _scene_seed(options), "phrasing": "the index modulo their number"}
+    return {
+        **protocol,
+        "level": data.level,
+        "scene_seed": _scene_seed(options),
+        "phrasing": "the index modulo their number",
+    }
 
 
 if __name__ == "__main__":

@@ -31,8 +31,15 @@ class Measured:
     remarks: list[str]
 
 
-def measure(question: Question, made: dict[str, np.ndarray], maker: PictureSource | None, tools: Tools) -> Measured:
+def measure(
+    question: Question,
+    made: dict[str, np.ndarray],
+    maker: PictureSource | None,
+    tools: Tools,
+    repeated: np.ndarray | None = None,
+) -> Measured:
     """`made`: (N, 3, R, R) uint8 by split; of the first one everything is measured, of the others the judge's verdict.
+    `repeated`: the pictures of `question.repeated`.
 
     Raises ValueError where a score cannot be taken; what is left out by rule is among the remarks.
     """
@@ -52,7 +59,7 @@ def measure(question: Question, made: dict[str, np.ndarray], maker: PictureSourc
         sets = _sets(asked, made[asked.split], maker, tools, data)
         judged = _judge_split(scores, asked, sets) if asked.scenes is not None else []
         if asked is first:
-            verdicts, sample = judged, Sample(question, pictures, sets, maker, tools, remarks)
+            verdicts, sample = judged, Sample(question, pictures, sets, maker, tools, remarks, repeated=repeated)
     for name, metric in METRICS.items():
         part = metric.measure(sample)
         if part is not None:

@@ -19,7 +19,7 @@ from sd_mini.cli.arguments import Parser, check_target
 from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, read_json, written_to
-from sd_mini.stages.contract import read_contract
+from sd_mini.stages.contract import lineage, read_contract
 
 SCORES, FIGURE = "study.json", "study.svg"
 # what has to be alike for two reports to be compared
@@ -48,20 +48,26 @@ def read_run(run: Path) -> dict[str, Any]:
 
     Raises ValueError for a run that is not finished: a stage or the report is missing, or the report is of others.
     """
-    contracts = {kind: read_contract(run / kind / "final", kind) for kind in ("text_encoder", "noise_predictor")}
     path = run / "report" / "report.json"
     report = read_json(path)
     if report is None:
         raise UserError(f"{run}: no report yet; measure it: python -m eval {run} --data ... --out {path.parent}")
     measured = report["protocol"].get("stages", {})
+    predictor = (lineage(run, measured.get("noise_predictor")) or ["noise_predictor"])[-1]
+    finals = {"text_encoder": run / "text_encoder" / "final", "noise_predictor": run / predictor / "final"}
+    contracts = {kind: read_contract(final, kind) for kind, final in finals.items()}
     for kind, contract in contracts.items():
         if measured.get(kind) != contract["hash"]:
-            raise UserError(f"{path}: measures another {kind} than {run / kind / 'final'}; measure the run again")
+            raise UserError(f"{path}: measures another {kind} than {finals[kind]}; measure the run again")
     found: dict[str, dict[str, float]] = {}
     for split, judged in report.get("composition", {}).items():
         found[f"exact, {split}, %"] = {k: 100 * judged["all"][n] for k, n in _ENDS.items()}
     for name, one in report["distances"].items():
         found[name] = {k: one[n] for k, n in _FD_ENDS.items() if n in one}
+    for name, one in report.get("diversity", {}).items():
+        if name != "compared_with":
+            what = "layouts" if name == "layouts" else f"diversity within a prompt, {name}"
+            found[f"{what}, %"] = {k: 100 * one.get("vendi", one)[n] for k, n in _SHARE_ENDS.items()}
     networks = dict(report["protocol"].get("extractors", {}))
     if "clip" in report:
         networks["CLIP score"] = report["clip"]["hash"]
@@ -80,6 +86,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 _ENDS = {"value": "exact", "low": "low", "high": "high"}
 _FD_ENDS = {"value": "fd", "low": "low", "high": "high"}
+_SHARE_ENDS = {"value": "share", "low": "low", "high": "high"}
 _MEAN_ENDS = {"value": "mean", "low": "low", "high": "high"}
 
 

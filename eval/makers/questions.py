@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from eval.data_options import SHAPES, recorded_data
+from eval.makers.repeated import Repeated, of_captions, of_scenes, repeated_captions, repeated_shapes, several_of_each
 from eval.metrics.reconstruction import FIRST_SCENE_SEED, PROMPTS
 from sd_mini import shapes
 from sd_mini.data.arrays import Pictures, taken
@@ -17,6 +18,7 @@ from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT
 from sd_mini.stages.contract import read_contract
+from sd_mini.texts import shown
 
 REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
 _FURTHER_SCENES = 500_000_000  # added to the scenes' seed, for those of the reference
@@ -27,12 +29,12 @@ MOST = 500  # captions of other data that are asked for when nothing else is sai
 @dataclass(frozen=True, eq=False)
 class PromptSet:
     """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes, and which
-    rows of the data they are."""
+    rows of the data they are, or which pictures of a folder."""
 
     split: str
     captions: list[str]
     pictures: np.ndarray | None = None
-    scenes: list[shapes.Scene] | None = None
+    scenes: list[shapes.AnyScene] | None = None
     rows: list[int] | None = None
 
 
@@ -42,7 +44,7 @@ class Question:
 
     is_apart: whether the reference holds none of the asked rows, so that those say how far real sets lie apart.
     name, fingerprint: of the data that the reference comes from. reference_captions: of each of its pictures the first
-    one, where data other than shapes have them.
+    one, where data other than shapes have them. repeated: several pictures of each of some prompts.
     """
 
     splits: list[PromptSet]
@@ -51,24 +53,39 @@ class Question:
     name: str
     fingerprint: str
     reference_captions: list[str] | None = None
+    repeated: Repeated | None = None
 
 
-def shapes_question(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
+def shapes_question(
+    prompts: int | None, seed: int, resolution: int, most: int | None = None, level: int = 1
+) -> Question:
     """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn. `most`: pictures of
     the reference, REFERENCE if not given."""
-    splits = []
-    for split, usual in PROMPTS.items():
-        scenes = shapes.sample_scenes(usual if prompts is None else prompts, split, FIRST_SCENE_SEED + seed)
-        captions = [shapes.caption(scene, i % len(shapes.PHRASINGS[scene.kind])) for i, scene in enumerate(scenes)]
-        splits.append(PromptSet(split, captions, shapes.draw_batch(scenes, resolution), scenes))
+    splits = [
+        PromptSet(split, captions, shapes.draw_batch(scenes, resolution), scenes)
+        for split, captions, scenes in shapes_prompts(prompts, seed, level)
+    ]
     further = DataConfig(
         split=splits[0].split,
         count=REFERENCE if most is None else most,
         seed=FIRST_SCENE_SEED + seed + _FURTHER_SCENES,
         resolution=resolution,
+        level=level,
     )
     reference = load(further)
-    return Question(splits, reference.pictures, True, reference.name, reference.fingerprint)
+    repeated = repeated_shapes(FIRST_SCENE_SEED + seed, resolution, prompts, level)
+    return Question(splits, reference.pictures, True, reference.name, reference.fingerprint, repeated=repeated)
+
+
+def shapes_prompts(prompts: int | None, seed: int, level: int) -> list[tuple[str, list[str], list[shapes.AnyScene]]]:
+    """Name, captions and scenes of each of the three splits."""
+    found = []
+    for split, usual in PROMPTS.items():
+        count = usual if prompts is None else prompts
+        scenes = shapes.sample_scenes(count, split, FIRST_SCENE_SEED + seed, level=level)
+        every = [shapes.captions(scene) for scene in scenes]
+        found.append((split, [own[i % len(own)] for i, own in enumerate(every)], scenes))
+    return found
 
 
 def captions_question(
@@ -99,22 +116,56 @@ def captions_question(
     compared = _compared(others, most)
     pictures = rows.pictures if len(compared) == len(rows) else taken(rows.pictures, compared)
     names = [captions[row] for row in compared]
-    return Question([asked], pictures, is_apart, rows.name, rows.fingerprint, names)
+    repeated = repeated_captions(chosen, captions, rows.pictures)
+    return Question([asked], pictures, is_apart, rows.name, rows.fingerprint, names, repeated)
 
 
 def folder_question(
     data: DataConfig, prompts: list[str], seed: int, most: int | None = None, folder: Path | None = None
 ) -> Question:
     """Pictures that lie there, compared with all of `data`, or `most` of it, evenly spread. Where they are asked what
-    the shapes' test split asks, the judge knows their scenes."""
+    the shapes' test split asks, the judge knows their scenes. Prompts with several pictures are `repeated`."""
     if data.source == SHAPES:
-        whole = shapes_question(len(prompts), seed, data.resolution, most)
-        test = whole.splits[0]
-        asked = test if test.captions == prompts else PromptSet(test.split, prompts)
-        return Question([asked], whole.reference, True, whole.name, whole.fingerprint)
+        return _shapes_folder(data, prompts, seed, most)
     rows = load(data, pictures_only=True, folder=folder)
     reference = taken(rows.pictures, _compared(range(len(rows)), most))
-    return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint)
+    captions = [several[0] for several in rows.captions if several]
+    several = several_of_each(prompts)
+    has_both = several and len(captions) == len(rows)
+    repeated = of_captions([prompts[row] for row in several], captions, rows.pictures) if has_both else None
+    return Question([PromptSet(data.split, prompts)], reference, True, rows.name, rows.fingerprint, repeated=repeated)
+
+
+def _shapes_folder(data: DataConfig, prompts: list[str], seed: int, most: int | None) -> Question:
+    """Of prompts of the three splits, in any order and each any number of times, or of none of them, which no scenes
+    are known of. Raises UserError for a mixture."""
+    different = list(dict.fromkeys(prompts))
+    whole = shapes_question(max(len(different), *PROMPTS.values()), seed, data.resolution, most, data.level)
+    places = {
+        caption: (asked, i) for asked in whole.splits[::-1] for i, caption in reversed(list(enumerate(asked.captions)))
+    }
+    unknown = [prompt for prompt in different if prompt not in places]
+    if len(unknown) == len(different):
+        return replace(whole, splits=[PromptSet(whole.splits[0].split, prompts)], repeated=None)
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of {len(different)} prompts are not those of shapes, level {data.level}, seed {seed}, such as "
+            f"{shown(unknown[0])}; expected prompts that `python -m eval.prompts` writes, or none of them"
+        )
+    splits = []
+    for asked in whole.splits:
+        rows = [row for row, prompt in enumerate(prompts) if places[prompt][0] is asked]
+        if rows:
+            numbers = [places[prompts[row]][1] for row in rows]
+            assert asked.pictures is not None and asked.scenes is not None  # of shapes
+            # a prompt's one true picture, several times, would not be as various as real pictures are
+            pictures = asked.pictures[numbers] if len(different) == len(prompts) else None
+            scenes = [asked.scenes[number] for number in numbers]
+            splits.append(PromptSet(asked.split, [prompts[row] for row in rows], pictures, scenes, rows))
+    several = [prompts[row] for row in several_of_each(prompts)]
+    known = {prompt: asked.scenes[i] for prompt, (asked, i) in places.items() if asked.scenes is not None}
+    repeated = of_scenes(several, known, FIRST_SCENE_SEED + seed, data.resolution) if several else None
+    return replace(whole, splits=splits, repeated=repeated)
 
 
 def _spread(count: int, most: int) -> list[int]:

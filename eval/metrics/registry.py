@@ -67,6 +67,8 @@ class Sample:
     remarks: list[str] = field(default_factory=list)
     blame: dict[str, Any] = field(default_factory=dict)
     nearest: Nearest | None = None
+    repeated: np.ndarray | None = None
+    """pictures of `question.repeated`"""
     _features: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     def features(self, extractor: Extractor, name: str) -> np.ndarray:

@@ -70,7 +70,7 @@ def _training(report: Mapping[str, Any]) -> list[str]:
     if not stages:
         return []
     spent = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in stages.items())
-    return ["## Training", "", f"Three stages, trained apart: {spent}.", ""]
+    return ["## Training", "", f"Stages trained apart: {spent}.", ""]
 
 
 def _plain(value: Any) -> str:

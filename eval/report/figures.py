@@ -67,19 +67,29 @@ def part_name(part: str) -> str:
 
 
 def sweep(found: Mapping[str, Any]) -> str:
-    """Fit against distance, a point a guidance scale; up and left is better. The chosen one is marked."""
-    figure, axes = _figure(3.0)
-    factor = 100 if found["fit"] == "exact" else 1
-    points = found["points"]
-    distance, fit = [p["fd"] for p in points], [factor * p["fit"] for p in points]
+    """Fit against distance, up and left is better, and against diversity, up and right is: a point a guidance scale.
+    The chosen one is marked."""
+    from matplotlib.figure import Figure  # a second
+
+    points, is_exact = found["points"], found["fit"] == "exact"
+    factor, unit = (100, "exact, %") if is_exact else (1, "CLIP score, x100")
+    panels = {f"{found['distance']}, lower is nearer to real pictures": [p["fd"] for p in points]}
+    if all("diversity" in p for p in points):
+        shares = [100 * p["diversity"]["share"] for p in points]
+        panels["diversity within a prompt (Vendi), % of the data's"] = shares
+    figure = Figure(figsize=(4.3, 3.0 * len(panels)), layout="constrained")
+    fit = [factor * p["fit"] for p in points]
     ends = [[f - factor * p["low"], factor * p["high"] - f] for f, p in zip(fit, points, strict=True)]
-    axes.errorbar(distance, fit, yerr=list(zip(*ends, strict=True)), color=_INK, marker="o", ms=4, lw=1, elinewidth=0.6)
-    for x, y, point in zip(distance, fit, points, strict=True):
-        axes.annotate(f"{point['guidance']:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        if point["guidance"] == found["chosen"]:
-            axes.plot(x, y, marker="o", ms=11, mfc="none", mec=_MARK, mew=1.6)
-    unit = "exact, %" if found["fit"] == "exact" else "CLIP score, x100"
-    axes.set(xlabel=f"{found['distance']}, lower is nearer to real pictures", ylabel=unit)
+    for row, (label, values) in enumerate(panels.items()):
+        axes = figure.add_subplot(len(panels), 1, row + 1)
+        bars = list(zip(*ends, strict=True))
+        axes.errorbar(values, fit, yerr=bars, color=_INK, marker="o", ms=4, lw=1, elinewidth=0.6)
+        for x, y, point in zip(values, fit, points, strict=True):
+            axes.annotate(f"{point['guidance']:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            if point["guidance"] == found["chosen"]:
+                axes.plot(x, y, marker="o", ms=11, mfc="none", mec=_MARK, mew=1.6)
+        axes.set(xlabel=label, ylabel=unit)
+        axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure, f"{found['fit']} against {found['distance']} by guidance scale")
 
 

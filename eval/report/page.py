@@ -35,6 +35,7 @@ def render(report: Mapping[str, Any], galleries: Sequence[Gallery], curves: Mapp
         blame=_blame(report),
         splits=_splits(report),
         sweep={**report["sweep"], "svg": figures.sweep(report["sweep"])} if "sweep" in report else None,
+        diversity=report.get("diversity"),
         by_caption=report.get("by_caption", {}),
         text=report.get("text"),
         galleries=galleries,

@@ -21,7 +21,7 @@ from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, atomic_folder, written_to
 from sd_mini.png import MAX_PROMPT, Settings
 from sd_mini.sampling import samplers
-from sd_mini.stages.contract import KINDS, read_contract
+from sd_mini.stages.contract import KINDS, STAGES, kind_of, lineage, read_contract
 
 REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
 _GRID_COLUMNS = 6
@@ -37,16 +37,18 @@ def run_of(pipeline: Path) -> Path:
 def stages_beside(pipeline: Path, stages: dict[str, str]) -> dict[str, Path]:
     """The exported stages that a pipeline was joined from, by name, of those that still lie in its run.
 
-    `pipeline` is the folder that was measured: a run, or a run's `pipeline/`; `stages` its hashes by name.
+    `pipeline` is the folder that was measured: a run, or a run's `pipeline/`; `stages` its hashes by name. Of a
+    tuned noise predictor those that it was tuned from are among them.
     """
     run = run_of(pipeline)
-    folders = {kind: run / kind / "final" for kind in KINDS if (run / kind / "final" / CONTRACT).is_file()}
-    return {k: f for k, f in folders.items() if k in stages and read_contract(f, k).get("hash") == stages[k]}
+    folders = {kind: run / kind / "final" for kind in KINDS[:2] if (run / kind / "final" / CONTRACT).is_file()}
+    joined = {k: f for k, f in folders.items() if k in stages and read_contract(f, k).get("hash") == stages[k]}
+    return joined | {stage: run / stage / "final" for stage in lineage(run, stages.get("noise_predictor"))}
 
 
 def seconds(stages: dict[str, Path], evaluation: float) -> dict[str, float]:
     """Seconds each of the exported stages was trained for, the evaluation, and `total`, their sum."""
-    contracts = {kind: read_contract(folder, kind) for kind, folder in stages.items()}
+    contracts = {stage: read_contract(folder, kind_of(stage)) for stage, folder in stages.items()}
     spent = {kind: contract["seconds"] for kind, contract in contracts.items() if "seconds" in contract}
     spent["evaluation"] = round(evaluation, 1)
     return {**spent, "total": round(sum(spent.values()), 1)}
@@ -55,7 +57,7 @@ def seconds(stages: dict[str, Path], evaluation: float) -> dict[str, float]:
 def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """By stage, its loss and its first held-out score, (step, value) each, of those whose metrics.jsonl is there."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for stage in KINDS:
+    for stage in STAGES:
         path = run / stage / "metrics.jsonl"
         if stage not in stages or not path.is_file():
             continue
@@ -75,11 +77,11 @@ def training_curves(run: Path, stages: Iterable[str]) -> dict[str, dict[str, lis
 def training_facts(stages: Mapping[str, Path]) -> dict[str, str]:
     """By stage, which weights were exported: the step, and the average's width where there is one."""
     facts = {}
-    for kind, folder in stages.items():
-        contract = read_contract(folder, kind)
+    for stage, folder in stages.items():
+        contract = read_contract(folder, kind_of(stage))
         width = contract.get("ema_width")
         average = "the trained weights" if width is None else f"their average of width {width:g}"
-        facts[kind] = f"{average} at step {contract['steps']}" if "steps" in contract else average
+        facts[stage] = f"{average} at step {contract['steps']}" if "steps" in contract else average
     return facts
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, MANIFEST, PIPELINE_MARK, combined_hash, read_json
-from sd_mini.stages.contract import KINDS, check_files
+from sd_mini.stages.contract import KINDS, STAGES, TUNED, check_files, lineage
 from sd_mini.texts import read_text
 
 if TYPE_CHECKING:
@@ -70,15 +70,23 @@ class Run:
 
     def _versions(self) -> list[int]:
         """When the files were written by which a pipeline and its stages are known."""
-        finals = [self.folder / kind / "final" / CONTRACT for kind in KINDS]
+        finals = [self.folder / stage / "final" / CONTRACT for stage in STAGES]
         marks = [self.folder / PIPELINE_MARK, self.folder / "pipeline" / PIPELINE_MARK, *finals]
         return [mark.stat().st_mtime_ns if mark.is_file() else 0 for mark in marks]
+
+    @property
+    def predictor(self) -> str:
+        """The stage whose noise predictor the pipeline has: stage 3, or one tuned from it."""
+        saved = next((f for f in (self.folder, self.folder / "pipeline") if (f / PIPELINE_MARK).is_file()), None)
+        index = read_json(saved / PIPELINE_MARK) if saved is not None else None
+        digest = (index or {}).get("stages", {}).get("noise_predictor")
+        return (lineage(self.root, digest) or ["noise_predictor"])[-1]
 
     def checkpoints(self) -> dict[int, Path]:
         """Folders with averages of the noise predictor's weights, by step."""
         folders = {}
         for where in CHECKPOINTS:
-            for folder in (self.root / "noise_predictor" / where).glob("step-*"):
+            for folder in (self.root / self.predictor / where).glob("step-*"):
                 if (match := _STEP.fullmatch(folder.name)) and any(folder.glob("ema-*.safetensors")):
                     folders[int(match[1])] = folder
         return dict(sorted(folders.items()))
@@ -97,7 +105,7 @@ class Run:
 
         pipeline = self.pipeline()
         manifest = read_json(folder / MANIFEST) or {}
-        contract = read_json(self.root / "noise_predictor" / "final" / CONTRACT) or {}
+        contract = read_json(self.root / self.predictor / "final" / CONTRACT) or {}
         name = _nearest_average(folder, float(contract.get("ema_width") or 0.1))
         files = {name: manifest.get("files", {}).get(name, "")}
         check_files(folder, files, "choose another checkpoint")
@@ -114,7 +122,7 @@ class Run:
 
     def stages(self) -> list[StageState]:
         states = []
-        for kind in KINDS:
+        for kind in (*KINDS, *(stage for stage in TUNED if (self.root / stage).is_dir())):
             records = self.metrics(kind)
             is_trained = (self.root / kind / "final" / CONTRACT).is_file()
             state = "trained" if is_trained else "in training" if records else "not trained yet"

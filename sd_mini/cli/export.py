@@ -11,6 +11,7 @@ from sd_mini.cli.arguments import check_target
 from sd_mini.cli.opening import check_run, hide_loading_bars
 from sd_mini.errors import UserError
 from sd_mini.files import PIPELINE_MARK
+from sd_mini.stages.contract import PREDICTORS
 
 
 def add_command(commands: Any) -> None:
@@ -36,6 +37,12 @@ def add_command(commands: Any) -> None:
         "--private", action="store_true", help="for a repository made by --push-to-hub (default: public)"
     )
     parser.add_argument(
+        "--predictor",
+        choices=PREDICTORS,
+        default=PREDICTORS[0],
+        help="the stage whose noise predictor is joined (default: noise_predictor)",
+    )
+    parser.add_argument(
         "--guide",
         metavar="FOLDER",
         type=Path,
@@ -44,7 +51,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    check_run(options.run)
+    check_run(options.run, options.predictor)
     if options.to is not None:
         _export_for_all(options)
         return
@@ -55,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     from sd_mini.pipelines.text_to_image import Pipeline
 
     hide_loading_bars()
-    Pipeline.from_run(options.run, guide=options.guide).save(out)
+    Pipeline.from_run(options.run, options.predictor, guide=options.guide).save(out)
     print(out)
 
 
@@ -69,7 +76,7 @@ def _export_for_all(options: argparse.Namespace) -> None:
     from sd_mini.pipelines.text_to_image import Pipeline
 
     hide_loading_bars()
-    pipeline = Pipeline.from_run(options.run, guide=options.guide)
+    pipeline = Pipeline.from_run(options.run, options.predictor, guide=options.guide)
     standalone.write(pipeline, folder, options.run, options.license)
     print(folder)
     if options.push_to_hub is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
-from sd_mini.stages.contract import KINDS, check_belonging, read_contract
+from sd_mini.stages.contract import KINDS, PREDICTORS, STAGES, TUNED, check_belonging, kind_of, read_contract
 from sd_mini.texts import printable
 
 
@@ -36,8 +36,8 @@ def settings_in(picture: Path) -> list[str]:
 
 def inspect(run: Path) -> list[str]:
     """Lines: the stages, whether they belong together, the pipeline, the report. Raises ValueError for none."""
-    finals = {kind: run / kind / "final" for kind in KINDS}
-    contracts = {k: read_contract(final, k) for k, final in finals.items() if (final / CONTRACT).is_file()}
+    finals = {stage: run / stage / "final" for stage in STAGES}
+    contracts = {s: read_contract(final, kind_of(s)) for s, final in finals.items() if (final / CONTRACT).is_file()}
     index = read_json(run / "pipeline" / PIPELINE_MARK)
     report = read_json(run / "report" / "report.json")
     if not contracts and index is None and report is None:
@@ -45,7 +45,8 @@ def inspect(run: Path) -> list[str]:
             f"{run}: no exported stage, pipeline or report here; expected a run folder, such as runs/shapes"
         )
     rows = {kind: _stage_facts(contracts[kind]) if kind in contracts else ["not trained yet"] for kind in KINDS}
-    rows["stages"] = [_belonging(contracts)]
+    rows |= {stage: _stage_facts(contracts[stage]) for stage in TUNED if stage in contracts}
+    rows["stages"] = _belonging(contracts)
     rows["pipeline"] = [
         f"not there; join the stages: sd-mini export {run}" if index is None else _joined(index, contracts)
     ]
@@ -71,25 +72,35 @@ def _stage_facts(contract: dict[str, Any]) -> list[str]:
     return facts
 
 
-def _belonging(contracts: dict[str, dict[str, Any]]) -> str:
-    predictor = contracts.get("noise_predictor")
-    if predictor is None or len(contracts) < len(KINDS):
-        return "whether they belong together shows when all three are trained"
-    try:
-        check_belonging(predictor, text_encoder=contracts["text_encoder"], autoencoder=contracts["autoencoder"])
-    except ValueError as error:
-        return str(error)
-    return "belong together"
+def _belonging(contracts: dict[str, dict[str, Any]]) -> list[str]:
+    predictors = {stage: contracts[stage] for stage in PREDICTORS if stage in contracts}
+    others = {kind: contracts[kind] for kind in KINDS[:2] if kind in contracts}
+    if not predictors or len(others) < 2:
+        return ["whether they belong together shows when all three are trained"]
+    faults, hashes = [], [contract["hash"] for contract in predictors.values()]
+    for stage, contract in predictors.items():
+        try:
+            check_belonging(contract, **others)
+        except ValueError as error:
+            faults.append(str(error))
+        if stage in TUNED and contract["tuned_from"] not in hashes:
+            faults.append(f"{stage} was tuned from another noise predictor, {contract['tuned_from'][:12]}")
+    return faults or ["belong together"]
 
 
 def _joined(index: dict[str, Any], contracts: dict[str, dict[str, Any]]) -> str:
     defaults = f"{index['resolution']} px, {index['default_steps']} steps, guidance {index['default_guidance']}"
+    stage_of = {contract["hash"]: stage for stage, contract in contracts.items()}
     others = [
         f"{kind} {index['stages'].get(kind, 'none')[:12]}"
-        for kind, contract in contracts.items()
-        if index["stages"].get(kind) != contract["hash"]
+        for kind in dict.fromkeys(map(kind_of, contracts))
+        if index["stages"].get(kind) not in stage_of
     ]
-    return f"{defaults}; joined from " + (f"other stages: {', '.join(others)}" if others else "these stages")
+    if others:
+        return f"{defaults}; joined from other stages: {', '.join(others)}"
+    predictor = stage_of.get(index["stages"].get("noise_predictor"))
+    tuned = f", the noise predictor of {predictor}" if predictor in TUNED else ""
+    return f"{defaults}; joined from these stages{tuned}"
 
 
 def _report_facts(report: dict[str, Any]) -> list[str]:

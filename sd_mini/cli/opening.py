@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
 from sd_mini.progress import is_seen
-from sd_mini.stages.contract import KINDS, read_contract
+from sd_mini.stages.contract import KINDS, kind_of, lineage, read_contract
 
 if TYPE_CHECKING:
     from sd_mini.pipelines.text_to_image import Pipeline
@@ -47,15 +47,16 @@ def _check_current(run: Path, saved: Path) -> None:
     """Raises ValueError if a stage of the run was trained anew after its pipeline was joined."""
     joined = (read_json(saved / PIPELINE_MARK) or {}).get("stages", {})
     for kind in KINDS:
-        final = run / kind / "final"
-        if (final / CONTRACT).is_file() and read_contract(final, kind)["hash"] != joined.get(kind):
+        final, digest = run / kind / "final", joined.get(kind)
+        is_tuned = kind == "noise_predictor" and bool(lineage(run, digest))
+        if (final / CONTRACT).is_file() and read_contract(final, kind)["hash"] != digest and not is_tuned:
             raise UserError(
                 f"{saved}: was joined from another {kind} than {final}; join it again: sd-mini export {run}"
             )
 
 
-def check_run(folder: Path) -> None:
-    """Raises ValueError unless `folder` is a run with all three stages exported."""
+def check_run(folder: Path, predictor: str = "noise_predictor") -> None:
+    """Raises ValueError unless `folder` is a run with the first two stages and `predictor` exported."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; expected a run folder, or a pipeline folder ({PIPELINE_MARK} in it)"
@@ -65,8 +66,8 @@ def check_run(folder: Path) -> None:
             f"{folder}: neither a pipeline folder (no {PIPELINE_MARK}) nor a run folder (no {', '.join(KINDS)}); "
             "give one of these"
         )
-    for kind in KINDS:
-        read_contract(folder / kind / "final", kind)
+    for stage in (*KINDS[:2], predictor):
+        read_contract(folder / stage / "final", kind_of(stage))
 
 
 def hide_loading_bars() -> None:

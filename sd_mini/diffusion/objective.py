@@ -241,6 +241,17 @@ class Process(Config):
         """
         return velocity_of(predicted, noised, timesteps, floor) if self.kind == "flow_x" else predicted
 
+    def clean(self, answer: Tensor, noised: Tensor, timesteps: Tensor) -> Tensor:
+        """What `answer` says the clean latents are, (B, C, h, w): the inverse of `target`."""
+        if self.is_flow:
+            return noised - per_sample(timesteps, noised) * answer
+        if self.kind == "sample":
+            return answer
+        a = per_sample(self.alphas(timesteps), noised)
+        if self.kind == "v_prediction":
+            return a.sqrt() * noised - (1 - a).sqrt() * answer
+        return (noised - (1 - a).sqrt() * answer) / a.sqrt()
+
     def snr(self, timesteps: Tensor) -> Tensor:
         """(B,) signal-to-noise ratio of the noised latents, which have unit variance."""
         if self.is_flow:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini import lora
 from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.config import check_choice
 from sd_mini.cpu import accelerate
 from sd_mini.diffusion.objective import Process, unwrapped
 from sd_mini.errors import UserError
@@ -30,7 +31,7 @@ from sd_mini.files import (
 from sd_mini.pipelines.adapters import Adapters
 from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
-from sd_mini.stages.contract import KINDS, Stage, check_belonging, check_files, load_stage
+from sd_mini.stages.contract import KINDS, PREDICTORS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter
 from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeline_variant, snapshot, upload
 
@@ -178,9 +179,14 @@ class JoinedPipeline(Adapters):
         self._record(file_hash(lora.weights_file(folder)))
 
     @classmethod
-    def from_run(cls, run: str | Path, **kwargs: Any) -> Self:
-        """Join the three exported stages of a run folder, `RUN/STAGE/final`."""
-        first, second, third = (Path(run) / kind / "final" for kind in KINDS)
+    def from_run(cls, run: str | Path, predictor: str = "noise_predictor", **kwargs: Any) -> Self:
+        """Join the exported stages of a run folder, `RUN/STAGE/final`.
+
+        predictor: the stage whose noise predictor is joined: stage 3's own, or one tuned from it (few_steps, reward).
+        """
+        if predictor not in PREDICTORS:
+            check_choice("predictor", predictor, PREDICTORS)
+        first, second, third = (Path(run) / stage / "final" for stage in (*KINDS[:2], predictor))
         return cls.from_stages(first, second, third, **kwargs)
 
     @classmethod

@@ -177,7 +177,7 @@ def _card(
     pipeline: JoinedPipeline, folder: Path, run: Path | None, report: dict[str, Any] | None, license_name: str | None
 ) -> str:
     config = pipeline.config
-    stages = {} if run is None else _contracts(run)
+    stages = {} if run is None else _contracts(run, config.stages.get("noise_predictor"))
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "sd_mini"]}
     if license_name is not None:
         front["license"] = license_name
@@ -212,10 +212,12 @@ def _card(
     return "\n".join(lines)
 
 
-def _contracts(run: Path) -> dict[str, dict[str, Any]]:
-    from sd_mini.stages.contract import KINDS, read_contract
+def _contracts(run: Path, predictor: str | None) -> dict[str, dict[str, Any]]:
+    """By stage: the first two, and those that led to the noise predictor with the hash `predictor`."""
+    from sd_mini.stages.contract import kind_of, lineage, read_contract
 
-    return {kind: read_contract(run / kind / "final", kind) for kind in KINDS}
+    stages = ["text_encoder", "autoencoder", *(lineage(run, predictor) or ["noise_predictor"])]
+    return {stage: read_contract(run / stage / "final", kind_of(stage)) for stage in stages}
 
 
 def _metrics(report: Mapping[str, Any] | None, run: Path | None) -> list[str]:
@@ -263,7 +265,7 @@ def _steps(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     launches = [
         f"accelerate launch -m training.{kind} --config FOLDER/training/{kind}.yaml --run runs/again"
-        for kind in ("autoencoder", "text_encoder", "noise_predictor")
+        for kind in dict.fromkeys(["autoencoder", *stages])
         if f"{kind}.yaml" in recipes
     ]
     spent = ", ".join(f"{k.replace('_', ' ')} {s['seconds']:,.0f} s" for k, s in stages.items() if "seconds" in s)

@@ -36,10 +36,12 @@ CHANGES = (
 
 _COLOUR_NAMES, _SIZE_NAMES, _PLACE_NAMES = tuple(COLOURS), tuple(SIZES), tuple(PLACES)
 _SWAP_STREAM = len(SPLITS)  # beside the splits' own streams
+_REDRAWN_STREAM = len(SPLITS) + 1
 # columns of a scene's row of uniforms
 _KIND, _GRAPH, _SIZE_A, _SIZE_B, _EXTRA, _RADIUS_A, _RADIUS_B = range(7)
 _LAYOUT = slice(7, 19)
 _COLUMNS = 19
+
 
 def _pick(u: np.ndarray, n: int) -> np.ndarray:
     """Uniforms in [0, 1) => indices in 0 .. n - 1."""
@@ -177,6 +179,15 @@ def swapped(scene: Scene, rng_index: int, change: str | None = None) -> tuple[Sc
     options = variants[name]
     groups, relation = options[int(u[0, _GRAPH] * len(options))]
     return Scene(scene.kind, groups, relation, _new_layout(scene.kind, groups, relation, u)), name
+
+
+def redrawn(scenes: Sequence[Scene], seed: int) -> list[Scene]:
+    """The same graphs, each with a fresh layout: a pure function of (scene, seed, its place in `scenes`)."""
+    every = uniforms(seed, _REDRAWN_STREAM, np.arange(len(scenes), dtype=np.uint64), _COLUMNS)
+    return [
+        replace(scene, layout=_new_layout(scene.kind, scene.groups, scene.relation, row[None]))
+        for scene, row in zip(scenes, every, strict=True)
+    ]
 
 
 def _new_layout(kind: str, groups: tuple[Group, ...], relation: str | None, u: np.ndarray) -> tuple:

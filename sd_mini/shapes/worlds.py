@@ -14,7 +14,9 @@ from sd_mini.shapes.level2.caption import captions as captions_2
 from sd_mini.shapes.level2.changes import swapped as swapped_2
 from sd_mini.shapes.level2.draw import draw_batch as draw_batch_2
 from sd_mini.shapes.level2.graph import Scene as Scene2
+from sd_mini.shapes.level2.sample import redrawn as redrawn_2
 from sd_mini.shapes.level2.sample import sample_scenes as sample_scenes_2
+from sd_mini.shapes.sample import redrawn as redrawn_1
 from sd_mini.shapes.sample import sample_scenes as sample_scenes_1
 from sd_mini.shapes.sample import swapped as swapped_1
 
@@ -29,11 +31,12 @@ class World:
     draw_batch: Callable
     captions: Callable
     swapped: Callable
+    redrawn: Callable
 
 
 WORLDS = {
-    1: World(sample_scenes_1, draw_batch_1, captions_1, swapped_1),
-    2: World(sample_scenes_2, draw_batch_2, captions_2, swapped_2),
+    1: World(sample_scenes_1, draw_batch_1, captions_1, swapped_1, redrawn_1),
+    2: World(sample_scenes_2, draw_batch_2, captions_2, swapped_2, redrawn_2),
 }
 LEVELS = tuple(WORLDS)
 
@@ -65,10 +68,19 @@ def draw_batch(scenes: Sequence[AnyScene], resolution: int = 64) -> np.ndarray:
 
     Raises UserError below 24 px and for scenes of several levels. Memory beside the result does not grow with N.
     """
+    return _world_of(scenes).draw_batch(scenes, resolution)
+
+
+def redrawn(scenes: Sequence[AnyScene], seed: int) -> list:
+    """The graphs of one level, each with a fresh layout: a pure function of (scene, seed, its place in `scenes`)."""
+    return _world_of(scenes).redrawn(scenes, seed)
+
+
+def _world_of(scenes: Sequence[AnyScene]) -> World:
     levels = {scene.level for scene in scenes} or {1}
     if len(levels) > 1:
-        raise UserError(f"scenes: got levels {sorted(levels)}, expected one: draw each level's apart")
-    return WORLDS[levels.pop()].draw_batch(scenes, resolution)
+        raise UserError(f"scenes: got levels {sorted(levels)}, expected one: pass each level's apart")
+    return WORLDS[levels.pop()]
 
 
 def captions(scene: AnyScene) -> list[str]:

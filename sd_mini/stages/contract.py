@@ -24,6 +24,30 @@ from sd_mini.files import (
 )
 
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
+TUNED = ("few_steps", "reward")  # stages that train a noise predictor further; each exports one of its own
+PREDICTORS = ("noise_predictor", *TUNED)
+STAGES = (*KINDS, *TUNED)  # the folders of a run
+
+
+def kind_of(stage: str) -> str:
+    """A stage's folder in a run => the kind of what it exports, one of KINDS."""
+    return "noise_predictor" if stage in TUNED else stage
+
+
+def exported_predictors(run: Path) -> dict[str, dict[str, Any]]:
+    """The contracts of a run's exported noise predictors by stage, stage 3's own first."""
+    finals = {stage: run / stage / "final" for stage in PREDICTORS}
+    return {s: read_contract(final, "noise_predictor") for s, final in finals.items() if (final / CONTRACT).is_file()}
+
+
+def lineage(run: Path, digest: str | None) -> list[str]:
+    """The stages of a run that led to the exported noise predictor with that hash, which is the last one's: stage 3,
+    then what was tuned from it. Empty where none has that hash."""
+    contracts, stages = exported_predictors(run), []
+    while (stage := next((s for s, contract in contracts.items() if contract["hash"] == digest), None)) is not None:
+        stages.insert(0, stage)
+        digest = contracts[stage].get("tuned_from")
+    return stages
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sd_mini.data.parts import filled
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, atomic_text, only_writer
 from sd_mini.processes import wait_for_everyone
-from sd_mini.stages.contract import KINDS, read_contract
+from sd_mini.stages.contract import STAGES, kind_of, read_contract
 from training.distributed.processes import follow_launcher, join_processes
 from training.engine.evaluation import EvaluateConfig
 from training.engine.loop import Loop
@@ -46,7 +46,7 @@ _FREE = {
     *(f"train.{name}" for name in ("accumulation", "gradient_checkpointing", "compile")),
     *(f"evaluate.{name}" for name in EvaluateConfig.model_fields),
     *(f"{part}.{name}" for part in ("data", "valid") for name in DataConfig.model_fields.keys() - _FIXED),
-    *("resident", "text_encoder", "autoencoder"),
+    *("resident", "text_encoder", "autoencoder", "noise_predictor"),
 }
 
 # errors of the disk or its permissions
@@ -168,7 +168,7 @@ def _inherited_data(run: Path, given: Sequence[str]) -> list[str]:
 
 
 def _save_data_options(launched: Launch[C]) -> None:
-    is_first = not any((launched.run / kind / "config.yaml").is_file() for kind in KINDS)
+    is_first = not any((launched.run / kind / "config.yaml").is_file() for kind in STAGES)
     if launched.data_options and is_first:
         pairs = (option.removeprefix("--").split("=", 1) for option in launched.data_options)
         atomic_text(launched.run / DATA, yaml.safe_dump(dict(pairs), sort_keys=False))
@@ -221,7 +221,7 @@ def _reached(folder: Path) -> int:
 def _exported_steps(folder: Path) -> int | None:
     """The steps after which the stage in `folder` was exported; none where it was not."""
     final = folder / "final"
-    return read_contract(final, folder.name).get("steps") if (final / CONTRACT).is_file() else None
+    return read_contract(final, kind_of(folder.name)).get("steps") if (final / CONTRACT).is_file() else None
 
 
 def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: str, mend: str) -> None:

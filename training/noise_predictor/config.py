@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,12 +28,14 @@ class SamplingConfig(Config):
     """euler, heun, dpm++, unipc, and on a discrete schedule ddim, ddpm; null: the best one measured for its kind"""
 
     @model_validator(mode="after")
-    def _guided(self) -> SamplingConfig:
+    def _guided(self) -> Self:
         Guidance(self.guidance, 0.0, *self.interval)  # raises UserError for values out of range
         return self
 
 
-class PredictorConfig(Config):
+class EncodedConfig(Config):
+    """Of each stage that trains a noise predictor: its data, encoded by stages 1 and 2, and the training."""
+
     data: DataConfig = DataConfig()
     """captioned pictures to train on"""
     valid: ValidConfig = ValidConfig(count=256)
@@ -44,9 +46,6 @@ class PredictorConfig(Config):
     """format of latents and prompt embeddings on disk; float32 takes twice the space and has no overflow"""
     resident: bool = False
     """hold all latents and prompt embeddings in the device's memory, and draw the noise there; for a GPU"""
-    network: NetworkConfig = NetworkConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    sampling: SamplingConfig = SamplingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     train: TrainConfig = TrainConfig()
     text_encoder: str | None = None
@@ -55,9 +54,7 @@ class PredictorConfig(Config):
     """folder of the exported autoencoder; null: RUN/autoencoder/final"""
 
     @model_validator(mode="after")
-    def _sampler_fits(self) -> PredictorConfig:
-        if self.sampling.sampler is not None:
-            samplers.build(self.sampling.sampler, self.objective.process)
+    def _rows_fit(self) -> Self:
         if self.resident and self.train.workers:
             raise UserError(
                 f"train.workers {self.train.workers}: other processes cannot gather what is resident on the device; 0"
@@ -68,3 +65,22 @@ class PredictorConfig(Config):
                 f"{self.captions_per_picture}, are not encoded; raise that, or give them weight 0"
             )
         return self
+
+
+class PredictorConfig(EncodedConfig):
+    network: NetworkConfig = NetworkConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _sampler_fits(self) -> Self:
+        if self.sampling.sampler is not None:
+            samplers.build(self.sampling.sampler, self.objective.process)
+        return self
+
+
+class TunedConfig(EncodedConfig):
+    """Of each stage that trains an exported noise predictor further."""
+
+    noise_predictor: str | None = None
+    """folder of the exported noise predictor to begin with; null: RUN/noise_predictor/final"""

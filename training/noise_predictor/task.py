@@ -23,6 +23,7 @@ from sd_mini.data.buckets import Size, bucket_sizes
 from sd_mini.data.caption_draws import drawn_captions
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.data.parts import load_captioned, resolved
+from sd_mini.diffusion.objective import Process
 from sd_mini.errors import UserError
 from sd_mini.noise_predictor.network import check_call
 from sd_mini.offload import on_device
@@ -35,7 +36,7 @@ from sd_mini.text_encoder.adapter import TextStage
 from training.engine import launch
 from training.engine.evaluation import Evaluator
 from training.engine.learner import Player
-from training.noise_predictor.config import PredictorConfig
+from training.noise_predictor.config import EncodedConfig, PredictorConfig
 from training.noise_predictor.data import encode
 from training.noise_predictor.losses import PredictorObjective, answer_and_target
 from training.noise_predictor.network import description, exported, make_network, token_grid
@@ -93,21 +94,25 @@ class Encoded:
         self.resident = arrays.joined([moved(part) for part in latents]), moved(self.tokens), moved(self.mask)
 
 
-class PredictorTask:
-    def __init__(self, config: PredictorConfig, run: Path):
-        self.config = config
+class EncodedTask:
+    """A stage that trains a noise predictor on a data set's latents and prompt embeddings.
+
+    A subclass brings the network, the objective, a batch's inputs, and the fields of its contract.
+    """
+
+    process: Process  # what the network predicts
+
+    def __init__(self, config: EncodedConfig, run: Path):
         self.text = stages.load_stage(config.text_encoder or run / "text_encoder" / "final", "text_encoder")
         self.vae = stages.load_stage(config.autoencoder or run / "autoencoder" / "final", "autoencoder")
-        resolution = config.data.resolution
+        self.run, resolution = run, config.data.resolution
         self.autoencoder = self.vae.parts["autoencoder"]
         self.latent_shape = self.autoencoder.latent_shape(resolution, resolution)
+        self.length, self.dim = self.text.contract["conditioning"]
         torch.manual_seed(config.train.seed)
-        length, dim = self.text.contract["conditioning"]
-        network = make_network(config.network, self.latent_shape, dim, config.objective.process)
+        network = self.make_network()
         for size in bucket_sizes(config.data) if config.data.max_aspect > 1 else ():
-            self._check_size(network, size, dim)
-        repa = config.objective.repa
-        teacher = load_teacher(repa, self.text) if repa.weight else None
+            self._check_size(network, size, config.data.bucket_step)
         pictures, valid = load_captioned(config.data, config.valid, run / "cache" / "pictures")
         self.rejected = [*pictures.rejected, *valid.rejected]
         self.weights, self.valid_sources = pictures.weights, valid.sources
@@ -125,64 +130,54 @@ class PredictorTask:
             "autoencoder": stages.encoder_of(self.vae.contract),
             **pictures.identity,
         }
-        alignment = None
-        if teacher is not None:
-
-            def grid_of(size: Size) -> tuple[int, int]:
-                return token_grid(network, self.autoencoder.latent_shape(*size))
-
-            self.features = features(pictures, teacher, grid_of, run / "cache", config.cache_dtype)
-            grid = token_grid(network, self.latent_shape)
-            alignment = Alignment(network, len(self.features[0]), repa, grid)
-        objective = PredictorObjective(network, config.objective, alignment)
-        self.players = {"noise_predictor": Player(objective, config.train)}
-        cache.message(description(objective, self.latent_shape, (length, dim), config.train))
         with torch.no_grad():
             null = TextStage.from_parts(self.text.parts).null(1)
         self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
+        self.players = {"noise_predictor": Player(self.make_objective(network, pictures), config.train)}
         self.evaluate_every = config.evaluate.every
         self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1].squares, run / "cache")
 
-    def _check_size(self, network: ModelMixin, size: Size, dim: int) -> None:
+    def make_network(self) -> ModelMixin:
+        """The network to be trained; torch's generator has been seeded."""
+        raise NotImplementedError
+
+    def make_objective(self, network: ModelMixin, pictures: CaptionedPictures) -> nn.Module:
+        """The network with its loss."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Of the contract: `objective` and `sampling`, and what else the stage records."""
+        raise NotImplementedError
+
+    def exported(self, objective: Any) -> Any:
+        """What the stage's folder keeps as its network: anything with `save_pretrained`."""
+        return objective.network
+
+    def _check_size(self, network: ModelMixin, size: Size, bucket_step: int) -> None:
         """Raises UserError for a bucket that the autoencoder or the network cannot take."""
         try:
-            check_call(network, self.autoencoder.latent_shape(*size), dim)
+            check_call(network, self.autoencoder.latent_shape(*size), self.dim)
         except (ValueError, RuntimeError, AssertionError) as error:
             raise UserError(
-                f"data.bucket_step {self.config.data.bucket_step}: pictures of {size} do not fit: "
+                f"data.bucket_step {bucket_step}: pictures of {size} do not fit: "
                 f"{' '.join(str(error).split())[:160]}; give the stride times the patch size, or max_aspect 1"
             ) from None
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """A batch's latents and noise (b, C, h, w), timesteps (b,), prompt_embeds (b, L, D), prompt_mask (b, L)."""
-        config = self.config.objective
-        rows = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
-
-        # Replace some prompts by the null condition, for classifier-free guidance (Ho & Salimans 2022, algorithm 1).
-        dropped = batch.uniform("dropout") < config.caption_dropout
+    def without_prompts(self, rows: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
+        """A batch's rows with the null condition instead of the prompt where `dropped` (b,) is true."""
         dropped = dropped.to(self.device, non_blocking=True)[:, None]
-        rows["prompt_embeds"] = torch.where(dropped[..., None], self.null_tokens, rows["prompt_embeds"])
-        rows["prompt_mask"] = torch.where(dropped, self.null_mask, rows["prompt_mask"])
+        return {
+            **rows,
+            "prompt_embeds": torch.where(dropped[..., None], self.null_tokens, rows["prompt_embeds"]),
+            "prompt_mask": torch.where(dropped, self.null_mask, rows["prompt_mask"]),
+        }
 
-        # Draw timesteps, stratified over the global batch, and noise; of several draws the nearest to the latents.
-        timesteps = config.draw(batch.stratified("timesteps"))
-        draws = [config.noise_draws] if config.noise_draws > 1 else []
-        noise = batch.normal("noise", *draws, *rows["latents"].shape[1:], device=self.device)
-        if draws:
-            noise = diffusion.nearest_noise(rows["latents"], noise)
-
-        # What the hidden states are aligned with (REPA).
-        if config.repa.weight:
-            rows["features"] = torch.from_numpy(self.features[batch.own_ids]).float()
-            rows["feature_weights"] = weights_at(batch.step, self.config.train.steps, len(timesteps), config.repa)
-        return {**rows, "noise": noise, "timesteps": timesteps}
-
-    def validate(self, objective: PredictorObjective, rows: slice) -> dict[str, np.ndarray]:
+    def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
         """The squared error of each held-out sample, by timestep and averaged, at fixed noise, caption and timesteps.
 
         The draws depend on nothing, so scores compare across steps and runs.
         """
-        device, process = next(objective.parameters()).device, self.config.objective.process
+        device, process = next(objective.parameters()).device, self.process
         fixed, valid, losses = generator(0, 0, "validation"), self.valid_pictures, []
         shapes = arrays.shapes_of(self.valid.latents)
         every_noise = arrays.joined(
@@ -201,7 +196,7 @@ class PredictorTask:
         curve = torch.cat(losses, dim=1).numpy()  # (levels, n)
         return {"loss": curve.mean(0)} | {f"loss_t{t:.2f}": c for t, c in zip(VALID_TIMESTEPS, curve, strict=True)}
 
-    def preview(self, objective: PredictorObjective) -> Image.Image:
+    def preview(self, objective: Any) -> Image.Image:
         """Pictures of eight held-out captions, each from its fixed seed and of its picture's size, by the pipeline."""
         shown = self.valid_pictures.select(self.valid_pictures.spread(8))
         captions, pictures, settings = [own[0] for own in shown.captions], [], []
@@ -217,7 +212,7 @@ class PredictorTask:
                 pictures += made
         return png.attach(images.grid(pictures, columns=4, labels=captions, scale=2), *settings)
 
-    def evaluate(self, objective: PredictorObjective) -> dict[str, float]:
+    def evaluate(self, objective: Any) -> dict[str, float]:
         with self._pipeline(objective.network) as pipeline:
             return self.evaluator.scores(pipeline)
 
@@ -237,6 +232,66 @@ class PredictorTask:
             "hash": "",
             "latent_shape": list(self.latent_shape),
             "conditioning": self.text.contract["conditioning"],
+            **self.facts(),
+            "trained_against": {"text_encoder": self.text.hash, "autoencoder": stages.latents_of(self.vae.contract)},
+            "data": self.data,
+            **record,
+        }
+
+    def export(self, objective: Any, folder: Path, record: dict[str, Any]) -> None:
+        contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
+        # without the projection of the REPA term
+        contract["parameters"] = sum(p.numel() for p in lora.merged(objective.network).parameters())
+        stages.export(folder, "noise_predictor", {"noise_predictor": self.exported(objective)}, contract)
+
+
+class PredictorTask(EncodedTask):
+    def __init__(self, config: PredictorConfig, run: Path):
+        self.config, self.process = config, config.objective.process
+        super().__init__(config, run)
+
+    def make_network(self) -> ModelMixin:
+        repa = self.config.objective.repa
+        network = make_network(self.config.network, self.latent_shape, self.dim, self.process)
+        self.teacher = load_teacher(repa, self.text) if repa.weight else None
+        return network
+
+    def make_objective(self, network: ModelMixin, pictures: CaptionedPictures) -> PredictorObjective:
+        config, alignment = self.config, None
+        if self.teacher is not None:
+
+            def grid_of(size: Size) -> tuple[int, int]:
+                return token_grid(network, self.autoencoder.latent_shape(*size))
+
+            self.features = features(pictures, self.teacher, grid_of, self.run / "cache", config.cache_dtype)
+            grid = token_grid(network, self.latent_shape)
+            alignment = Alignment(network, len(self.features[0]), config.objective.repa, grid)
+        objective = PredictorObjective(network, config.objective, alignment)
+        cache.message(description(objective, self.latent_shape, (self.length, self.dim), config.train))
+        return objective
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch's latents and noise (b, C, h, w), timesteps (b,), prompt_embeds (b, L, D), prompt_mask (b, L)."""
+        config = self.config.objective
+        rows = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
+        # Replace some prompts by the null condition, for classifier-free guidance (Ho & Salimans 2022, algorithm 1).
+        rows = self.without_prompts(rows, batch.uniform("dropout") < config.caption_dropout)
+
+        # Draw timesteps, stratified over the global batch, and noise; of several draws the nearest to the latents.
+        timesteps = config.draw(batch.stratified("timesteps"))
+        draws = [config.noise_draws] if config.noise_draws > 1 else []
+        noise = batch.normal("noise", *draws, *rows["latents"].shape[1:], device=self.device)
+        if draws:
+            noise = diffusion.nearest_noise(rows["latents"], noise)
+
+        # What the hidden states are aligned with (REPA).
+        if config.repa.weight:
+            rows["features"] = torch.from_numpy(self.features[batch.own_ids]).float()
+            rows["feature_weights"] = weights_at(batch.step, self.config.train.steps, len(timesteps), config.repa)
+        return {**rows, "noise": noise, "timesteps": timesteps}
+
+    def facts(self) -> dict[str, Any]:
+        return {
             "objective": self.config.objective.model_dump(),
             "sampling": {
                 "resolution": self.config.data.resolution,
@@ -245,17 +300,10 @@ class PredictorTask:
                 "default_interval": self.config.sampling.interval,
                 "sampler": self.config.sampling.sampler,
             },
-            "trained_against": {"text_encoder": self.text.hash, "autoencoder": stages.latents_of(self.vae.contract)},
-            "data": self.data,
-            **record,
         }
 
-    def export(self, objective: PredictorObjective, folder: Path, record: dict[str, Any]) -> None:
-        contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
-        # without the projection of the REPA term
-        contract["parameters"] = sum(p.numel() for p in lora.merged(objective.network).parameters())
-        network = exported(objective.network, self.config.network, self.config.objective.process)
-        stages.export(folder, "noise_predictor", {"noise_predictor": network}, contract)
+    def exported(self, objective: PredictorObjective) -> Any:
+        return exported(objective.network, self.config.network, self.process)
 
 
 main = launch.Program(PredictorConfig, "noise_predictor", lambda launched: PredictorTask(launched.config, launched.run))

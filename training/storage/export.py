@@ -18,7 +18,7 @@ import torch
 from sd_mini.config import command, read
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, check_writable
-from sd_mini.stages.contract import KINDS, read_contract
+from sd_mini.stages.contract import STAGES, kind_of, read_contract
 from training.engine.launch import Launch
 from training.engine.task import export_record, mean_scores
 from training.optim.ema import WIDTHS
@@ -33,8 +33,8 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     config. Raises ValueError where there is no such checkpoint or snapshot, or the data or the other stages are not
     those it was trained on.
     """
-    if folder.name not in KINDS or not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(KINDS)}")
+    if folder.name not in STAGES or not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: expected a stage's folder, RUN/STAGE with its config.yaml; {', '.join(STAGES)}")
     if out.exists() and not (out / CONTRACT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: holds something else than an exported stage; give a new folder")
     check_writable(out)
@@ -64,7 +64,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
         scores = task.validate(objective, slice(0, task.valid_count))
         means = mean_scores({name: values.tolist() for name, values in scores.items()}, task.valid_sources)
         task.export(objective, out, export_record(objective, state["seconds"], state["step"], means, width))
-    return read_contract(out, folder.name)["hash"]
+    return read_contract(out, kind_of(folder.name))["hash"]
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path:

@@ -108,5 +108,3 @@ def _paint_alike(canvas, indices, shape, pattern, centre_radius, largest) -> Non
         pale, full = _PALE_PALETTE[colour, channel], _PALETTE[colour, channel]
         below = flat[picture, channel, where]
         flat[picture, channel, where] = below + weight * (pale + dark * (full - pale) - below)
-
-

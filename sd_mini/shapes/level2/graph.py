@@ -144,7 +144,9 @@ class Scene:
 def heldout_split(groups: tuple[Group, ...], relations: tuple[str, ...]) -> str | None:
     """The held-out split a graph belongs to, "both" where it has an unseen pair and an unseen relation, or None."""
     pair = any((group.colour, group.shape) in HELDOUT_PAIRS for group in groups)
-    fact = any(is_heldout(a.shape, relation, b.shape) for a, relation, b in zip(groups, relations, groups[1:]))
+    fact = any(
+        is_heldout(a.shape, relation, b.shape) for a, relation, b in zip(groups, relations, groups[1:], strict=False)
+    )
     if pair and fact:
         return "both"
     return "heldout_pairs" if pair else "heldout_relations" if fact else None
@@ -222,12 +224,16 @@ def _check_layout(scene: Scene) -> None:
         ranges = PLACES[scene.groups[0].place or ""]
         values = zip(scene.layout[0][:2], ranges, strict=True)
         if not all(low - _TOLERANCE <= value <= high + _TOLERANCE for value, (low, high) in values):
-            raise UserError(f"layout: {scene.layout[0][:2]} is not {scene.groups[0].place!r}: move the object or restate")
+            raise UserError(
+                f"layout: {scene.layout[0][:2]} is not {scene.groups[0].place!r}: move the object or restate"
+            )
 
 
 def _check_overlap(scene: Scene) -> None:
     if scene.kind != "two_objects" or scene.top not in (0, 1) or any(g.size == "small" for g in scene.groups):
-        raise UserError(f"top: got {scene.top}, expected None, or 0 or 1 of two objects that are not small: leave it out")
+        raise UserError(
+            f"top: got {scene.top}, expected None, or 0 or 1 of two objects that are not small: leave it out"
+        )
     a, b = scene.groups
     depth = overlap_depth(a.shape, b.shape, scene.relations[0], scene.layout)
     lower, side = covered_side(scene.groups, scene.relations[0], scene.top)

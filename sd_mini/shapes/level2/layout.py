@@ -1,5 +1,6 @@
 """Where the objects of level 2 go: constructed from draws, each layout within the rules by construction."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,7 +40,9 @@ class Draws:
         return order
 
 
-def new_layout(kind: str, groups: tuple[Group, ...], relations: tuple[str, ...], top: int | None, draws: Draws) -> Layout:
+def new_layout(
+    kind: str, groups: tuple[Group, ...], relations: tuple[str, ...], top: int | None, draws: Draws
+) -> Layout:
     """(x, y, radius) of each object of a graph, fractions of the side."""
     radii = [draws.between(*SIZES[group.size]) for group in groups]
     if kind == "one_object":
@@ -65,9 +68,9 @@ def _in_place(place: str, radius: float, draws: Draws) -> tuple[float, float, fl
 
 def _apart(relations: tuple[str, ...], radii: list[float], draws: Draws) -> list[float]:
     """The distance of each two neighbours along their relation's axis: the least, and some of the room that is left."""
-    nearest = [a + b + GAP for a, b in zip(radii, radii[1:])]
+    nearest = [a + b + GAP for a, b in itertools.pairwise(radii)]
     is_row = len(relations) == 2 and relations[0] == relations[1]
-    ends = [radii[0] + radii[-1]] if is_row else [a + b for a, b in zip(radii, radii[1:])]
+    ends = [radii[0] + radii[-1]] if is_row else [a + b for a, b in itertools.pairwise(radii)]
     lengths = [sum(nearest)] if is_row else nearest
     rooms = [max(1 - 2 * MARGIN - end - length, 0) for end, length in zip(ends, lengths, strict=True)]
     if is_row:

@@ -46,7 +46,9 @@ def darkness(pattern: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -
     if pattern == "dotted":
         # the dots lie alike on both axes, so one of each two stands for both
         aside_x, aside_y = np.abs(dx), np.abs(dy)
-        beside = np.minimum((aside_x - DOT_DISTANCE * radius) ** 2 + dy**2, dx**2 + (aside_y - DOT_DISTANCE * radius) ** 2)
+        beside = np.minimum(
+            (aside_x - DOT_DISTANCE * radius) ** 2 + dy**2, dx**2 + (aside_y - DOT_DISTANCE * radius) ** 2
+        )
         nearest = np.sqrt(np.minimum(dx**2 + dy**2, beside))
         return 1 - np.clip(DOT_RADIUS * radius + 0.5 - nearest, 0, 1)
     return np.ones(np.broadcast_shapes(dx.shape, dy.shape), dtype=np.float32)

@@ -6,7 +6,7 @@ Shapes are drawn first, then relations and colours among those that the split al
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -37,6 +37,7 @@ OVERLAP_SHARE = 0.5  # of the scenes of two objects that are not small
 COLUMNS = 64  # uniforms a scene has; the longest takes fewer
 
 _STREAM = 16  # the first of level 2's streams, one a split; level 1's are below
+_REDRAWN_STREAM = 24
 _COLOURS, _PLACES, _TONES = tuple(COLOURS), tuple(PLACES), tuple(TONES)
 _UNSEEN_PAIRS, _UNSEEN_RELATIONS = sorted(HELDOUT_PAIRS), sorted(HELDOUT_RELATIONS)  # of a set's order nothing is sure
 _PATTERN_WEIGHTS = (2, 1, 1)  # of PATTERNS
@@ -83,6 +84,12 @@ def _scene(kind: str, split: str, draws: Draws) -> Scene:
     return arranged(kind, tuple(groups), relations, draws)
 
 
+def redrawn(scenes: Sequence[Scene], seed: int) -> list[Scene]:
+    """The same graphs, each with a fresh layout and background: a function of (scene, seed, its place in `scenes`)."""
+    rows = uniforms(seed, _REDRAWN_STREAM, np.arange(len(scenes), dtype=np.uint64), COLUMNS)
+    return [arranged(s.kind, s.groups, s.relations, Draws(row)) for s, row in zip(scenes, rows, strict=True)]
+
+
 def arranged(kind: str, groups: tuple[Group, ...], relations: tuple[str, ...], draws: Draws) -> Scene:
     """A graph with a new layout and background."""
     overlaps = kind == "two_objects" and draws.between(0, 1) < OVERLAP_SHARE and all(g.size != "small" for g in groups)
@@ -107,7 +114,7 @@ def _with_unseen_relation(shapes: list[str], draws: Draws) -> tuple[list[str], t
 
 def _seen_relations(shapes: list[str], relations: tuple[str, ...], draws: Draws) -> tuple[str, ...]:
     """`relations` continued to the chain's end, without held-out facts and without turning back."""
-    for a, b in list(zip(shapes, shapes[1:]))[len(relations) :]:
+    for a, b in list(pairwise(shapes))[len(relations) :]:
         before = relations[-1] if relations else None
         relations = (*relations, draws.pick(_followers(a, b, before)))
     return relations

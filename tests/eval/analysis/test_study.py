@@ -85,7 +85,8 @@ def harm(path, change):
         ),
         (
             lambda run: harm(
-                run / "report" / "report.json", lambda r: r.update(composition={}, distances={"FID": {"fd": 1.0}})
+                run / "report" / "report.json",
+                lambda r: r.update(composition={}, diversity={}, distances={"FID": {"fd": 1.0}}),
             ),
             "no score that all runs have",
         ),

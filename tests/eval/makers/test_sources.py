@@ -331,6 +331,22 @@ def test_digits_that_are_no_decimals_are_parts_of_a_name(lying):
     assert len(open_source(lying, None, "cpu").prompts) == 25
 
 
+def test_several_pictures_of_each_prompt_are_compared_with_each_other(tmp_path):
+    scenes = [scene for scene in shapes.sample_scenes(9, "test", 1000) for _ in range(4)]
+    captions = [shapes.caption(s, i // 4 % len(shapes.PHRASINGS[s.kind])) for i, s in enumerate(scenes)]
+    assert len(set(captions)) == 9
+    (folder := tmp_path / "several").mkdir()
+    for number, picture in enumerate(shapes.draw_batch(shapes.redrawn(scenes, 5), 48)):
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{number}.png")
+    (folder / "prompts.txt").write_text("".join(caption + "\n" for caption in captions))
+    assert measure_folder(folder, tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["composition"]["test"]["all"]["exact"] == 1 and report["composition"]["test"]["all"]["n"] == 36
+    found = report["diversity"]
+    assert found["compared_with"] == "fresh drawings of the same captions" and found["mini"]["vendi"]["n_prompts"] == 9
+    assert found["mini"]["vendi"]["low"] < 1 < found["mini"]["vendi"]["high"] and "layouts" in found
+
+
 def test_a_byte_order_mark_and_hidden_files_change_nothing(lying, tmp_path):
     """As an editor on Windows and a disk of macOS leave them: the judge still knows what was asked."""
     prompts = (lying / "prompts.txt").read_text()

@@ -69,8 +69,8 @@ def verdicts_of(pictures, scenes):
 
 def test_report_has_every_field_and_no_other(report, tiny_run):
     assert set(report) == {
-        "composition", "ceiling", "chance", "text", "blame", "distances", "sweep", "reconstruction", "remarks",
-        "seconds", "protocol",
+        "composition", "ceiling", "chance", "text", "blame", "distances", "diversity", "sweep", "reconstruction",
+        "remarks", "seconds", "protocol",
     }  # fmt: skip
     for part in ("composition", "ceiling", "chance"):
         assert tuple(report[part]) == SPLITS
@@ -98,6 +98,7 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
         "reference_resize": "drawn at that size",
         "weights": dict.fromkeys(hashes, "the trained weights at step 1"),
         "prompts": dict.fromkeys(SPLITS, PROMPTS_ASKED),
+        "several_of_each": f"{8 * PROMPTS_ASKED} pictures of {PROMPTS_ASKED} prompts",
         "generator_seed": "the picture's index within its split",
         "scene_seed": 1000 + SEED,
         "phrasing": "the index modulo their number",
@@ -160,6 +161,8 @@ def test_the_sweep_s_chosen_scale_is_the_evaluation_s_own(report):
     chosen = sweep["points"][1]
     assert chosen["n"] == PROMPTS_ASKED and chosen["fd"] == pytest.approx(report["distances"]["FD-mini"]["fd"])
     assert chosen["fit"] == report["composition"]["test"]["all"]["exact"]
+    # of the first 64 // 8 prompts
+    assert [point["diversity"]["n_prompts"] for point in sweep["points"]] == [8, 8, 8]
 
 
 def test_the_model_card_lies_by_the_pipeline(report, folder):
@@ -276,14 +279,16 @@ def test_the_table_has_every_number(report):
     assert lines[10].split()[1:5] == expected
     assert lines[11].startswith("text stage: test: binding")
     assert lines[12] == f"FD-mini {report['distances']['FD-mini']['fd']:.4g} of 13, KID " + lines[12].split()[-1]
-    assert [line.split(": ")[0] for line in lines[14:18]] == [
+    vendi = report["diversity"]["mini"]["vendi"]
+    assert f"diversity within a prompt, Vendi by mini, of the data's: {100 * vendi['share']:.1f} %" in "\n".join(lines)
+    assert [line.split(": ")[0] for line in lines if line.startswith("blame")] == [
         "blame, test, not exact",
         "blame, test, FD-mini",
         "blame, heldout_pairs, not exact",
         "blame, heldout_relations, not exact",
     ]
-    assert f"{report['reconstruction']['psnr']:.2f} dB" in lines[13]
-    assert "noise predictor 3.0" in lines[18] and f"total {report['seconds']['total']:.1f}" in lines[18]
+    assert f"{report['reconstruction']['psnr']:.2f} dB" in "\n".join(lines)
+    assert "noise predictor 3.0" in lines[-1] and f"total {report['seconds']['total']:.1f}" in lines[-1]
 
 
 def test_the_same_seed_gives_the_same_report(folder, report, tiny_run, tmp_path, capsys):
