@@ -149,8 +149,8 @@ def _shapes_folder(data: DataConfig, prompts: list[str], seed: int, most: int | 
         return replace(whole, splits=[PromptSet(whole.splits[0].split, prompts)], repeated=None)
     if unknown:
         raise UserError(
-            f"{len(unknown)} of {len(different)} prompts are not those of shapes, level {data.level}, seed {seed}, such as "
-            f"{shown(unknown[0])}; expected prompts that `python -m eval.prompts` writes, or none of them"
+            f"{len(unknown)} of {len(different)} prompts are not those of shapes, level {data.level}, seed {seed}, "
+            f"such as {shown(unknown[0])}; expected prompts that `python -m eval.prompts` writes, or none of them"
         )
     splits = []
     for asked in whole.splits:

@@ -59,8 +59,8 @@ class DataConfig(Config):
     seed: int = Field(default=0, ge=0)
     """Shapes: which scenes are drawn. Other sources do not use it."""
     level: Literal[1, 2] = 1
-    """Shapes: 2 has groups, chains of relations, patterns, backgrounds and overlap; see docs/benchmark.md. Other sources
-    do not use it."""
+    """Shapes: 2 has groups, chains of relations, patterns, backgrounds and overlap; see docs/benchmark.md. For other
+    sources leave it out."""
     image_column: str = "image"
     """The column of pictures: encoded bytes or paths."""
     text_column: str | None = "text"

@@ -87,7 +87,7 @@ def _overlapping(groups: tuple[Group, ...], relation: str, top: int, radii: list
 
 
 def _chained(relations: tuple[str, ...], radii: list[float], distances: list[float], draws: Draws) -> Layout:
-    """Objects one after the other, each at its distance from the one before, their frame within JITTER of the middle."""
+    """Objects one after the other, each at its distance from the one before; their frame near the picture's middle."""
     centres = [(0.0, 0.0)]
     for relation, distance in zip(relations, distances, strict=True):
         (x, y), (along_x, along_y) = centres[-1], _STEPS[relation]

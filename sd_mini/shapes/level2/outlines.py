@@ -56,7 +56,7 @@ def darkness(pattern: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -
 
 @lru_cache
 def opacity_moments(shape: str, pattern: str) -> tuple[float, float]:
-    """Of an object of radius 1 whose light parts weigh PALE: its total weight, and its centre of weight's y (x is 0)."""
+    """Of an object of radius 1 whose light parts weigh PALE: its total weight, and its centre of weight's y."""
     offsets = (np.arange(_FINE) + 0.5) / _FINE * 2.2 - 1.1
     # coverage ramps over a pixel, so the unit is a pixel here and the radius many
     dx, dy = offsets[None, :] * _FINE / 2.2, offsets[:, None] * _FINE / 2.2
