@@ -84,7 +84,8 @@ def _main(argv: Sequence[str]) -> None:
             return  # there is nothing to share out
         rows = several_of_each(source.prompts)
         repeated = source.pictures[rows] if question.repeated is not None else None
-        measured = measure(question, {question.splits[0].split: source.pictures}, None, tools, repeated)
+        made = {a.split: source.pictures if a.rows is None else source.pictures[a.rows] for a in question.splits}
+        measured = measure(question, made, None, tools, repeated)
         protocol: dict[str, Any] = {"pictures": str(source.folder)}
     else:
         sampling = asked_sampling(options, source)
@@ -128,7 +129,7 @@ def _question(options: argparse.Namespace, source: PictureSource | GeneratedFold
         return captions_question(data, options.prompts, options.reference, _pictures_cache(options))
     if source.resolution < MIN_SIDE:
         raise UserError(f"the pipeline makes {source.resolution} px pictures; the judge reads {MIN_SIDE} px or more")
-    return shapes_question(options.prompts, options.seed or 0, source.resolution, options.reference)
+    return shapes_question(options.prompts, options.seed or 0, source.resolution, options.reference, data.level)
 
 
 def _cache(options: argparse.Namespace) -> Path:
@@ -237,7 +238,12 @@ def _protocol(options: argparse.Namespace, question: Question, tools: Tools, dat
     }
     if options.data != SHAPES:
         return {**protocol, "columns": {name: getattr(data, name) for name in COLUMNS}}
-    return {**protocol, "scene_seed": _scene_seed(options), "phrasing": "the index modulo their number"}
+    return {
+        **protocol,
+        "level": data.level,
+        "scene_seed": _scene_seed(options),
+        "phrasing": "the index modulo their number",
+    }
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from sd_mini.config import check, read_yaml
 from sd_mini.data.captioned import DataConfig, ValidConfig
 from sd_mini.data.parts import resolved
 from sd_mini.errors import UserError
+from sd_mini.shapes import LEVELS
 
 SHAPES = "shapes"
 COLUMNS = ("image_column", "text_column", "aliases_column", "template")
@@ -19,6 +20,7 @@ def add_data(parser: argparse.ArgumentParser, own: str, split: str, columns: tup
     """--data, --split and the columns; `own` says what is read where --data is left out, `split` where that is."""
     add = parser.add_argument
     add("--data", help=f"'shapes', a .parquet file, a folder of pictures or a hub name; {own} if left out")
+    add("--level", type=int, choices=LEVELS, help="of shapes; the run's own if left out, else 1")
     add("--split", help=f"of data other than shapes; the run's own where the data are, else {split}")
     helps = {
         "image_column": "of the pictures; the run's own where the data are, else image",
@@ -59,7 +61,9 @@ def asked_data(options: argparse.Namespace, recorded: Mapping[str, DataConfig], 
         raise UserError("--data: expected it, as no config of a run says what this was trained on")
     source = options.data if options.data is not None else recorded[part].source
     if source == SHAPES:
-        return DataConfig(source=SHAPES, split=options.split or split)
+        known = recorded.get(part)
+        level = known.level if known is not None and options.level is None else options.level or 1
+        return DataConfig(source=SHAPES, split=options.split or split, level=level)
     own = recorded.get(part)
     if own is None or not _is_same(own.source, source):
         other = next((one for one in recorded.values() if _is_same(one.source, source)), DataConfig(source=source))
@@ -78,6 +82,8 @@ def _is_same(recorded: object, given: object) -> bool:
 
 def check_columns(options: argparse.Namespace, source: object) -> None:
     """Raises UserError for a column of data that have none."""
+    if source != SHAPES and getattr(options, "level", None) is not None:
+        raise UserError(f"--level {options.level}: is of shapes, {source} has none; leave it out")
     for name in COLUMNS if source == SHAPES else ():
         if getattr(options, name, None) is not None:
             raise UserError(f"--{name} {getattr(options, name)}: shapes has no columns; leave it out")

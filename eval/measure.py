@@ -114,7 +114,8 @@ def _judge_split(scores: dict[str, Any], asked: PromptSet, sets: Sets) -> list[V
     scenes = asked.scenes
     assert scenes is not None  # else there is nothing to judge by
     looked: dict[bytes, Any] = {}  # most pictures of one set stand in the next, too
-    found = {name: [_once(looked, picture) for picture in pictures] for name, pictures in sets.items()}
+    level = scenes[0].level
+    found = {name: [_once(looked, picture, level) for picture in pictures] for name, pictures in sets.items()}
     verdicts = {name: _verdicts(objects, scenes) for name, objects in found.items()}
     shuffled = summarise(_verdicts(found[MADE], scenes[1:] + scenes[:1]))
     _put(scores, "composition", asked.split, summarise(verdicts[MADE]))
@@ -128,10 +129,10 @@ def _judge_split(scores: dict[str, Any], asked: PromptSet, sets: Sets) -> list[V
     return verdicts[MADE]
 
 
-def _once(looked: dict[bytes, Any], picture: np.ndarray) -> Any:
+def _once(looked: dict[bytes, Any], picture: np.ndarray, level: int) -> Any:
     key = picture.tobytes()
     if key not in looked:
-        looked[key] = read_picture(picture)
+        looked[key] = read_picture(picture, level)
     return looked[key]
 
 

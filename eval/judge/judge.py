@@ -1,8 +1,8 @@
 """The judge: does a picture of the shapes world show what its scene graph asks for?
 
-It reads the scene graph and never the caption. `composition_objects` finds the objects; here they are assigned to
-the asked ones and each fact of the graph is checked: every object's shape, colour and size, its place, the number
-of objects, the relation. The relation's dead zone is GenEval's (Ghosh et al. 2023, `evaluate_images.py`).
+It reads the scene graph and never the caption. `objects` and, of level 2, `level2.objects` find the objects; here they
+are assigned to the wanted ones and each fact of the graph is checked: every object's shape, colour, size and pattern,
+its place, the number of objects, the relations. Their dead zone is GenEval's (Ghosh et al. 2023, `evaluate_images.py`).
 """
 
 import math
@@ -13,16 +13,23 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from eval.judge.objects import FoundObject, check_picture, find_objects
-from sd_mini.shapes.graph import Scene
+from eval.judge import level2, objects
+from eval.judge.objects import FoundObject, check_picture
+from sd_mini.shapes import AnyScene
+from sd_mini.shapes.level2.graph import Scene as Scene2
 
-CATEGORIES = ("one_object", "two_objects", "count", "colour", "size", "place", "relation", "binding", "all")
-KIND_CATEGORIES = CATEGORIES[:3]  # score all facts of the scenes of that kind
-FACT_CATEGORIES = ("colour", "size", "place", "relation")  # score that type of fact alone
+# in the order of reports; a kind of scenes scores all facts of the scenes of that kind, a type of fact that type alone
+KINDS = ("one_object", "two_objects", "count", "groups", "chain")
+CATEGORIES = (*KINDS, "number", "shape", "colour", "pattern", "size", "place", "relation", "binding", "all")
+FACT_CATEGORIES = {
+    1: ("colour", "size", "place", "relation"),
+    2: ("number", "shape", "colour", "pattern", "size", "place", "relation"),
+}
+BOUND_KINDS = ("two_objects", "groups", "chain")  # of several unlike objects
 
 # The price of a mismatch when found objects are assigned to asked ones. Where colours were exchanged the shape
 # says which object is which, and where sizes were, the colour does; hence the small differences.
-_MISMATCH = {"shape": 1.02, "colour": 1.01, "size": 1.0}
+_MISMATCH = {"shape": 1.02, "colour": 1.01, "size": 1.0, "pattern": 0.99}
 _UNLIKE = 100.0  # shares neither shape nor colour: another object, never assigned
 
 RELATION_DEAD_ZONE = 0.1  # of the two objects' summed extents, GenEval's POSITION_THRESHOLD
@@ -53,65 +60,76 @@ class Verdict:
     categories: dict[str, CategoryVerdict]
 
 
-def judge(picture: np.ndarray, scene: Scene) -> Verdict:
+def judge(picture: np.ndarray, scene: AnyScene) -> Verdict:
     """(3, S, S) uint8 sRGB with S >= 32, and what was asked => the verdict. Raises ValueError for other pictures."""
-    return judge_found(read_picture(picture), scene)
+    return judge_found(read_picture(picture, scene.level), scene)
 
 
-def read_picture(picture: np.ndarray) -> list[FoundObject] | None:
-    """(3, S, S) uint8 sRGB with S >= 32 => its objects, none where it cannot be read. Raises ValueError for others."""
+def read_picture(picture: np.ndarray, level: int = 1) -> list[FoundObject] | None:
+    """(3, S, S) uint8 sRGB with S >= 32 => its objects, none where it cannot be read; of the scene that was asked for
+    only the level is known. Raises ValueError for other pictures."""
     check_picture(picture)
-    return find_objects(picture)
+    return objects.find_objects(picture) if level == 1 else level2.objects.find_objects(picture)
 
 
-def judge_found(found: list[FoundObject] | None, scene: Scene) -> Verdict:
+def judge_found(found: list[FoundObject] | None, scene: AnyScene) -> Verdict:
     """`judge` of a picture that was looked at before."""
     pairs = _assign(found, scene) if found is not None else {}
     abstain = found is None or any(not other.shape_is_clear for other in pairs.values())
     facts = _facts(scene, [] if abstain else found, {} if abstain else pairs)
     categories = {"all": _score(facts), scene.kind: _score(facts)}
-    for category in FACT_CATEGORIES:
+    for category in FACT_CATEGORIES[scene.level]:
         chosen = [fact for fact in facts if fact[0] == category]
         if chosen:
             categories[category] = _score(chosen)
-    if scene.kind == "two_objects":
+    if scene.kind in BOUND_KINDS:
         bound = not abstain and _is_bound(scene, found)
         categories["binding"] = CategoryVerdict(bound, float(bound))
     total = categories["all"]
     return Verdict(total.exact, total.soft, abstain, categories)
 
 
-def _assign(found: list[FoundObject], scene: Scene) -> dict[int, FoundObject]:
+def _wanted(scene: AnyScene) -> list[dict[str, str]]:
+    """The attributes of each object that is asked for, by name."""
+    if isinstance(scene, Scene2):
+        return [{"shape": g.shape, "colour": g.colour, "size": g.size, "pattern": g.pattern} for g in scene.members()]
+    return [{"shape": shape, "colour": colour, "size": size} for shape, colour, size, *_ in scene.objects()]
+
+
+def _assign(found: list[FoundObject], scene: AnyScene) -> dict[int, FoundObject]:
     """Index of an asked object => the found one taken for it, by the least mismatch over all (Hungarian method)."""
-    asked = scene.objects()
     if not found:
         return {}
-    cost = np.array([[_mismatch(other, *wanted[:3]) for other in found] for wanted in asked])  # (asked, found)
+    cost = np.array([[_mismatch(other, wanted) for other in found] for wanted in _wanted(scene)])  # (wanted, found)
     chosen = zip(*linear_sum_assignment(cost), strict=True)
     return {int(i): found[j] for i, j in chosen if cost[i, j] < _UNLIKE}
 
 
-def _mismatch(other: FoundObject, shape: str, colour: str, size: str) -> float:
-    if other.shape != shape and other.colour != colour:
+def _mismatch(other: FoundObject, wanted: dict[str, str]) -> float:
+    if other.shape != wanted["shape"] and other.colour != wanted["colour"]:
         return _UNLIKE
-    wanted = {"shape": shape, "colour": colour, "size": size}
-    return sum(price for name, price in _MISMATCH.items() if getattr(other, name) != wanted[name])
+    return sum(_MISMATCH[name] for name, value in wanted.items() if getattr(other, name) != value)
 
 
-def _facts(scene: Scene, found: list[FoundObject], pairs: dict[int, FoundObject]) -> list[tuple[str, bool]]:
+def _facts(scene: AnyScene, found: list[FoundObject], pairs: dict[int, FoundObject]) -> list[tuple[str, bool]]:
     """(type, holds) of each fact of the graph; a fact of an object that was not found does not hold."""
     # nothing missing, nothing extra; unlike objects in the right number are both
     facts = [("number", len(pairs) == len(found) == len(scene.layout))]
-    for i, (shape, colour, size, *_) in enumerate(scene.objects()):
-        other = pairs.get(i)
-        facts.append(("shape", other is not None and other.shape == shape))
-        facts.append(("colour", other is not None and other.colour == colour))
-        facts.append(("size", other is not None and other.size == size))
+    for i, wanted in enumerate(_wanted(scene)):
+        facts += [(name, i in pairs and getattr(pairs[i], name) == value) for name, value in wanted.items()]
     if scene.kind == "one_object":
         facts.append(("place", 0 in pairs and place_of(pairs[0]) == scene.groups[0].place))
-    if scene.relation is not None:
-        facts.append(("relation", len(pairs) == 2 and relations_of(pairs[0], pairs[1]) == {scene.relation}))
+    for i, relation in enumerate(_relations(scene)):
+        both = i in pairs and i + 1 in pairs
+        facts.append(("relation", both and relations_of(pairs[i], pairs[i + 1]) == {relation}))
     return facts
+
+
+def _relations(scene: AnyScene) -> tuple[str, ...]:
+    """Of objects 0 and 1, and of 1 and 2, as far as the graph says."""
+    if isinstance(scene, Scene2):
+        return scene.relations
+    return () if scene.relation is None else (scene.relation,)
 
 
 def _score(facts: list[tuple[str, bool]]) -> CategoryVerdict:
@@ -119,9 +137,11 @@ def _score(facts: list[tuple[str, bool]]) -> CategoryVerdict:
     return CategoryVerdict(holding == len(facts), holding / len(facts))
 
 
-def _is_bound(scene: Scene, found: list[FoundObject]) -> bool:
-    asked = Counter((colour, shape, size) for shape, colour, size, *_ in scene.objects())
-    return asked == Counter((other.colour, other.shape, other.size) for other in found)
+def _is_bound(scene: AnyScene, found: list[FoundObject]) -> bool:
+    wanted = _wanted(scene)
+    return Counter(tuple(one.values()) for one in wanted) == Counter(
+        tuple(getattr(other, name) for name in wanted[0]) for other in found
+    )
 
 
 def place_of(found: FoundObject) -> str | None:

@@ -59,6 +59,7 @@ class FoundObject:
     width: float
     height: float
     shape_is_clear: bool  # False: two outlines explain it equally well
+    pattern: str | None = "plain"  # level 1 has no other
 
 
 def check_picture(picture: np.ndarray) -> None:
@@ -77,7 +78,7 @@ def find_objects(picture: np.ndarray) -> list[FoundObject] | None:
     Unreadable is a picture with too little background, too much that is neither background nor an object, or
     more objects than a scene could hold.
     """
-    pixels = _reading_pixels(picture)  # (64, 64, 3)
+    pixels = reading_pixels(picture)  # (64, 64, 3)
     labels = _label_pixels(pixels)  # (64, 64)
     if np.mean(labels == _BACKGROUND_LABEL) < MIN_BACKGROUND:
         return None
@@ -104,7 +105,7 @@ def _with_fringe(masks: list[np.ndarray]) -> np.ndarray:
     return ndimage.binary_dilation(np.any(masks, axis=0), _BLOCK, iterations=FRINGE)
 
 
-def _reading_pixels(picture: np.ndarray) -> np.ndarray:
+def reading_pixels(picture: np.ndarray) -> np.ndarray:
     """(3, S, S) uint8 => (64, 64, 3) float64 in [0, 255]: area average from above, bilinear from below."""
     image = np.ascontiguousarray(picture.transpose(1, 2, 0))
     side = image.shape[0]

@@ -18,6 +18,7 @@ from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT
 from sd_mini.stages.contract import read_contract
+from sd_mini.texts import shown
 
 REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
 _FURTHER_SCENES = 500_000_000  # added to the scenes' seed, for those of the reference
@@ -28,12 +29,12 @@ MOST = 500  # captions of other data that are asked for when nothing else is sai
 @dataclass(frozen=True, eq=False)
 class PromptSet:
     """N prompts of a split, and what is known of them: the true pictures (N, 3, R, R) uint8, their scenes, and which
-    rows of the data they are."""
+    rows of the data they are, or which pictures of a folder."""
 
     split: str
     captions: list[str]
     pictures: np.ndarray | None = None
-    scenes: list[shapes.Scene] | None = None
+    scenes: list[shapes.AnyScene] | None = None
     rows: list[int] | None = None
 
 
@@ -55,23 +56,36 @@ class Question:
     repeated: Repeated | None = None
 
 
-def shapes_question(prompts: int | None, seed: int, resolution: int, most: int | None = None) -> Question:
+def shapes_question(
+    prompts: int | None, seed: int, resolution: int, most: int | None = None, level: int = 1
+) -> Question:
     """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn. `most`: pictures of
     the reference, REFERENCE if not given."""
-    splits = []
-    for split, usual in PROMPTS.items():
-        scenes = shapes.sample_scenes(usual if prompts is None else prompts, split, FIRST_SCENE_SEED + seed)
-        captions = [shapes.caption(scene, i % len(shapes.PHRASINGS[scene.kind])) for i, scene in enumerate(scenes)]
-        splits.append(PromptSet(split, captions, shapes.draw_batch(scenes, resolution), scenes))
+    splits = [
+        PromptSet(split, captions, shapes.draw_batch(scenes, resolution), scenes)
+        for split, captions, scenes in shapes_prompts(prompts, seed, level)
+    ]
     further = DataConfig(
         split=splits[0].split,
         count=REFERENCE if most is None else most,
         seed=FIRST_SCENE_SEED + seed + _FURTHER_SCENES,
         resolution=resolution,
+        level=level,
     )
     reference = load(further)
-    repeated = repeated_shapes(FIRST_SCENE_SEED + seed, resolution, prompts)
+    repeated = repeated_shapes(FIRST_SCENE_SEED + seed, resolution, prompts, level)
     return Question(splits, reference.pictures, True, reference.name, reference.fingerprint, repeated=repeated)
+
+
+def shapes_prompts(prompts: int | None, seed: int, level: int) -> list[tuple[str, list[str], list[shapes.AnyScene]]]:
+    """Name, captions and scenes of each of the three splits."""
+    found = []
+    for split, usual in PROMPTS.items():
+        count = usual if prompts is None else prompts
+        scenes = shapes.sample_scenes(count, split, FIRST_SCENE_SEED + seed, level=level)
+        every = [shapes.captions(scene) for scene in scenes]
+        found.append((split, [own[i % len(own)] for i, own in enumerate(every)], scenes))
+    return found
 
 
 def captions_question(
@@ -123,19 +137,35 @@ def folder_question(
 
 
 def _shapes_folder(data: DataConfig, prompts: list[str], seed: int, most: int | None) -> Question:
-    """Of prompts that are the test split's first captions: in order, or each several times."""
-    whole = shapes_question(len(prompts), seed, data.resolution, most)
-    test = whole.splits[0]
-    if test.captions == prompts:
-        return replace(whole, splits=[test], repeated=None)
+    """Of prompts of the three splits, in any order and each any number of times, or of none of them, which no scenes
+    are known of. Raises UserError for a mixture."""
     different = list(dict.fromkeys(prompts))
-    if test.captions[: len(different)] != different:
-        return replace(whole, splits=[PromptSet(test.split, prompts)], repeated=None)
-    assert test.scenes is not None  # of shapes
-    scenes = dict(zip(different, test.scenes, strict=False))
-    asked = PromptSet(test.split, prompts, scenes=[scenes[prompt] for prompt in prompts])
+    whole = shapes_question(max(len(different), *PROMPTS.values()), seed, data.resolution, most, data.level)
+    places = {
+        caption: (asked, i) for asked in whole.splits[::-1] for i, caption in reversed(list(enumerate(asked.captions)))
+    }
+    unknown = [prompt for prompt in different if prompt not in places]
+    if len(unknown) == len(different):
+        return replace(whole, splits=[PromptSet(whole.splits[0].split, prompts)], repeated=None)
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of {len(different)} prompts are not those of shapes, level {data.level}, seed {seed}, "
+            f"such as {shown(unknown[0])}; expected prompts that `python -m eval.prompts` writes, or none of them"
+        )
+    splits = []
+    for asked in whole.splits:
+        rows = [row for row, prompt in enumerate(prompts) if places[prompt][0] is asked]
+        if rows:
+            numbers = [places[prompts[row]][1] for row in rows]
+            assert asked.pictures is not None and asked.scenes is not None  # of shapes
+            # a prompt's one true picture, several times, would not be as various as real pictures are
+            pictures = asked.pictures[numbers] if len(different) == len(prompts) else None
+            scenes = [asked.scenes[number] for number in numbers]
+            splits.append(PromptSet(asked.split, [prompts[row] for row in rows], pictures, scenes, rows))
     several = [prompts[row] for row in several_of_each(prompts)]
-    return replace(whole, splits=[asked], repeated=of_scenes(several, scenes, FIRST_SCENE_SEED + seed, data.resolution))
+    known = {prompt: asked.scenes[i] for prompt, (asked, i) in places.items() if asked.scenes is not None}
+    repeated = of_scenes(several, known, FIRST_SCENE_SEED + seed, data.resolution) if several else None
+    return replace(whole, splits=splits, repeated=repeated)
 
 
 def _spread(count: int, most: int) -> list[int]:

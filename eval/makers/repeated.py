@@ -13,7 +13,10 @@ from sd_mini.data.arrays import Pictures, taken
 
 REPEATED = "several"  # the name of their pictures
 PROMPTS, EACH = 32, 8
-_SHAPES = ("count", "one_object", "count", "two_objects")  # in turn
+_KINDS = {  # of the shapes' scenes, in turn, by level
+    1: ("count", "one_object", "count", "two_objects"),
+    2: ("groups", "one_object", "chain", "two_objects"),
+}
 _MOST_ROWS = 100_000  # of other data, among which pictures of the same or the nearest captions are looked for
 _SEED = 700_000_000  # added to the scenes' seed, for the drawings of the same captions
 
@@ -26,27 +29,29 @@ class Repeated:
     captions: list[str]
     real: Pictures
     source: str
-    scenes: list[shapes.Scene] | None = None
+    scenes: list[shapes.AnyScene] | None = None
 
 
-def repeated_shapes(seed: int, resolution: int, prompts: int | None = None) -> Repeated:
+def repeated_shapes(seed: int, resolution: int, prompts: int | None = None, level: int = 1) -> Repeated:
     """PROMPTS captions of the test split, or `prompts` where that is less, EACH times, beside fresh drawings of the
-    same scene graphs. Half of them ask for two or three like objects, whose layouts are counted."""
-    kinds = {kind: iter(_scenes_of(kind, seed)) for kind in sorted(set(_SHAPES))}
-    asked: dict[str, shapes.Scene] = {}
+    same scene graphs. Of level 1 half of them ask for two or three like objects, of level 2 a quarter for groups: their
+    layouts are counted."""
+    kinds = {kind: iter(_scenes_of(kind, seed, level)) for kind in sorted(set(_KINDS[level]))}
+    asked: dict[str, shapes.AnyScene] = {}
     while len(asked) < min(PROMPTS, prompts or PROMPTS):
-        caption, scene = next(kinds[_SHAPES[len(asked) % len(_SHAPES)]])
+        caption, scene = next(kinds[_KINDS[level][len(asked) % len(_KINDS[level])]])
         asked.setdefault(caption, scene)
     return of_scenes([caption for caption in asked for _ in range(EACH)], asked, seed, resolution)
 
 
-def _scenes_of(kind: str, seed: int) -> Iterator[tuple[str, shapes.Scene]]:
-    for i, scene in enumerate(shapes.sample_scenes(8 * PROMPTS, "test", seed, kinds=[kind])):
+def _scenes_of(kind: str, seed: int, level: int) -> Iterator[tuple[str, shapes.AnyScene]]:
+    for i, scene in enumerate(shapes.sample_scenes(8 * PROMPTS, "test", seed, kinds=[kind], level=level)):
         if kind != "count" or scene.groups[0].count < 4:  # four fill the four quarters in one way alone
-            yield shapes.caption(scene, i % len(shapes.PHRASINGS[kind])), scene
+            every = shapes.captions(scene)
+            yield every[i % len(every)], scene
 
 
-def of_scenes(captions: list[str], scenes: dict[str, shapes.Scene], seed: int, resolution: int) -> Repeated:
+def of_scenes(captions: list[str], scenes: dict[str, shapes.AnyScene], seed: int, resolution: int) -> Repeated:
     """`captions`, side by side where they repeat, each with its scene."""
     rows = [scenes[caption] for caption in captions]
     real = shapes.draw_batch(shapes.redrawn(rows, seed + _SEED), resolution)

@@ -7,7 +7,7 @@ what compares sets of one picture a prompt does not see that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -19,9 +19,10 @@ from eval.makers.repeated import Repeated
 from eval.metrics.bootstrap import DRAWS
 from eval.metrics.pairs import squared_distances
 from eval.metrics.registry import Metric, Row, Sample
-from sd_mini.shapes import Scene
+from sd_mini.shapes import AnyScene
 
 LAYOUTS = {2: 6, 3: 4}  # like objects => in how many ways they fill the four quarters, which the data draws alike
+ORDERS = {2: 2, 3: 6}  # of level 2, groups => in how many orders their rows stand, which the data draws alike
 
 
 # Friedman & Dieng 2023, eq. 1: the exponential of the entropy of the eigenvalues of K / n
@@ -50,23 +51,39 @@ def within_prompts(made: np.ndarray, real: np.ndarray, prompts: Sequence[str]) -
     return {"vendi": share(*effective), "distance": share(*distance)}
 
 
-def layouts(found: Sequence[Any], scenes: Sequence[Scene], prompts: Sequence[str]) -> dict[str, Any] | None:
-    """Objects found in each picture => how evenly the right pictures of a count prompt fill the picture's quarters.
+def layouts(found: Sequence[Any], scenes: Sequence[AnyScene], prompts: Sequence[str]) -> dict[str, Any] | None:
+    """Objects found in each picture => how evenly the right pictures of a count prompt fill the picture's quarters, or,
+    of level 2, how evenly those of a prompt of groups take the orders in which these stand.
 
-    The entropy of which quarters are filled, summed over prompts, as a share of what as many drawings of the data have
-    on average. None where no prompt has two right pictures. `n`: right pictures.
+    The entropy of the layouts, summed over prompts, as a share of what as many drawings of the data have on average.
+    None where no prompt has two right pictures. `n`: right pictures.
     """
     made, real, n = [], [], 0
     for rows in _rows_by_prompt(prompts):
         scene = scenes[rows.start]
-        ways = LAYOUTS.get(scene.groups[0].count) if scene.kind == "count" else None
+        ways = _ways(scene)
         right = [found[row] for row in rows if judge_found(found[row], scenes[row]).exact] if ways else []
         if ways and len(right) > 1:
-            filled = Counter(frozenset((one.x > 0.5, one.y > 0.5) for one in objects) for objects in right)
+            filled = Counter(_layout(objects, scene) for objects in right)
             made.append(_entropy(np.array(list(filled.values())) / len(right)))
             real.append(_expected_entropy(len(right), ways))
             n += len(right)
     return {**share(made, real), "n": n} if made else None
+
+
+def _ways(scene: AnyScene) -> int | None:
+    """In how many ways the data lays a scene out; None of one whose layouts are not counted."""
+    if scene.kind == "groups":
+        return ORDERS[len(scene.groups)]
+    return LAYOUTS.get(scene.groups[0].count) if scene.kind == "count" else None
+
+
+def _layout(objects: Sequence[Any], scene: AnyScene) -> Hashable:
+    """Which quarters the objects fill; of groups, their colours from the top."""
+    if scene.kind == "groups":
+        heights = {group.colour: [one.y for one in objects if one.colour == group.colour] for group in scene.groups}
+        return tuple(sorted(heights, key=lambda colour: float(np.mean(heights[colour]))))
+    return frozenset((one.x > 0.5, one.y > 0.5) for one in objects)
 
 
 def share(made: Sequence[float], real: Sequence[float]) -> dict[str, float]:
@@ -121,7 +138,8 @@ def measure_repeated(sample: Sample, repeated: Repeated, pictures: np.ndarray) -
         else:
             part[extractor.name] = found
     if repeated.scenes is not None:
-        part["layouts"] = layouts(list(map(read_picture, pictures)), repeated.scenes, repeated.captions)
+        found = [read_picture(picture, repeated.scenes[0].level) for picture in pictures]
+        part["layouts"] = layouts(found, repeated.scenes, repeated.captions)
         if part["layouts"] is None:
             sample.remarks.append("layouts left out: no count prompt has two right pictures")
             del part["layouts"]

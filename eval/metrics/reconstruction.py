@@ -77,9 +77,11 @@ def _ssim(pictures: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def ceiling(autoencoder: Autoencoder, split: str, count: int, resolution: int, seed: int, batch: int) -> dict:
+def ceiling(
+    autoencoder: Autoencoder, split: str, count: int, resolution: int, seed: int, batch: int, level: int = 1
+) -> dict:
     """True drawings of `count` scenes through the autoencoder, judged: what no picture made through it can beat."""
-    scenes = shapes.sample_scenes(count, split, FIRST_SCENE_SEED + seed)
+    scenes = shapes.sample_scenes(count, split, FIRST_SCENE_SEED + seed, level=level)
     made = reconstruct(autoencoder, shapes.draw_batch(scenes, resolution), batch)
     return summarise([judge(picture, scene) for picture, scene in zip(made, scenes, strict=True)])
 
@@ -126,7 +128,13 @@ def measure(autoencoder: Autoencoder, pictures: np.ndarray, options: argparse.Na
     if options.data == SHAPES and options.resolution >= MIN_SIDE:
         scores["ceiling"] = {
             split: ceiling(
-                autoencoder, split, min(n, options.count or n), options.resolution, options.seed, options.batch
+                autoencoder,
+                split,
+                min(n, options.count or n),
+                options.resolution,
+                options.seed,
+                options.batch,
+                options.level,
             )
             for split, n in PROMPTS.items()
         }
@@ -166,8 +174,8 @@ def _main(argv: Sequence[str]) -> None:
     stage = Path(options.autoencoder)  # RUN/autoencoder/final, which was trained by the config beside it, or another's
     recorded = recorded_data(stage.parent) if (stage / CONTRACT).is_file() else {}
     config = asked_data(options, recorded, "valid", "test")
-    options.data = config.source
-    check_columns(options, options.data)
+    check_columns(options, config.source)
+    options.data, options.level = config.source, config.level
     autoencoder, contract = load_autoencoder(options.autoencoder)
     autoencoder.eval()
     if options.resolution is None:
@@ -187,6 +195,7 @@ def _main(argv: Sequence[str]) -> None:
         "data": data.name,
         "fingerprint": data.fingerprint,
         "resolution": options.resolution,
+        **({"level": config.level} if options.data == SHAPES else {}),
         "autoencoder": (contract or {}).get("hash"),
         "kind": autoencoder.config.kind,
         "parameters": sum(p.numel() for p in autoencoder.parameters()),

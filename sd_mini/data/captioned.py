@@ -58,6 +58,9 @@ class DataConfig(Config):
     given, at most 1000, evenly spread."""
     seed: int = Field(default=0, ge=0)
     """Shapes: which scenes are drawn. Other sources do not use it."""
+    level: Literal[1, 2] = 1
+    """Shapes: 2 has groups, chains of relations, patterns, backgrounds and overlap; see docs/benchmark.md. For other
+    sources leave it out."""
     image_column: str = "image"
     """The column of pictures: encoded bytes or paths."""
     text_column: str | None = "text"
@@ -104,6 +107,8 @@ class DataConfig(Config):
             raise UserError(
                 "crop none keeps whole pictures, which squares would distort; give max_aspect above 1, such as 2, too"
             )
+        if self.source != "shapes" and self.level != 1:
+            raise UserError(f"level {self.level} is for source shapes; leave it out")
         if self.source == "shapes" and (self.max_aspect > 1 or self.mirror):
             name = "mirror" if self.mirror else "max_aspect"
             raise UserError(
@@ -132,6 +137,7 @@ class ValidConfig(Config):
     if left out."""
     resolution: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=0)
+    level: Literal[1, 2] | None = None
     image_column: str | None = None
     text_column: str | None = None
     aliases_column: str | None = None
@@ -169,7 +175,7 @@ class CaptionedPictures:
     """Each picture's captions, the main one first, no two alike. All N lists are empty for pictures without text."""
     name: str
     """Where they came from, for reports: "shapes:train"."""
-    scenes: list[shapes.Scene] | None = field(default=None, repr=False)
+    scenes: list[shapes.AnyScene] | None = field(default=None, repr=False)
     """The scene graphs behind the pictures, for the shapes world only."""
     rejected: list[Rejected] = field(default_factory=list, repr=False)
     """The rows that were left out."""
@@ -308,13 +314,14 @@ def _load_shapes(config: DataConfig, part: Part, folder: Path | None) -> Caption
     count = SHAPES_COUNT if config.count is None else config.count
     if folder is None:
         check_room(part, count, config.resolution)
-    scenes = shapes.sample_scenes(count, split, config.seed)
+    scenes = shapes.sample_scenes(count, split, config.seed, level=config.level)
     if folder is None:
         pictures: Pictures = shapes.draw_batch(scenes, config.resolution)
     else:
         from sd_mini.data import cache
 
-        key = {"world": _world(), "split": split, "seed": config.seed, "count": count, "resolution": config.resolution}
+        key = {"world": _world(), **config.model_dump(include={"level", "seed", "resolution"})}
+        key |= {"split": split, "count": count}
         drawn = cache.encode(
             folder,
             key,
@@ -324,13 +331,14 @@ def _load_shapes(config: DataConfig, part: Part, folder: Path | None) -> Caption
         )
         pictures = drawn["pictures"]
     captions = [shapes.captions(scene) for scene in scenes]
-    return CaptionedPictures(pictures, captions, f"shapes:{split}", scenes)
+    name = "shapes" if config.level == 1 else f"shapes, level {config.level}"
+    return CaptionedPictures(pictures, captions, f"{name}:{split}", scenes)
 
 
 @lru_cache(maxsize=1)
 def _world() -> str:
     """A hash of the code that draws the scenes."""
-    return combined_hash([file_hash(path) for path in sorted(Path(shapes.__file__).parent.glob("*.py"))])
+    return combined_hash([file_hash(path) for path in sorted(Path(shapes.__file__).parent.rglob("*.py"))])
 
 
 def rows_of(config: DataConfig, part: Part) -> Table:

@@ -93,7 +93,7 @@ def check_alike(train: DataConfig, valid: DataConfig) -> None:
         )
     if valid.crop == "none" and valid.max_aspect == 1:
         raise UserError("valid.crop none keeps whole pictures, which squares would distort; give data.max_aspect too")
-    for name in ("max_aspect", "bucket_step"):
+    for name in ("max_aspect", "bucket_step", "level"):
         ours, theirs = getattr(train, name), getattr(valid, name)
         if ours != theirs:
             raise UserError(f"data.{name} is {ours:g}, valid.{name} {theirs:g}; give both the same")

@@ -1,6 +1,5 @@
 """Captions: a scene graph => English in several phrasings, every attribute of the graph named."""
 
-from sd_mini.errors import UserError
 from sd_mini.shapes.graph import INVERSE, Group, Scene
 
 # {a}, {b}: "a small red circle"; {rel}: "to the left of"; {inv}: its inverse; {place}: "top left";
@@ -30,15 +29,13 @@ _NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
 
-def caption(scene: Scene, phrasing: int) -> str:
-    """The scene's caption, lower case, in phrasing 0 to len(PHRASINGS[scene.kind]) - 1 (four of each kind).
+def captions(scene: Scene) -> list[str]:
+    """The scene's caption, lower case, in every phrasing, in the order of PHRASINGS (four of each kind)."""
+    return [_caption(scene, template) for template in PHRASINGS[scene.kind]]
 
-    Scenes with the same caption have the same `canonical` graph. Raises ValueError for another phrasing.
-    """
-    templates = PHRASINGS[scene.kind]
-    if not 0 <= phrasing < len(templates):
-        raise UserError(f"phrasing: got {phrasing}, expected 0 to {len(templates) - 1}: pick one of these")
-    template, group = templates[phrasing], scene.groups[0]
+
+def _caption(scene: Scene, template: str) -> str:
+    group = scene.groups[0]
     if scene.kind == "one_object":
         return template.format(a=_one(group), place=group.place)
     if scene.kind == "count":
@@ -49,11 +46,6 @@ def caption(scene: Scene, phrasing: int) -> str:
     return template.format(
         a=_one(group), b=_one(scene.groups[1]), rel=_SPOKEN[relation], inv=_SPOKEN[INVERSE[relation]]
     )
-
-
-def captions(scene: Scene) -> list[str]:
-    """The scene's caption in every phrasing, in the order of PHRASINGS."""
-    return [caption(scene, phrasing) for phrasing in range(len(PHRASINGS[scene.kind]))]
 
 
 def _one(group: Group) -> str:

@@ -67,11 +67,6 @@ def _overlap(offset: np.ndarray, half: np.ndarray) -> np.ndarray:
     return np.clip(half + 0.5 - np.abs(offset), 0, 1)
 
 
-def draw(scene: Scene, resolution: int = 64) -> np.ndarray:
-    """A scene => its picture, (3, resolution, resolution) uint8 sRGB; the same bits as the row of `draw_batch`."""
-    return draw_batch([scene], resolution)[0]
-
-
 def draw_batch(scenes: Sequence[Scene], resolution: int = 64) -> np.ndarray:
     """N scenes => (N, 3, resolution, resolution) uint8 sRGB pictures on the world's background.
 

@@ -6,6 +6,7 @@ A layout's radius is that of the circle an object's outline fits in; `shapes_dra
 
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 
@@ -91,6 +92,8 @@ class Scene:
     `relation` reads groups[0] RELATION groups[1]. `layout` holds (x, y, radius) of each object in fractions
     of the picture's side, groups in order. The constructor does not check; `check_scene` and `from_dict` do.
     """
+
+    level: ClassVar[int] = 1
 
     kind: str
     groups: tuple[Group, ...]

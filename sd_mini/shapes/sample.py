@@ -27,6 +27,7 @@ from sd_mini.shapes.graph import (
     heldout_split,
 )
 from sd_mini.shapes.layout import count_layouts, one_object_layouts, radii, two_object_layouts
+from sd_mini.shapes.uniforms import uniforms
 
 KIND_WEIGHTS = {"one_object": 0.35, "two_objects": 0.40, "count": 0.25}
 CHANGES = (
@@ -40,26 +41,6 @@ _REDRAWN_STREAM = len(SPLITS) + 1
 _KIND, _GRAPH, _SIZE_A, _SIZE_B, _EXTRA, _RADIUS_A, _RADIUS_B = range(7)
 _LAYOUT = slice(7, 19)
 _COLUMNS = 19
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _splitmix64(state: np.ndarray) -> np.ndarray:
-    """uint64 => well mixed uint64: the output function of SplitMix64, Steele et al. 2014."""
-    z = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _uniforms(seed: int, stream: int, indices: np.ndarray) -> np.ndarray:
-    """(N,) indices => (N, _COLUMNS) float64 in [0, 1), each row a function of (seed, stream, index) alone."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed: got {seed}, expected 0 to 2**63 - 1: pass another seed")
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        key = _splitmix64(_splitmix64(np.array([seed], dtype=np.uint64) + _GOLDEN) + np.uint64(stream) * _GOLDEN)
-        rows = _splitmix64(key + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
-        bits = _splitmix64(rows[:, None] + np.arange(1, _COLUMNS + 1, dtype=np.uint64) * _GOLDEN)
-    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def _pick(u: np.ndarray, n: int) -> np.ndarray:
@@ -89,9 +70,13 @@ def _words(row: tuple[int, ...]) -> tuple[tuple[Group, ...], str | None]:
     return groups, RELATIONS[row[2]] if len(row) == 5 else None
 
 
-def _allowed_kinds(split: str, kinds: Sequence[str] | None) -> tuple[str, ...]:
+def allowed_kinds(
+    split: str, kinds: Sequence[str] | None, every: tuple[str, ...], related: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The kinds of scenes of a split, or those of `kinds`; of a level that has `every`, of which `related` ones have
+    relations. Raises UserError for a split or a kind that is not one."""
     check_choice("split", split, SPLITS)
-    possible = ("two_objects",) if split == "heldout_relations" else KINDS
+    possible = related if split == "heldout_relations" else every
     if kinds is None:
         return possible
     if not kinds:
@@ -101,23 +86,14 @@ def _allowed_kinds(split: str, kinds: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(kind for kind in possible if kind in kinds)
 
 
-def sample_scene(seed: int, index: int, split: str = "train", kinds: Sequence[str] | None = None) -> Scene:
-    """Scene `index` of a split's endless stream: the same for the same arguments, on any machine.
-
-    `kinds` restricts the mix to some of KINDS; heldout_relations has two_objects only. Raises ValueError for a
-    split or kind that is not one, a negative index, and a seed outside [0, 2**63).
-    """
-    return sample_scenes(1, split, seed, index, kinds)[0]
-
-
 def sample_scenes(
     n: int, split: str = "train", seed: int = 0, start: int = 0, kinds: Sequence[str] | None = None
 ) -> list[Scene]:
-    """Scenes start to start + n - 1: equal to `sample_scene(seed, i, split, kinds)` for each i, and much faster."""
-    allowed = _allowed_kinds(split, kinds)
+    """Scenes start to start + n - 1: a pure function of the arguments, on any machine."""
+    allowed = allowed_kinds(split, kinds, KINDS, ("two_objects",))
     if n < 0 or start < 0:
         raise UserError(f"n and start: got {n} and {start}, expected both at least 0: pass larger ones")
-    u = _uniforms(seed, SPLITS.index(split), np.arange(start, start + n, dtype=np.uint64))
+    u = uniforms(seed, SPLITS.index(split), np.arange(start, start + n, dtype=np.uint64), _COLUMNS)
     weights = np.cumsum([KIND_WEIGHTS[kind] for kind in allowed])
     kind_index = np.searchsorted(weights / weights[-1], u[:, _KIND], side="right")
     scenes: dict[int, Scene] = {}
@@ -198,7 +174,7 @@ def swapped(scene: Scene, rng_index: int, change: str | None = None) -> tuple[Sc
         names = [change]
     else:
         raise UserError(f"change: got {change!r}, expected one of {tuple(variants)} for this scene: use one of these")
-    u = _uniforms(rng_index, _SWAP_STREAM, np.arange(1))
+    u = uniforms(rng_index, _SWAP_STREAM, np.arange(1), _COLUMNS)
     name = names[int(u[0, _KIND] * len(names))]
     options = variants[name]
     groups, relation = options[int(u[0, _GRAPH] * len(options))]
@@ -207,7 +183,7 @@ def swapped(scene: Scene, rng_index: int, change: str | None = None) -> tuple[Sc
 
 def redrawn(scenes: Sequence[Scene], seed: int) -> list[Scene]:
     """The same graphs, each with a fresh layout: a pure function of (scene, seed, its place in `scenes`)."""
-    every = _uniforms(seed, _REDRAWN_STREAM, np.arange(len(scenes), dtype=np.uint64))
+    every = uniforms(seed, _REDRAWN_STREAM, np.arange(len(scenes), dtype=np.uint64), _COLUMNS)
     return [
         replace(scene, layout=_new_layout(scene.kind, scene.groups, scene.relation, row[None]))
         for scene, row in zip(scenes, every, strict=True)

@@ -98,7 +98,9 @@ def open_prompts(count: int, data: DataConfig, pictures: Path | None = None) -> 
 
     is_shapes = data.source == SHAPES
     offline = (
-        shapes_question(count, 0, data.resolution) if is_shapes else captions_question(data, count, folder=pictures)
+        shapes_question(count, 0, data.resolution, level=data.level)
+        if is_shapes
+        else captions_question(data, count, folder=pictures)
     )
     # the first split alone, and without its true pictures: what they score does not depend on the pipeline
     first = offline.splits[0]

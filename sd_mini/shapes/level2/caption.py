@@ -1,0 +1,66 @@
+"""Captions of level 2: a scene graph => English in several phrasings. "medium" and "plain" are not named."""
+
+from sd_mini.shapes.graph import INVERSE
+from sd_mini.shapes.level2.graph import Group, Scene
+
+# {a}, {b}, {c}: "a small striped red circle"; {rel}, {rel2}: "to the left of"; {inv}, {inv2}: their inverses;
+# {place}: "top left"; {list}: "two red circles and one blue square"; {tsil}: the same from its end
+PHRASINGS: dict[str, tuple[str, ...]] = {
+    "one_object": (
+        "{a} in the {place}",
+        "in the {place} is {a}",
+        "there is {a} in the {place}",
+        "a picture of {a} in the {place}",
+    ),
+    "two_objects": (
+        "{a} {rel} {b}",
+        "{b} {inv} {a}",
+        "{rel} {b} is {a}",
+        "there is {a} {rel} {b}",
+    ),
+    "groups": (
+        "{list}",
+        "a drawing with {tsil}",
+        "a picture of {list}",
+        "exactly {tsil}",
+    ),
+    "chain": (
+        "{a} {rel} {b}, which is {rel2} {c}",
+        "{c} {inv2} {b}, which is {inv} {a}",
+        "{b} is {inv} {a} and {rel2} {c}",
+        "there is {b} {rel2} {c} and {inv} {a}",
+    ),
+}
+_SPOKEN = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+_NUMBERS = {1: "one", 2: "two", 3: "three"}
+_PLURALS = {"cross": "crosses"}
+
+
+def captions(scene: Scene) -> list[str]:
+    """The scene's caption, lower case, in every phrasing, in the order of PHRASINGS (four of each kind)."""
+    words: dict[str, str | None] = {}
+    if scene.kind == "groups":
+        counted = [f"{_NUMBERS[group.count]} {_noun(group)}" for group in scene.groups]
+        words |= {"list": _joined(counted), "tsil": _joined(counted[::-1])}
+    else:
+        words |= dict(zip("abc", map(_one, scene.groups), strict=False)) | {"place": scene.groups[0].place}
+    for number, relation in zip(("", "2"), scene.relations, strict=False):
+        words |= {f"rel{number}": _SPOKEN[relation], f"inv{number}": _SPOKEN[INVERSE[relation]]}
+    return [template.format(**words) for template in PHRASINGS[scene.kind]]
+
+
+def _noun(group: Group) -> str:
+    """ "small striped red circles"."""
+    named = [group.size] if group.size != "medium" else []
+    named += [group.pattern] if group.pattern != "plain" else []
+    shape = group.shape if group.count == 1 else _PLURALS.get(group.shape, f"{group.shape}s")
+    return " ".join([*named, group.colour, shape])
+
+
+def _one(group: Group) -> str:
+    noun = _noun(group)
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _joined(items: list[str]) -> str:
+    return f"{', '.join(items[:-1])} and {items[-1]}"
