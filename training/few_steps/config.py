@@ -29,6 +29,8 @@ class BakedGuidance(Config):
 class MeanFlowConfig(Config):
     end_blocks: int | None = Field(None, ge=1)
     """how many of the last blocks read the time where a step ends; null: a third of them, rounded up"""
+    target: Literal["identity", "solver"] = "identity"
+    """of the average velocity: the MeanFlow identity, or the average over the teacher's own steps on that way"""
     flow_share: float = Field(0.5, ge=0, lt=1)
     """fraction of samples trained on the velocity itself (r = t)"""
     grid_share: float = Field(0.75, ge=0, le=1)
@@ -45,11 +47,6 @@ class MeanFlowConfig(Config):
     """of a sample's squared error: its logarithm, so that noise levels weigh alike, or itself"""
 
 
-class ReflowConfig(Config):
-    teacher_steps: int | None = Field(None, ge=1)
-    """steps of the sampler that draws the pairs; null: the noise predictor's own number"""
-
-
 class FewStepsConfig(TunedConfig):
     method: Literal["meanflow", "reflow"] = "meanflow"
     """meanflow: the average velocity between two times (Decoupled MeanFlow); reflow: straight paths between noise and
@@ -59,8 +56,9 @@ class FewStepsConfig(TunedConfig):
     default_steps: int = Field(4, ge=1)
     """the pipeline's number, one of `steps`"""
     guidance: BakedGuidance = BakedGuidance()
+    teacher_steps: int | None = Field(None, ge=1)
+    """steps of the noise predictor's sampler where its pictures are drawn; null: its own number"""
     meanflow: MeanFlowConfig = MeanFlowConfig()
-    reflow: ReflowConfig = ReflowConfig()
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Self:

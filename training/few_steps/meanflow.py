@@ -7,7 +7,7 @@ product and a learnt variance).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from training.noise_predictor.losses import log_losses
 
 
 class MeanFlowObjective(nn.Module):
-    """The network with its loss. `teacher` is the frozen start, `null` the null condition (1, L, D) and (1, L)."""
+    """The network with its loss. `teacher`: the frozen start, which is sampled in `teacher_steps`; `null`: the null
+    condition (1, L, D) and (1, L); `end_blocks`: how many of the last blocks read the end time."""
 
     def __init__(
         self,
@@ -33,8 +34,10 @@ class MeanFlowObjective(nn.Module):
         guidance: Guidance,
         config: MeanFlowConfig,
         end_blocks: int,
+        teacher_steps: int,
     ):
         super().__init__()
+        self.teacher_steps = teacher_steps
         self.network, self.config, self.guidance, self.end_blocks = network, config, guidance, end_blocks
         self.others, self.null = Others([teacher]), null
 
@@ -54,18 +57,11 @@ class MeanFlowObjective(nn.Module):
 
         # Targets, without a gradient and in float32: a difference of two bfloat16 outputs would be noise.
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
-            target = guided_velocity(
-                self.others[0], self.guidance, noised, timesteps, (prompt_embeds, prompt_mask), self.null
-            )
+            target = self._velocity(noised, timesteps, prompt_embeds, prompt_mask)
             rows = is_step.nonzero()[:, 0]
             if len(rows):
-                r, embeds, mask = ends[rows], prompt_embeds[rows], prompt_mask[rows]
-
-                def average(x: Tensor, t: Tensor) -> Tensor:
-                    return self._average(x, t, r, embeds, mask)
-
-                target[rows] = mean_flow_target(
-                    average, noised[rows], timesteps[rows], r, target[rows], self.config.epsilon
+                target[rows] = self._step_target(
+                    noised[rows], timesteps[rows], ends[rows], target[rows], prompt_embeds[rows], prompt_mask[rows]
                 )
 
         # One call for both kinds of samples: those with r = t learn the velocity itself.
@@ -76,8 +72,21 @@ class MeanFlowObjective(nn.Module):
         logged = {name: (errors * rows).sum() / rows.sum().clamp(min=1) for name, rows in share.items()}
         return losses, logged
 
+    def _step_target(self, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        """What the average velocity from t down to r is compared with."""
+        if self.config.target == "identity":
+            return mean_flow_target(
+                lambda x, t: self._average(x, t, r, embeds, mask), x, t, r, velocity, self.config.epsilon
+            )
+        return solver_target(
+            lambda x, t, rows: self._velocity(x, t, embeds[rows], mask[rows]), x, t, r, velocity, self.teacher_steps
+        )
+
     def _average(self, x: Tensor, t: Tensor, r: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
         return predict_average(self.network, x, t * STEPS, r * STEPS, embeds, mask, self.end_blocks)
+
+    def _velocity(self, x: Tensor, t: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        return guided_velocity(self.others[0], self.guidance, x, t, (embeds, mask), self.null)
 
 
 ERROR_FLOOR = 1e-3  # below it, a smaller error is worth no more
@@ -104,6 +113,29 @@ def guided_velocity(
     return conditional.float()
 
 
+def solver_target(
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noised: Tensor,
+    timesteps: Tensor,
+    ends: Tensor,
+    first: Tensor,
+    steps: int,
+) -> Tensor:
+    """The average velocity (b, C, h, w) of the teacher's own Euler steps from t down to r, 1 / `steps` long at most.
+
+    `velocity`: latents, times and row numbers => v; `first`: v at `noised` and `timesteps` t (b,). The target is exact
+    from the first update on, where the identity's is so once the network is right: fewer updates, each dearer.
+    """
+    counts = ((timesteps - ends) * steps - 1e-4).ceil().clamp(min=1)
+    length = (timesteps - ends) / counts
+    x = noised - diffusion.per_sample(length, noised) * first
+    for i in range(1, int(counts.max())):
+        rows = (counts > i).nonzero()[:, 0]
+        v = velocity(x[rows], (timesteps - i * length)[rows], rows)
+        x = x.index_add(0, rows, -diffusion.per_sample(length[rows], v) * v)
+    return (noised - x) / diffusion.per_sample(timesteps - ends, noised)
+
+
 # logit-normal times, Esser et al. 2024, eq. 19; of two draws the later is the start: Lee et al. 2025, sec. 3.3
 def two_times(kind: Tensor, first: Tensor, second: Tensor, config: MeanFlowConfig, steps: Sequence[int]) -> Tensor:
     """Three U[0, 1) draws (b,) => (2, b): where each sample's step starts and where it ends, t >= r, in [0, 1].
@@ -118,7 +150,7 @@ def two_times(kind: Tensor, first: Tensor, second: Tensor, config: MeanFlowConfi
     # the sampler's steps: their number n by `first`, which of them by `second`, and how much of it by its remainder
     counts = torch.tensor(steps, dtype=torch.float32)[(first * len(steps)).long()]
     places = (second * counts).floor()
-    part = ((second * counts - places) / WHOLE_FROM).clamp(max=1)
+    part = ((second * counts - places) / WHOLE_FROM).clamp(max=1) if config.target == "identity" else 1.0
     ends = 1 - (places + 1) / counts
     on_grid = torch.stack([ends + part / counts, ends])
     draws = torch.stack([logit_normal(first, config.start_mean), logit_normal(second, config.end_mean)])

@@ -47,6 +47,7 @@ class FewStepsTask(TunedTask):
         scale = sampling["default_guidance"] if baked.scale is None else baked.scale
         interval = baked.interval or sampling.get("default_interval", (0.0, 1.0))
         self.guidance = Guidance(scale, 0.0, *interval)
+        self.teacher_steps = config.teacher_steps or sampling["default_steps"]
         network = super().make_network()
         end_blocks = 0
         if config.method == "meanflow":
@@ -62,16 +63,15 @@ class FewStepsTask(TunedTask):
     def make_objective(self, network: ModelMixin, pictures: CaptionedPictures) -> nn.Module:
         null = self.null_tokens, self.null_mask
         if self.config.method == "meanflow":
-            return MeanFlowObjective(
-                network, self.teacher, null, self.guidance, self.config.meanflow, self.few_steps.end_blocks
-            )
+            config, end_blocks = self.config.meanflow, self.few_steps.end_blocks
+            return MeanFlowObjective(network, self.teacher, null, self.guidance, config, end_blocks, self.teacher_steps)
         key = {
             "noise_predictor": self.start.hash,
             "data": pictures.fingerprint,
             "captions": self.config.captions_per_picture,
             "seed": self.config.train.seed,
             "guidance": str(self.guidance),
-            "steps": self.config.reflow.teacher_steps,
+            "steps": self.teacher_steps,
         }
         title = f"pairs of noise and what the noise predictor makes of it, {pictures.name}"
         folder, dtype = self.run / "cache" / "pairs", self.config.cache_dtype
@@ -137,9 +137,10 @@ class FewStepsTask(TunedTask):
         """Noise (n, C, h, w) => latents, in `number` unguided evaluations, or (None) as the teacher is sampled."""
         sampling, process, device = self.start.contract["sampling"], self.process, process_device()
         name = sampling.get("sampler") or samplers.default(process)
-        steps = self.config.reflow.teacher_steps or sampling["default_steps"]
         if number is None:
-            run = SamplingRun(network, samplers.build(name, process), process, self.guidance, steps, device)
+            run = SamplingRun(
+                network, samplers.build(name, process), process, self.guidance, self.teacher_steps, device
+            )
         else:
             scheduler, unguided = samplers.build(SAMPLER, process), Guidance(1.0)
             run = SamplingRun(network, scheduler, process, unguided, number, device, few_steps=self.few_steps)
