@@ -107,7 +107,8 @@ def mean_flow_target(
         shape = (-1, *[1] * (noised.ndim - 1))
 
         def at(times: Tensor) -> Tensor:
-            return average(noised + (times - timesteps).view(shape) * velocity, times).float()
+            u = average(noised + (times - timesteps).view(shape) * velocity, times)
+            return u.to(torch.promote_types(u.dtype, torch.float32))  # of two bfloat16 the difference is noise
 
         derivative = (at(later) - at(earlier)) / (later - earlier).view(shape)
         return velocity - (timesteps - ends).view(shape) * derivative

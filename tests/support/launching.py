@@ -45,8 +45,8 @@ def launch(stage: str, run: Path, *more: str) -> int:
 
 
 def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
-    """`run`, with what `stage` stands on: stages 1 and 2 of the smoke run under a noise predictor, stage 3 too under one
-    that is tuned from it, else nothing."""
+    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor, all three under one
+    that is tuned, else nothing."""
     under = {"noise_predictor": ("autoencoder", "text_encoder"), "autoencoder": (), "text_encoder": ()}
     for name in under.get(stage, MAINS):
         shutil.copytree(smoke_run / name, run / name)

@@ -99,7 +99,7 @@ def test_other_samplers_guides_and_scales_of_a_callback_are_refused(pipeline, tu
     with pytest.raises(UserError, match="guidance_scale 2"):
         pipeline("a red circle", callback_on_step_end=guide_from_now_on)
     pipeline.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
-    with pytest.raises(UserError, match="UniPCMultistepScheduler.*its own sampler"):
+    with pytest.raises(UserError, match=r"UniPCMultistepScheduler.*its own sampler"):
         pipeline("a red circle")
 
 
