@@ -58,12 +58,13 @@ def test_an_old_checkpoint_goes_on_to_the_same_losses(flat_run):
     assert list(losses.values()) == pytest.approx(golden("noise_predictor")[18:], rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "text_encoder", "noise_predictor"])
+@pytest.mark.parametrize("stage", ["autoencoder", "text_encoder", "noise_predictor", "few_steps"])
 def test_losses_are_the_golden_ones(stage, flat_run, tmp_path):
     recipe = "autoencoder_kl" if stage == "autoencoder" else stage
-    stages = [f"--{name}={flat_run / name / 'final'}" for name in ("autoencoder", "text_encoder")]
+    stands_on = {"noise_predictor": ("autoencoder", "text_encoder")}
+    stands_on["few_steps"] = (*stands_on["noise_predictor"], "noise_predictor")
+    stages = [f"--{name}={flat_run / name / 'final'}" for name in stands_on.get(stage, ())]
     options = ["--config", str(SMOKE / f"{recipe}.yaml"), "--steps", "20", "--train.log_every", "1"]
-    more = stages if stage == "noise_predictor" else []
-    assert launch(stage, tmp_path, *options, "--log_with", "none", *more) == 0
+    assert launch(stage, tmp_path, *options, "--log_with", "none", *stages) == 0
     losses = [line["loss"] for line in lines(tmp_path / stage) if "loss" in line]
     assert losses == pytest.approx(golden(stage), rel=1e-3)

@@ -70,13 +70,17 @@ class PictureSource(Protocol):
 class Ours:
     """A `Pipeline`. `folder` is where it was saved, if it was."""
 
-    takes = frozenset({"guidance_scale", "guidance_rescale", "guidance_interval", "sampler", "autoguidance"})
+    takes: frozenset[str] = frozenset(
+        {"guidance_scale", "guidance_rescale", "guidance_interval", "sampler", "autoguidance"}
+    )
 
     def __init__(self, pipeline: Pipeline, folder: Path | None = None):
         pipeline.set_progress_bar_config(disable=True)
         for network in (pipeline.noise_predictor, pipeline.guide):
             if network is not None:
                 accelerate(network)
+        if pipeline.few_steps is not None:  # it cannot be guided, and carries its own sampler
+            self.takes = frozenset()
         config = pipeline.config
         self.pipeline, self.folder, self.resolution = pipeline, folder, config.resolution
         self.steps, self.guidance = (

@@ -23,7 +23,7 @@ from sd_mini.cpu.threads import cores, in_threads
 
 _MIN_SAMPLES = 8  # a thread: with fewer, Python's overhead is larger than the gain of a second core
 _MAX_TOKENS = 192  # of picture and prompt: beyond, diffusers' attention is faster and keeps no attention weights
-_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]  # latents, timestep, prompt, mask
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # latents, timestep, prompt, mask, end
 _STOCK_MODULES = {
     PRXTransformer2DModel, stock.PRXBlock, stock.PRXAttention, stock.PRXEmbedND, stock.MLPEmbedder, stock.Modulation,
     stock.FinalLayer, RMSNorm, nn.LayerNorm, nn.Linear, nn.SiLU, nn.GELU, nn.Dropout, nn.ModuleList, nn.Sequential,
@@ -43,6 +43,26 @@ def accelerate(network: nn.Module) -> str | None:
         # a partial, as a function bound to an instance of another class cannot be pickled
         network.forward = partial(_forward, cast(PRXTransformer2DModel, network))
     return reason
+
+
+def flow_map(
+    network: nn.Module,
+    latents: Tensor,
+    timestep: Tensor,
+    prompt: Tensor,
+    mask: Tensor | None,
+    end: Tensor,
+    end_blocks: int,
+) -> Tensor | None:
+    """The accelerated network's output where its last `end_blocks` blocks and final layer read the times `end` (B,)
+    instead of `timestep` (B,); None where the kernels do not cover this call."""
+    if "forward" not in vars(network) or torch.compiler.is_compiling() or end.shape != timestep.shape:
+        return None
+    accelerated = cast(PRXTransformer2DModel, network)
+    library = _library(accelerated, latents, timestep, prompt, mask)
+    if library is None:
+        return None
+    return _run(accelerated, library, latents, timestep, prompt, mask, end, end_blocks)
 
 
 def stock_copy(network: ModelMixin) -> ModelMixin:
@@ -134,6 +154,8 @@ def _run(
     timestep: Tensor,
     prompt: Tensor,
     mask: Tensor | None,
+    end: Tensor | None = None,
+    end_blocks: int = 0,
 ) -> Tensor:
     config: Any = network.config
     half, needs_grad = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
@@ -142,12 +164,12 @@ def _run(
     rotation = torch.view_as_complex(network.pe_embedder(ids)[0, 0, ..., 0].contiguous())
 
     def run_part(
-        w: prx.Weights, latents: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor | None
+        w: prx.Weights, latents: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor | None, end: Tensor | None
     ) -> tuple[Tensor, Callable[[Tensor], prx.Weights] | None]:
         kernels = Kernels(library, half, config.num_heads, rotation, mask)
-        return prx.forward(w, config, kernels, latents, timestep, prompt, mask, needs_grad)
+        return prx.forward(w, config, kernels, latents, timestep, prompt, mask, needs_grad, end, end_blocks)
 
-    inputs = latents, timestep, prompt, None if mask is None else mask.bool()
+    inputs = latents, timestep, prompt, None if mask is None else mask.bool(), end
     names, weights = zip(*network.named_parameters(), strict=True)
     with torch.autocast("cpu", enabled=False):
         if needs_grad:

@@ -30,10 +30,13 @@ def forward(
     prompt: Tensor,
     mask: Tensor | None,
     needs_grad: bool = True,
+    ends: Tensor | None = None,
+    end_blocks: int = 0,
 ) -> tuple[Tensor, Callable[[Tensor], Weights] | None]:
     """latents (n, C, h, w), timesteps (n,), prompt (n, T, E), mask (n, T) bool => the network's output (n, C, h, w),
     and with `needs_grad` the function from its gradient to those of all weights, to be called once.
 
+    With `ends` (n,) the last `end_blocks` blocks and the final layer read these times instead (Decoupled MeanFlow).
     With bfloat16 kernels the blocks' products of tokens are bfloat16; the residual stream, time embedding, first and
     last layer stay float32.
     """
@@ -44,24 +47,33 @@ def forward(
     # prompt tokens of padding are left out of all products
     text, text_back = _linear(w, "txt_in", prompt.flatten(0, 1) if mask is None else prompt[mask])
     time, time_back = _time_embedding(w, config, timesteps)
+    end, end_back = (time, None) if ends is None else _time_embedding(w, config, ends)
+    first_at_end = config["depth"] - end_blocks
     block_backs = []
     for number in range(config["depth"]):
-        x, block_back = _block(w, f"blocks.{number}", kernels, x, text, time)
+        at = time if number < first_at_end else end
+        x, block_back = _block(w, f"blocks.{number}", kernels, x, text, at)
         if needs_grad:
             block_backs.append(block_back)
         del block_back  # without gradients its activations are freed here
-    out, last_back = _final_layer(w, kernels, x, time)
+    out, last_back = _final_layer(w, kernels, x, end)
     output = _unpatchify(out, patch, latents.shape)
     if not needs_grad:
         return output, None
 
     def back(doutput: Tensor) -> Weights:
         grads: Weights = {}
-        dx, dtime = last_back(grads, _patchify(doutput, patch))
+        dx, dend = last_back(grads, _patchify(doutput, patch))
+        dtime = dend if end_back is None else torch.zeros_like(dend)
         dtext = torch.zeros_like(text)
         while block_backs:
-            dx = block_backs.pop()(grads, dx, dtext, dtime)
+            number = len(block_backs) - 1
+            dx = block_backs.pop()(grads, dx, dtext, dtime if number < first_at_end else dend)
         time_back(grads, dtime)
+        if end_back is not None:
+            end_back(of_ends := {}, dend)
+            for name, grad in of_ends.items():
+                grads[name] += grad
         in_back(grads, dx, to_input=False)
         text_back(grads, dtext, to_input=False)
         return grads

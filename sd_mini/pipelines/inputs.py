@@ -75,6 +75,10 @@ class Request:
         if self.latents is not None:
             check_latents(self.latents, shape)
         self._check_autoguidance()
+        if (few_steps := self.pipeline.few_steps) is not None:
+            is_negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
+            few_steps.check_steps(self.num_inference_steps)
+            few_steps.check_guidance(self.guidance.scale, negative_prompt=is_negative, autoguidance=self.autoguidance)
         if self.output_type not in OUTPUT_TYPES:
             check_choice("output_type", self.output_type, OUTPUT_TYPES)
         known = self.pipeline._callback_tensor_inputs

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sd_mini import lora
 from sd_mini.autoencoder.model import Autoencoder
-from sd_mini.config import check_choice
+from sd_mini.config import check, check_choice
 from sd_mini.cpu import accelerate
+from sd_mini.diffusion.flow_map import check_network
 from sd_mini.diffusion.objective import Process, unwrapped
 from sd_mini.errors import UserError
 from sd_mini.files import (
@@ -31,6 +32,7 @@ from sd_mini.files import (
 from sd_mini.pipelines.adapters import Adapters
 from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
+from sd_mini.sampling.few_steps import FewSteps
 from sd_mini.stages.contract import KINDS, PREDICTORS, Stage, check_belonging, check_files, load_stage
 from sd_mini.text_encoder.adapter import TextAdapter
 from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeline_variant, snapshot, upload
@@ -48,12 +50,14 @@ class JoinedPipeline(Adapters):
     `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
     and `default_interval` are the recipe's own; `objective` says what the network predicts, which the scheduler has to
     step by; `guide` is an earlier snapshot of the network, for autoguidance; `stages` holds the hashes of the stages
-    this was joined from. Any part may be None for a pipeline of which the rest is used: its text half to encode
-    prompts, or all but that to make pictures of embeddings.
+    this was joined from; `few_steps` (fields of `FewSteps`) is of a network made for a few evaluations. Any part may be
+    None for a pipeline of which the rest is used: its text half to encode prompts, or all but that to make pictures of
+    embeddings.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
     tile: int | None = None  # latent cells, of `enable_vae_tiling`
+    _checked_scheduler: tuple[Any, dict[str, Any]] | None = None
     _optional_components: ClassVar[list[str]] = [  # ty: ignore[incompatible-attribute-override]
         "tokenizer_2",
         "text_encoder_2",
@@ -81,13 +85,15 @@ class JoinedPipeline(Adapters):
         default_interval: list[float] | tuple[float, float] = (0.0, 1.0),
         objective: dict[str, Any] | None = None,
         stages: dict[str, str] | None = None,
+        few_steps: dict[str, Any] | None = None,
     ):
         super().__init__()
         process = self.process = Process.of({"objective": objective})  # what the network was trained to predict
+        self.few_steps = None if few_steps is None else check(FewSteps, few_steps, "few_steps")
+        if self.few_steps is not None and self.few_steps.end_blocks and noise_predictor is not None:
+            check_network(noise_predictor, self.few_steps.end_blocks)
         if scheduler is not None:
-            samplers.check(scheduler, process)
-            checked: Any = scheduler
-            self._checked_scheduler = checked, dict(checked.config)
+            self.check_scheduler(scheduler)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -108,7 +114,18 @@ class JoinedPipeline(Adapters):
             default_interval=tuple(default_interval),
             objective=process.model_dump(),
             stages=dict(stages or {}),
+            few_steps=few_steps,
         )
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raises UserError, one line, for a scheduler that does not step by what the network predicts. One that was
+        checked before, and not edited since, costs nothing."""
+        now = scheduler, dict(scheduler.config)
+        if now != self._checked_scheduler:
+            samplers.check(scheduler, self.process)
+            if self.few_steps is not None:
+                self.few_steps.check_scheduler(scheduler)
+            self._checked_scheduler = now
 
     @classmethod
     def from_stages(
@@ -137,6 +154,7 @@ class JoinedPipeline(Adapters):
             **sampling,
             objective=process.model_dump(),
             stages={kind: stage.hash for kind, stage in stages.items()},
+            few_steps=predictor.contract.get("few_steps"),
         )
         if guide is not None:
             joined.add_guide(guide, {"text_encoder": text.contract, "autoencoder": vae.contract})
@@ -147,6 +165,8 @@ class JoinedPipeline(Adapters):
 
         `joined_to`: their contracts. Raises UserError if it was trained against others, or predicts something else.
         """
+        if self.few_steps is not None:
+            self.few_steps.check_guidance(1.0, guide=True)
         stage = guide if isinstance(guide, Stage) else load_stage(guide, "noise_predictor")
         check_belonging(stage.contract, **joined_to)
         if Process.of(stage.contract) != self.process:
@@ -161,7 +181,9 @@ class JoinedPipeline(Adapters):
 
         Raises UserError for one that does not fit what the network predicts.
         """
-        self.register_modules(scheduler=samplers.build(name, self.process))
+        scheduler = samplers.build(name, self.process)
+        self.check_scheduler(scheduler)
+        self.register_modules(scheduler=scheduler)
 
     def accelerate(self) -> None:
         """Make the noise predictor and the guide faster on a CPU, by C kernels for PRX, compiled here (seconds).

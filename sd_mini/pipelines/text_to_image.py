@@ -25,7 +25,6 @@ from sd_mini.pipelines.inputs import (
     one_call,
 )
 from sd_mini.pipelines.joining import JoinedPipeline
-from sd_mini.sampling import samplers
 from sd_mini.sampling.loop import Condition, Edit, Generators, SamplingRun, as_generators, draws, number
 from sd_mini.text_encoder.adapter import PromptEmbeds, TextStage
 
@@ -42,7 +41,6 @@ class Pipeline(JoinedPipeline):
 
     _interrupt, _guidance_scale, _num_timesteps = CallState(False), CallState(None), CallState(0)
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "prompt_mask"]
-    _checked_scheduler: tuple[Any, dict[str, Any]] | None = None
     _postprocess = staticmethod(VaeImageProcessor().postprocess)
 
     @property
@@ -138,10 +136,7 @@ class Pipeline(JoinedPipeline):
         batch = len(condition[0])
 
         # 2. noise => latents: one call of the network a step, guided within the interval
-        checked = self.scheduler, dict(self.scheduler.config)  # a user may exchange or edit it
-        if checked != self._checked_scheduler:
-            samplers.check(self.scheduler, self.process)
-            self._checked_scheduler = checked
+        self.check_scheduler(self.scheduler)  # a user may exchange or edit it
         run = SamplingRun(
             self.noise_predictor,
             self.scheduler,
@@ -151,6 +146,7 @@ class Pipeline(JoinedPipeline):
             self._execution_device,
             guide=self.guide if request.autoguidance else None,
             edit=self._prepare_edit(request, batch),
+            few_steps=self.few_steps,
         )
         noise = self.prepare_latents(batch, request.height, request.width, request.generator, request.latents)
         latents = run.start(noise)

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sd_mini import noise_predictor
+from sd_mini.diffusion.flow_map import predict_average
 from sd_mini.diffusion.objective import STEPS, Process
 from sd_mini.errors import UserError
+from sd_mini.sampling.few_steps import FewSteps
 
 Condition = tuple[Tensor, Tensor]  # prompt_embeds (B, L, D), prompt_mask (B, L)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -111,7 +113,8 @@ class SamplingRun:
     `guide`: an earlier snapshot of `network`, whose prediction with the prompt replaces the unconditional one
     (autoguidance, Karras et al. 2024 "Guiding a Diffusion Model with a Bad Version of Itself", eq. 3). `scheduler` is
     one that `samplers.check` has accepted; it is copied, as it keeps its place and its last predictions. `edit`: the
-    picture that is begun with; `timesteps` are then the last ones of the schedule alone.
+    picture that is begun with; `timesteps` are then the last ones of the schedule alone. `few_steps`: of a network that
+    was made for a few evaluations without guidance.
     """
 
     def __init__(
@@ -124,7 +127,9 @@ class SamplingRun:
         device: torch.device | str | None = None,
         guide: ModelMixin | None = None,
         edit: Edit | None = None,
+        few_steps: FewSteps | None = None,
     ):
+        self.few_steps = few_steps
         self.network, self.guide, self.guidance = network, guide, guidance
         self.process, self.edit = process, edit
         self.scheduler: Any = copy.deepcopy(scheduler)
@@ -150,7 +155,10 @@ class SamplingRun:
         return self.guide is None and any(self.is_guided)
 
     def set_scale(self, scale: float) -> None:
-        """Guide by another scale from the next step on. Raises UserError for one that is none."""
+        """Guide by another scale from the next step on. Raises UserError for one that is none, or that a few-step
+        network refuses."""
+        if self.few_steps is not None:
+            self.few_steps.check_guidance(scale)
         self.guidance = dataclasses.replace(self.guidance, scale=scale)
 
     def start(self, noise: Tensor) -> Tensor:
@@ -172,14 +180,14 @@ class SamplingRun:
 
         # one prediction, or two and guidance between them
         if not self.guidance.is_active(self._levels[i], self._tolerance):
-            prediction = self._predict(self.network, t, inputs, prompt)
+            prediction = self._predict(self.network, i, inputs, prompt)
         elif self.guide is not None:
-            prediction, weak = (self._predict(one, t, inputs, prompt) for one in (self.network, self.guide))
+            prediction, weak = (self._predict(one, i, inputs, prompt) for one in (self.network, self.guide))
             prediction = self.guidance.combine(prediction, weak)
         else:
             assert null is not None
             both = torch.cat([null[0], prompt[0]]), torch.cat([null[1], prompt[1]])
-            unconditional, conditional = self._predict(self.network, t, torch.cat([inputs] * 2), both).chunk(2)
+            unconditional, conditional = self._predict(self.network, i, torch.cat([inputs] * 2), both).chunk(2)
             prediction = self.guidance.combine(conditional, unconditional)
 
         latents = scheduler_step(self.scheduler, prediction, t, latents, generator)
@@ -200,10 +208,14 @@ class SamplingRun:
             return self.scheduler.scale_noise(latents, t, self._noise)
         return self.scheduler.add_noise(latents, self._noise, t)
 
-    def _predict(self, network: ModelMixin, t: Tensor, latents: Tensor, condition: Condition) -> Tensor:
-        """What the scheduler steps by, (B, C, h, w), in the latents' dtype."""
+    def _predict(self, network: ModelMixin, i: int, latents: Tensor, condition: Condition) -> Tensor:
+        """What the scheduler steps by at step `i`, (B, C, h, w), in the latents' dtype."""
         # in float32 whatever the network's dtype: bfloat16 does not tell 999 from 1000
-        timesteps = t.float().expand(len(latents))
+        timesteps = self.timesteps[i].float().expand(len(latents))
+        if self.few_steps is not None and self.few_steps.end_blocks:  # the average velocity down to the next timestep
+            ends = [*self.timesteps[1:], torch.zeros_like(self.timesteps[0])][i].float().expand(len(latents))
+            average = predict_average(network, latents, timesteps, ends, *condition, self.few_steps.end_blocks)
+            return average.to(latents.dtype)
         prediction = noise_predictor.predict(network, latents, timesteps, *condition)
         if self.process.kind == "flow_x":  # clean latents => velocity, down to the very last step
             prediction = self.process.answer(prediction, latents, timesteps / STEPS, floor=1e-4)

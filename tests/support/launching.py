@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from sd_mini.config import command
 from training.autoencoder import task as autoencoder
+from training.few_steps import task as few_steps
 from training.noise_predictor import task as noise_predictor
 from training.reward import task as reward
 from training.storage import checkpoint
@@ -25,8 +26,7 @@ from training.text_encoder import task as text_encoder
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-# stages that train a run's noise predictor further
-TUNED = {"reward": reward.main}
+PROGRAMS = MAINS | {"few_steps": few_steps.main, "reward": reward.main}  # and those tuned from stage 3
 RECIPES = {"autoencoder": "autoencoder_dc"}
 Fault = Callable[[], None]
 
@@ -42,14 +42,14 @@ def arguments(stage: str, run: Path, *more: str) -> list[str]:
 
 def launch(stage: str, run: Path, *more: str) -> int:
     """In this process; the exit code."""
-    return command((MAINS | TUNED)[stage], arguments(stage, run, *more))
+    return command(PROGRAMS[stage], arguments(stage, run, *more))
 
 
 def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
-    """`run`, with what `stage` stands on: stages 1 and 2 of the smoke run under a noise predictor, all three under one
-    that is trained further, else nothing."""
-    below = tuple(MAINS)[: {"noise_predictor": 2}.get(stage, 0)] if stage in MAINS else tuple(MAINS)
-    for name in below:
+    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor, all three under one
+    that is tuned, else nothing."""
+    under = {"noise_predictor": ("autoencoder", "text_encoder"), "autoencoder": (), "text_encoder": ()}
+    for name in under.get(stage, MAINS):
         shutil.copytree(smoke_run / name, run / name)
     return run
 
@@ -102,7 +102,7 @@ def _child(stage: str, argv: list[str], fault: Fault | None, said: Path, rank: i
     torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2
     if fault is not None:
         fault()
-    sys.exit(command((MAINS | TUNED)[stage], argv))
+    sys.exit(command(PROGRAMS[stage], argv))
 
 
 def _ranked(function: Callable, args: tuple, rank: int, ranks: int, port: int) -> None:
