@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from sd_mini.config import Config
 
-STAGES = ("autoencoder", "text_encoder", "noise_predictor", "few_steps")
+STAGES = ("autoencoder", "text_encoder", "noise_predictor", "few_steps", "reward")
 
 
 class FieldReference(NamedTuple):
