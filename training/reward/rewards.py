@@ -12,7 +12,7 @@ import torch
 
 from sd_mini import images
 from sd_mini.errors import UserError
-from sd_mini.shapes import Scene
+from sd_mini.shapes import AnyScene
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.matcher import different, embed_images, embed_texts, own_similarity
@@ -26,7 +26,7 @@ class Made:
     pictures: np.ndarray
     prompts: Sequence[str]
     each: int
-    scenes: Sequence[Scene] | None = None
+    scenes: Sequence[AnyScene] | None = None
 
 
 Reward = Callable[[Made], np.ndarray]
