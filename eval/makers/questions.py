@@ -57,7 +57,7 @@ class Question:
 
 
 def shapes_question(
-    prompts: int | None, seed: int, resolution: int, most: int | None = None, level: int = 1
+    prompts: int | None, seed: int, resolution: int, most: int | None = None, level: shapes.Level = 1
 ) -> Question:
     """The three splits training has not seen: PROMPTS each, or `prompts`; each phrasing in turn. `most`: pictures of
     the reference, REFERENCE if not given."""

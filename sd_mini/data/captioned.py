@@ -58,7 +58,7 @@ class DataConfig(Config):
     given, at most 1000, evenly spread."""
     seed: int = Field(default=0, ge=0)
     """Shapes: which scenes are drawn. Other sources do not use it."""
-    level: Literal[1, 2] = 1
+    level: shapes.Level = 1
     """Shapes: 2 has groups, chains of relations, patterns, backgrounds and overlap; see docs/benchmark.md. For other
     sources leave it out."""
     image_column: str = "image"
@@ -137,7 +137,7 @@ class ValidConfig(Config):
     if left out."""
     resolution: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=0)
-    level: Literal[1, 2] | None = None
+    level: shapes.Level | None = None
     image_column: str | None = None
     text_column: str | None = None
     aliases_column: str | None = None

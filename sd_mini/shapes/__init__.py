@@ -38,6 +38,7 @@ from sd_mini.shapes.sample import CHANGES
 from sd_mini.shapes.worlds import (
     LEVELS,
     AnyScene,
+    Level,
     caption,
     captions,
     draw,
@@ -51,6 +52,6 @@ from sd_mini.shapes.worlds import (
 __all__ = [
     "BACKGROUND", "CHANGES", "COLOURS", "COUNTS", "GAP", "HELDOUT_PAIRS", "HELDOUT_RELATIONS", "INVERSE", "KINDS",
     "LEVELS", "MARGIN", "MIN_RESOLUTION", "PHRASINGS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "SPLITS", "AnyScene",
-    "Group", "Scene", "caption", "captions", "check_scene", "draw", "draw_batch", "heldout_split", "lab", "redrawn",
-    "sample_scene", "sample_scenes", "swapped",
+    "Group", "Level", "Scene", "caption", "captions", "check_scene", "draw", "draw_batch", "heldout_split", "lab",
+    "redrawn", "sample_scene", "sample_scenes", "swapped",
 ]  # fmt: skip

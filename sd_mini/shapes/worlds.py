@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from sd_mini.shapes.sample import sample_scenes as sample_scenes_1
 from sd_mini.shapes.sample import swapped as swapped_1
 
 AnyScene = Scene1 | Scene2
+Level = Literal[1, 2]
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,15 @@ def test_shapes_are_the_world_s_own_scenes():
     assert loaded.captions == [shapes.captions(scene) for scene in scenes]
 
 
+def test_level_2_has_a_cache_and_a_name_of_its_own(tmp_path):
+    config = DataConfig(count=5, resolution=32, level=2)
+    loaded, kept = load(config), load(config, folder=tmp_path)
+    assert loaded.scenes == shapes.sample_scenes(5, level=2) and loaded.name == "shapes, level 2:train"
+    assert (
+        loaded.fingerprint == kept.fingerprint != load(DataConfig(count=5, resolution=32), folder=tmp_path).fingerprint
+    )
+
+
 def test_another_name_of_a_split_is_the_same_scenes():
     loaded = load(DataConfig(count=3, resolution=32, split="eval"))
     assert loaded.name == "shapes:test" and loaded.scenes == shapes.sample_scenes(3, "test", 0)

@@ -42,6 +42,11 @@ def test_a_scene_is_a_function_of_seed_index_and_split(scenes):
     assert sample_scenes(20, "test", 11, level=2) != scenes[:20]
 
 
+def test_no_scene_of_one_split_is_in_another():
+    layouts = [{s.layout for s in sample_scenes(2000, split, level=2)} for split in shapes.SPLITS]
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(layouts, 2))
+
+
 def test_the_mix_uses_every_word(scenes):
     kinds = Counter(scene.kind for scene in scenes)
     assert set(kinds) == set(graph.KINDS) and min(kinds.values()) > 150

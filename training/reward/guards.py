@@ -37,7 +37,7 @@ class Guards:
         with reported_as_evaluation():
             self.features = open_features(config.features)
         if valid.scenes is not None:
-            self.asked = repeated_shapes(_SCENES, valid.sizes[0].width, config.prompts)
+            self.asked = repeated_shapes(_SCENES, valid.sizes[0].width, config.prompts, valid.scenes[0].level)
         else:
             captions = [own[0] for own in valid.captions]
             asked = repeated_captions(valid.spread(min(4 * config.prompts, len(valid))), captions, valid.pictures)
@@ -67,7 +67,8 @@ class Guards:
             features = self.features(pictures)
             shares = {"vendi": within_prompts(features, self.real, asked.captions)["vendi"]}
             if asked.scenes is not None:
-                shares["layouts"] = layouts(list(map(read_picture, pictures)), asked.scenes, asked.captions)
+                read = [read_picture(picture, asked.scenes[0].level) for picture in pictures]
+                shares["layouts"] = layouts(read, asked.scenes, asked.captions)
             found |= {name: share["share"] for name, share in shares.items() if share is not None}
             found["fd"] = FeatureSet.of(features).distance(FeatureSet.of(self.real))
         least = min((found[name] for name in shares if name in found), default=1.0)

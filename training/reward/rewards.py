@@ -12,7 +12,7 @@ import torch
 
 from sd_mini import images
 from sd_mini.errors import UserError
-from sd_mini.shapes import Scene
+from sd_mini.shapes import AnyScene
 from sd_mini.stages.contract import Stage
 from sd_mini.text_encoder.adapter import TextStage
 from sd_mini.text_encoder.matcher import different, embed_images, embed_texts, own_similarity
@@ -26,7 +26,7 @@ class Made:
     pictures: np.ndarray
     prompts: Sequence[str]
     each: int
-    scenes: Sequence[Scene] | None = None
+    scenes: Sequence[AnyScene] | None = None
 
 
 Reward = Callable[[Made], np.ndarray]
@@ -109,17 +109,17 @@ def scores(rewards: Mapping[str, Reward], made: Made) -> dict[str, np.ndarray]:
     return found
 
 
-def rarity(made: Made, is_good: np.ndarray) -> np.ndarray:
-    """(N,) in [0, 1]: of a prompt's good pictures how rare each is among them; of all others 0.
+def rarity(latents: torch.Tensor, is_good: np.ndarray, each: int) -> np.ndarray:
+    """Latents (N, C, h, w), `each` of one prompt side by side => (N,) in [0, 1]: of a prompt's good pictures how rare
+    each is among them; of all others 0.
 
     One over the sum of exp(-d^2 / s^2) over the good ones, itself included: 1 of a picture unlike the others, 1 / k of
-    k alike. d^2 is the squared difference of 16 x 16 cells, s^2 its mean over the pairs of a prompt's pictures times
-    0.6.
+    k alike. d^2 is the squared distance of the standardised latents, s^2 its mean over the pairs of a prompt's pictures
+    times 0.6: two layouts lie further apart than two drawings of one.
     """
-    cells = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(made.pictures).float(), 16).flatten(1)
-    prompts = cells.unflatten(0, (-1, made.each))
+    prompts = latents.double().flatten(1).unflatten(0, (-1, each))
     squares = (prompts[:, :, None] - prompts[:, None]).square().sum(-1).numpy()  # (prompts, each, each)
-    good = is_good.reshape(-1, made.each)
+    good = is_good.reshape(-1, each)
     scale = 0.6 * float(squares.mean()) or 1.0
     alike = (np.exp(-squares / scale) * good[:, None]).sum(2)
     return np.where(good, 1 / np.maximum(alike, 1e-9), 0).reshape(-1)

@@ -77,7 +77,7 @@ class Rollouts:
             latents, embeds, mask, drawn = self._pictures(pipeline, own, noise[pictures])
             prompts = [caption for caption in own for _ in range(asked.each)]
             made = Made(drawn, prompts, asked.each, None if scenes is None else scenes[pictures])
-            parts.append((start, latents, embeds, mask, *self._scored(made)))
+            parts.append((start, latents, embeds, mask, *self._scored(made, latents)))
         parts = sorted(gather_object(parts), key=lambda part: part[0])
         latents, embeds, mask = (torch.cat([part[i] for part in parts]) for i in (1, 2, 3))
         found = {name: np.concatenate([part[4][name] for part in parts]) for name in self.rewards}
@@ -104,10 +104,10 @@ class Rollouts:
             pictures = images.to_uint8(pipeline.autoencoder.decode(latents).float().cpu()).numpy()
         return latents.float().cpu(), embeds.float().cpu(), mask.cpu(), pictures
 
-    def _scored(self, made: Made) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _scored(self, made: Made, latents: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The rewards, and how rare each good picture is among its prompt's."""
         found = scores(self.rewards, made)
-        return found, rarity(made, good(self.total(found), made.each))
+        return found, rarity(latents, good(self.total(found), made.each), made.each)
 
     def total(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
         return sum(

@@ -9,7 +9,7 @@ from sd_mini.shapes.level2.graph import PATTERNS
 from sd_mini.shapes.level2.outlines import PALE, SHAPES, coverage, darkness, opacity_moments
 
 BLURS = (0.4, 0.8, 1.2)  # px, standard deviations: nearly as drawn, and as a decoder may soften it
-FILL_ROUNDS = 6  # of filling in what is hidden; each takes most of the rest away
+FILL_ROUNDS, RELAXATION = 7, 1.7  # of filling in what is hidden
 MAX_HIDDEN = 0.35  # share of an outline; more is not an object that is seen
 MIN_MARGIN = 0.01  # soft IoU, best shape over second best; below it the shape cannot be told
 
@@ -36,10 +36,13 @@ def fit(opacity: np.ndarray, visible: np.ndarray, x_px: np.ndarray, y_px: np.nda
     other objects, its own rendering stands for what cannot be seen, again and again until that changes little.
     """
     filled = np.broadcast_to(np.where(visible, opacity, 0), (len(HYPOTHESES), *opacity.shape))
-    for _ in range(1 if visible.all() else FILL_ROUNDS):
-        x, y, radius = _placed(filled, x_px, y_px)
-        rendered = _render(x, y, radius, x_px, y_px)
-        filled = np.where(visible, opacity, rendered)
+    placed = _placed(filled, x_px, y_px)
+    rendered = _render(placed, x_px, y_px)
+    for _ in range(0 if visible.all() else FILL_ROUNDS):
+        # over-relaxed, as each round makes up for only a part of what is hidden
+        placed = placed + RELAXATION * (_placed(np.where(visible, opacity, rendered), x_px, y_px) - placed)
+        rendered = _render(placed, x_px, y_px)
+    x, y, radius = placed
     scores = np.max([_soft_iou(opacity, ndimage.gaussian_filter(rendered, (0, s, s)), visible) for s in BLURS], axis=0)
     if not visible.all():
         scores = np.where((rendered * ~visible).sum((1, 2)) <= MAX_HIDDEN * rendered.sum((1, 2)), scores, 0)
@@ -51,17 +54,18 @@ def fit(opacity: np.ndarray, visible: np.ndarray, x_px: np.ndarray, y_px: np.nda
     return Fit(shape, pattern, *centre, float(radius[best]), float(scores[best]), bool(first - second >= MIN_MARGIN))
 
 
-def _placed(filled: np.ndarray, x_px: np.ndarray, y_px: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(18, h, w) opacity => each hypothesis's centre and radius, (18,) px, that give it the same moments."""
+def _placed(filled: np.ndarray, x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
+    """(18, h, w) opacity => each hypothesis's x, y and radius, (3, 18) px, that give it the same moments."""
     total = filled.sum((1, 2))
     radius = np.sqrt(total / _MOMENTS[:, 0])
     x = filled.sum(1) @ x_px / total
     y = filled.sum(2) @ y_px / total - _MOMENTS[:, 1] * radius
-    return x, y, radius
+    return np.stack([x, y, radius])
 
 
-def _render(x: np.ndarray, y: np.ndarray, radius: np.ndarray, x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
-    """Centres and radii (18,) of the hypotheses => their opacity, (18, h, w)."""
+def _render(placed: np.ndarray, x_px: np.ndarray, y_px: np.ndarray) -> np.ndarray:
+    """x, y and radius (3, 18) of the hypotheses => their opacity, (18, h, w)."""
+    x, y, radius = placed
     dx, dy = x_px[None, None, :] - x[:, None, None], y_px[None, :, None] - y[:, None, None]
     rendered = np.empty((len(HYPOTHESES), len(y_px), len(x_px)), dtype=np.float32)
     for i, (shape, pattern) in enumerate(HYPOTHESES):

@@ -13,7 +13,7 @@ from sd_mini.shapes.level2.outlines import extent
 # lowers it, and so does a neighbour that it touches.
 MIN_IOU = {"small": 0.80, "medium": 0.82, "large": 0.86}
 MIN_IOU_PATTERNED = 0.76
-MIN_IOU_TOUCHING = 0.74
+MIN_IOU_TOUCHING = 0.70
 # radii in fractions of the side between which a size is told, with dead zones between
 SIZE_LIMITS = {"small": (0.078, 0.113), "medium": (0.117, 0.157), "large": (0.163, 0.22)}
 

@@ -60,10 +60,10 @@ def opacity_moments(shape: str, pattern: str) -> tuple[float, float]:
     offsets = (np.arange(_FINE) + 0.5) / _FINE * 2.2 - 1.1
     # coverage ramps over a pixel, so the unit is a pixel here and the radius many
     dx, dy = offsets[None, :] * _FINE / 2.2, offsets[:, None] * _FINE / 2.2
-    radius = np.float64(_FINE / 2.2)
+    radius = np.full((1, 1), _FINE / 2.2)
     weight = coverage(shape, dx, dy, radius) * (PALE + (1 - PALE) * darkness(pattern, dx, dy, radius))
     total = weight.sum()
-    return float(total / radius**2), float((weight * dy).sum() / total / radius)
+    return float(total / radius.item() ** 2), float((weight * dy).sum() / total / radius.item())
 
 
 _EXTENTS = {  # of radius 1: to the left and right, upwards, downwards
@@ -87,7 +87,7 @@ def safe_depth(shape: str, side: str) -> float:
     """How deep a straight cut from a side may go into an outline of radius 1 and take MOST_HIDDEN of its area."""
     offsets = (np.arange(_FINE) + 0.5) / _FINE * 2.2 - 1.1
     scale = _FINE / 2.2
-    covered = coverage(shape, offsets[None, :] * scale, offsets[:, None] * scale, np.float64(scale))
+    covered = coverage(shape, offsets[None, :] * scale, offsets[:, None] * scale, np.full((1, 1), scale))
     profile = covered.sum(axis=0 if side in ("left of", "right of") else 1)
     if side in ("right of", "below"):
         profile = profile[::-1]

@@ -6,7 +6,7 @@ import torch
 
 from sd_mini.diffusion.objective import Process
 from training.reward.losses import nft_losses
-from training.reward.rewards import Made, rarity
+from training.reward.rewards import rarity
 from training.reward.rollouts import drawn_order, good, optimalities
 
 
@@ -73,13 +73,12 @@ def test_which_pictures_are_kept():
 
 
 def test_rarity_is_one_over_how_many_are_alike():
-    pictures = np.zeros((5, 3, 32, 32), np.uint8)
-    pictures[3:] = 255
-    made = Made(pictures, ["a"] * 5, 5)
+    latents = torch.zeros(5, 2, 4, 4)
+    latents[3:] = 1
     far = np.exp(-1 / (0.6 * 12 / 25))  # 12 of the 25 pairs lie apart
     expected = [1 / (3 + 2 * far)] * 3 + [1 / (2 + 3 * far)] * 2
-    assert rarity(made, np.ones(5, bool)) == pytest.approx(expected)
-    assert rarity(made, np.array([True, False, False, True, False])) == pytest.approx(
+    assert rarity(latents, np.ones(5, bool), 5) == pytest.approx(expected)
+    assert rarity(latents, np.array([True, False, False, True, False]), 5) == pytest.approx(
         [1 / (1 + far), 0, 0, 1 / (1 + far), 0]
     )
 
