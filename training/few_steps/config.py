@@ -51,10 +51,10 @@ class FewStepsConfig(TunedConfig):
     method: Literal["meanflow", "reflow"] = "meanflow"
     """meanflow: the average velocity between two times (Decoupled MeanFlow); reflow: straight paths between noise and
     the pictures that the guided noise predictor makes of it"""
-    steps: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1)
-    """numbers of evaluations that the stage is made for"""
-    default_steps: int = Field(4, ge=1)
-    """the pipeline's number, one of `steps`"""
+    evaluations: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1)
+    """how many evaluations of the network a picture may take: the numbers that the stage is made for"""
+    default_evaluations: int = Field(4, ge=1)
+    """the pipeline's number, one of `evaluations`"""
     guidance: BakedGuidance = BakedGuidance()
     teacher_steps: int | None = Field(None, ge=1)
     """steps of the noise predictor's sampler where its pictures are drawn; null: its own number"""
@@ -62,8 +62,10 @@ class FewStepsConfig(TunedConfig):
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Self:
-        if any(number < 1 for number in self.steps) or len(set(self.steps)) < len(self.steps):
-            raise UserError(f"steps {list(self.steps)}: expected different whole numbers of at least 1")
-        if self.default_steps not in self.steps:
-            raise UserError(f"default_steps {self.default_steps}: expected one of steps, {list(self.steps)}")
+        if any(number < 1 for number in self.evaluations) or len(set(self.evaluations)) < len(self.evaluations):
+            raise UserError(f"evaluations {list(self.evaluations)}: expected different whole numbers of at least 1")
+        if self.default_evaluations not in self.evaluations:
+            raise UserError(
+                f"default_evaluations {self.default_evaluations}: expected one of evaluations, {list(self.evaluations)}"
+            )
         return self

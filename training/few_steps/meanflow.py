@@ -8,6 +8,7 @@ product and a learnt variance).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,9 @@ class MeanFlowObjective(nn.Module):
         noised = diffusion.flow_noise(latents, noise, timesteps)
         is_step = ends < timesteps
 
-        # Targets, without a gradient and in float32: a difference of two bfloat16 outputs would be noise.
-        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        # Targets, without a gradient; the identity's in float32, as a difference of two bfloat16 outputs is noise.
+        is_exact = self.config.target == "identity"
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False) if is_exact else nullcontext():
             target = self._velocity(noised, timesteps, prompt_embeds, prompt_mask)
             rows = is_step.nonzero()[:, 0]
             if len(rows):

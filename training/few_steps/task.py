@@ -56,7 +56,7 @@ class FewStepsTask(TunedTask):
             check_network(network, end_blocks)
         elif config.data.max_aspect > 1:
             raise UserError(f"data.max_aspect {config.data.max_aspect:g}: reflow draws its pairs at one size; 1")
-        self.few_steps = FewSteps(method=config.method, steps=config.steps, end_blocks=end_blocks)
+        self.few_steps = FewSteps(method=config.method, steps=config.evaluations, end_blocks=end_blocks)
         self.teacher = self.start.parts["noise_predictor"].requires_grad_(False).to(process_device())
         return network
 
@@ -89,14 +89,17 @@ class FewStepsTask(TunedTask):
         rows = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
         noise = batch.normal("noise", *rows["latents"].shape[1:], device=self.device)
         draws = [batch.stratified(name) for name in ("kind", "first", "second")]
-        timesteps, ends = two_times(*draws, self.config.meanflow, self.config.steps)
+        timesteps, ends = two_times(*draws, self.config.meanflow, self.config.evaluations)
         return {**rows, "noise": noise, "timesteps": timesteps, "ends": ends}
 
     def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
         """By number of evaluations, the squared error of each held-out sample's latents against those that the guided
         teacher makes of the same noise and caption, (n,) each; the default number's first."""
         valid, scores = self.valid_pictures, {}
-        order = [self.config.default_steps, *(n for n in self.config.steps if n != self.config.default_steps)]
+        order = [
+            self.config.default_evaluations,
+            *(n for n in self.config.evaluations if n != self.config.default_evaluations),
+        ]
         for number in order:
             errors = []
             for part in map(np.asarray, valid.runs(rows, 256)):
@@ -113,7 +116,7 @@ class FewStepsTask(TunedTask):
         inherited = super().facts()
         sampling = {
             **inherited["sampling"],
-            "default_steps": self.config.default_steps,
+            "default_steps": self.config.default_evaluations,
             "default_guidance": 1.0,
             "default_interval": (0.0, 1.0),
             "sampler": SAMPLER,

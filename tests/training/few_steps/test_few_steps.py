@@ -8,7 +8,7 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from sd_mini import stages
-from sd_mini.cli import main as cli
+from sd_mini.cli import commands as cli
 from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.faults import KillAt
@@ -157,8 +157,8 @@ def test_starts_that_cannot_be_used_are_refused(smoke_run, tuned_run, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "[1, 1]"], "steps [1, 1]: expected different"),
-        (["--default_steps", "8"], "default_steps 8: expected one of steps, [1, 2]"),
+        (["--evaluations", "[1, 1]"], "evaluations [1, 1]: expected different"),
+        (["--default_evaluations", "8"], "default_evaluations 8: expected one of evaluations, [1, 2]"),
         (["--guidance.interval", "[0.9, 0.5]"], "expected two noise levels"),
         (["--meanflow.end_blocks", "2"], "expected 1 to 1"),
     ],
