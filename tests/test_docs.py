@@ -1,7 +1,9 @@
 """README and docs say what the programs do: every command of the README runs, the config reference is current."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from eval.__main__ import main as evaluate
 from sd_mini.cli.commands import main as sd_mini_main
 from sd_mini.config import command
-from tests.support.launching import MAINS
+from tests.support.launching import MAINS, PROGRAMS
 from training.engine import reference
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +74,22 @@ def test_the_readme_s_commands_on_a_model(tiny_run, tmp_path, monkeypatch):
     assert (tmp_path / "shapes-64" / "pipeline.py").is_file()
 
 
+def test_the_readme_s_stages_after_stage_3(smoke_run, tmp_path):
+    """By the smoke recipes of the same names."""
+    shutil.copytree(smoke_run, run := tmp_path / "run")
+    launches = [words for words in COMMANDS if words[0] == "accelerate" and "runs/shapes" in words]
+    assert len(launches) == 2
+    for words in launches:
+        stage = words[words.index("-m") + 1].removeprefix("training.")
+        config = ROOT / words[words.index("--config") + 1].replace("/shapes/", "/smoke/")
+        assert command(PROGRAMS[stage], ["--config", str(config), "--run", str(run), "--steps", "2"]) == 0
+    (export,) = [words for words in COMMANDS if "--predictor" in words]
+    assert sd_mini_main([*export[1:2], str(run), *export[3:]]) in (0, None)
+    index = json.loads((run / "pipeline" / "model_index.json").read_text())
+    tuned = json.loads((run / "reward" / "final" / "stage.json").read_text())
+    assert index["stages"]["noise_predictor"] == tuned["hash"]
+
+
 def test_the_readme_s_way_from_pictures_to_a_report(tmp_path, monkeypatch):
     """The very commands, with one update a stage."""
     draw, folder = np.random.default_rng(0), tmp_path / "PICTURES"
@@ -87,13 +105,15 @@ def test_the_readme_s_way_from_pictures_to_a_report(tmp_path, monkeypatch):
     assert sd_mini_main(survey[1:]) in (0, None) and (tmp_path / "sheet.png").is_file()
     (init,) = [words for words in ours if words[:2] == ["sd-mini", "init"]]
     assert sd_mini_main(init[1:]) in (0, None) and len(list((tmp_path / "mine").iterdir())) == 4
-    launches = [words for words in ours if words[0] == "accelerate" and "..." not in words]
+    launches = [
+        words for words in ours if words[0] == "accelerate" and "..." not in words and "runs/shapes" not in words
+    ]
     assert len(launches) == 3
     for words in launches:
         stage = words[words.index("-m") + 1].removeprefix("training.")
         few = [word for pair in re.findall(r"(--\S+ \S+)", FEW) for word in pair.split()]
         assert command(MAINS[stage], [*words[words.index("-m") + 2 :], *few]) == 0
-    (export,) = [words for words in ours if words[:2] == ["sd-mini", "export"]]
+    (export,) = [words for words in ours if words[:3] == ["sd-mini", "export", "runs/mine"]]
     assert sd_mini_main(export[1:]) in (0, None)
     (report,) = [words for words in ours if words[:3] == ["python", "-m", "eval"]]
     assert command(evaluate, report[3:]) == 0

@@ -114,12 +114,14 @@ def rarity(latents: torch.Tensor, is_good: np.ndarray, each: int) -> np.ndarray:
     each is among them; of all others 0.
 
     One over the sum of exp(-d^2 / s^2) over the good ones, itself included: 1 of a picture unlike the others, 1 / k of
-    k alike. d^2 is the squared distance of the standardised latents, s^2 its mean over the pairs of a prompt's pictures
-    times 0.6: two layouts lie further apart than two drawings of one.
+    k alike. d^2 is the squared distance of the latents' 4 x 4 cells, which tell where things are; s^2 is its mean over
+    the pairs of that prompt's pictures times 0.6. One s^2 for all prompts would tell the layouts of large dark objects
+    apart and those of small light ones not at all.
     """
-    prompts = latents.double().flatten(1).unflatten(0, (-1, each))
+    cells = torch.nn.functional.adaptive_avg_pool2d(latents.double(), 4).flatten(1)
+    prompts = cells.unflatten(0, (-1, each))
     squares = (prompts[:, :, None] - prompts[:, None]).square().sum(-1).numpy()  # (prompts, each, each)
     good = is_good.reshape(-1, each)
-    scale = 0.6 * float(squares.mean()) or 1.0
-    alike = (np.exp(-squares / scale) * good[:, None]).sum(2)
+    scale = 0.6 * squares.mean((1, 2), keepdims=True)
+    alike = (np.exp(-squares / np.maximum(scale, 1e-12)) * good[:, None]).sum(2)
     return np.where(good, 1 / np.maximum(alike, 1e-9), 0).reshape(-1)
