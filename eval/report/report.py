@@ -159,7 +159,8 @@ def table(report: dict[str, Any]) -> str:
     if splits:
         lines.append("exact % [95 % interval] of n, ceiling %")
         lines.append(f"{'':13}" + "".join(f"{split:>32}" for split in splits))
-    for category in CATEGORIES if splits else ():
+    present = {category for scores in splits.values() for category in scores}
+    for category in (category for category in CATEGORIES if category in present):
         cells = [
             _cell(scores.get(category), report.get("ceiling", {}).get(split, {}).get(category))
             for split, scores in splits.items()

@@ -14,11 +14,13 @@ from sd_mini.errors import UserError
 from sd_mini.shapes.graph import COLOURS, INVERSE, PLACES, RELATIONS, SPLITS
 from sd_mini.shapes.level2.graph import (
     COUNTS,
+    GROUPS,
     HELDOUT_PAIRS,
     HELDOUT_RELATIONS,
     KIND_SIZES,
     KINDS,
     MOST_OBJECTS,
+    PATTERNS,
     RELATED,
     TONES,
     Background,
@@ -40,7 +42,7 @@ _STREAM = 16  # the first of level 2's streams, one a split; level 1's are below
 _REDRAWN_STREAM = 24
 _COLOURS, _PLACES, _TONES = tuple(COLOURS), tuple(PLACES), tuple(TONES)
 _UNSEEN_PAIRS, _UNSEEN_RELATIONS = sorted(HELDOUT_PAIRS), sorted(HELDOUT_RELATIONS)  # of a set's order nothing is sure
-_PATTERN_WEIGHTS = (2, 1, 1)  # of PATTERNS
+_PATTERN_DRAWS = ("plain", *PATTERNS)  # half of what may have a pattern is plain
 _BACKGROUND_DRAWS = ("plain", "plain", "gradient", "noisy")
 
 
@@ -63,7 +65,7 @@ def sample_scenes(
 
 
 def _scene(kind: str, split: str, draws: Draws) -> Scene:
-    number = {"one_object": 1, "two_objects": 2, "chain": 3}.get(kind) or draws.pick((2, 3))
+    number = {"one_object": 1, "two_objects": 2, "chain": 3}.get(kind) or draws.pick(GROUPS)
     shapes, colours = [draws.pick(SHAPES) for _ in range(number)], [""] * number
     if split == "heldout_pairs":
         i = draws.below(number)
@@ -78,7 +80,7 @@ def _scene(kind: str, split: str, draws: Draws) -> Scene:
     groups = []
     for shape, colour, count in zip(shapes, colours, counts, strict=True):
         size = draws.pick(KIND_SIZES[kind])
-        pattern = _weighted(patterns_of(size), _PATTERN_WEIGHTS, draws)
+        pattern = draws.pick([one for one in _PATTERN_DRAWS if one in patterns_of(size)])
         place = draws.pick(_PLACES) if kind == "one_object" else None
         groups.append(Group(shape, colour, size, pattern, count, place))
     return arranged(kind, tuple(groups), relations, draws)
@@ -138,12 +140,6 @@ def _filled(colours: list[str], shapes: list[str], draws: Draws) -> list[str]:
 @lru_cache
 def _counts(number: int) -> tuple[tuple[int, ...], ...]:
     return tuple(c for c in product(COUNTS, repeat=number) if number < sum(c) <= MOST_OBJECTS)
-
-
-def _weighted(options: Sequence[str], weights: Sequence[float], draws: Draws) -> str:
-    weights = weights[: len(options)]
-    u = draws.between(0, math.fsum(weights))
-    return options[int(np.searchsorted(np.cumsum(weights), u, side="right"))] if len(options) > 1 else options[0]
 
 
 def _background(draws: Draws) -> Background:

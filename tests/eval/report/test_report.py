@@ -100,6 +100,7 @@ def test_report_has_every_field_and_no_other(report, tiny_run):
         "prompts": dict.fromkeys(SPLITS, PROMPTS_ASKED),
         "several_of_each": f"{8 * PROMPTS_ASKED} pictures of {PROMPTS_ASKED} prompts",
         "generator_seed": "the picture's index within its split",
+        "level": 1,
         "scene_seed": 1000 + SEED,
         "phrasing": "the index modulo their number",
         "steps": STEPS,
