@@ -47,6 +47,8 @@ def _read_object(pixels: np.ndarray, background: np.ndarray, region: Region, cla
         opacity = _opacity(pixels[box], background[box], _RGB[region.colour]) * support
     # where two objects touch, a pixel is a mixture of both
     visible = ~(ndimage.binary_dilation(hidden, _BLOCK) if hidden.any() else hidden)
+    if (opacity * visible).sum() < 1:  # nothing of it can be seen on its own: its pixels are all that is known
+        opacity, visible = own.astype(np.float64), np.ones_like(own)
     height, width = opacity.shape
     x_px, y_px = np.arange(width) + box[1].start + 0.5, np.arange(height) + box[0].start + 0.5
     best = fit(opacity.astype(np.float32), visible, x_px.astype(np.float32), y_px.astype(np.float32))

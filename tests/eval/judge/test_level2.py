@@ -158,3 +158,13 @@ def test_every_category_is_summarised(pictures, scenes):
     summary = summarise(judge(picture, scene) for picture, scene in zip(pictures[::4], scenes[::4], strict=True))
     assert list(summary) == [category for category in CATEGORIES if category != "count"]
     assert Counter(len(row) for row in summary.values()) == {6: len(summary)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_object_between_others_that_cannot_be_seen_alone_is_read_without_a_warning():
+    """Thin stripes of two colours side by side: every pixel of the one is next to one of the other."""
+    picture = np.full((3, 64, 64), 245, dtype=np.uint8)
+    for i, column in enumerate(range(20, 44, 3)):
+        picture[:, 20:44, column : column + 3] = np.array(COLOURS["red" if i % 2 else "blue"])[:, None, None]
+    read = read_picture(picture, 2)
+    assert all(np.isfinite([one.x, one.y]).all() for one in read)
