@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN ?= runs/shapes
 RECIPE ?= training/configs/shapes
+# a recipe that has one trains stage 3 on by rewards
+REWARD := $(wildcard $(RECIPE)/reward.yaml)
 BIN := .venv/bin
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,7 +25,8 @@ demo: $(READY)
 	  training.autoencoder --config $(RECIPE)/autoencoder.yaml --run $(RUN) -- \
 	  training.text_encoder --config $(RECIPE)/text_encoder.yaml --run $(RUN) -- \
 	  training.noise_predictor --config $(RECIPE)/noise_predictor.yaml --run $(RUN) -- \
-	  sd_mini export $(RUN) -- \
+	  $(if $(REWARD),training.reward --config $(REWARD) --run $(RUN) --) \
+	  sd_mini export $(RUN) $(if $(REWARD),--predictor reward) -- \
 	  eval $(RUN)/pipeline --data shapes --out $(RUN)/report
 
 # a test file a process, as many as JOBS at once

@@ -114,8 +114,10 @@ class RewardTask(TunedTask):
             return self.guards.scores(pipeline)
 
     def facts(self) -> dict[str, Any]:
-        config = self.config
-        return {**super().facts(), "reward": {"method": config.method, "rewards": config.rewards}}
+        config, facts = self.config, super().facts()
+        if config.guidance is not None:
+            facts["sampling"] = {**facts.get("sampling", {}), "default_guidance": config.guidance}
+        return {**facts, "reward": {"method": config.method, "rewards": config.rewards}}
 
     def exported(self, objective: RewardObjective) -> Any:
         network = NetworkConfig(pretrained=str(self.start.folder), lora=self.config.lora)

@@ -29,7 +29,8 @@ def test_what_is_exported_joins_and_says_what_it_was_tuned_by(straight):
     )
     assert tuned["tuned_from"] == start["hash"] != tuned["hash"]
     assert tuned["reward"] == {"method": "nft", "rewards": {"matcher": 1.0, "novelty": 0.5}}
-    assert tuned["objective"] == start["objective"] and tuned["sampling"] == start["sampling"]
+    assert tuned["objective"] == start["objective"]
+    assert tuned["sampling"] == {**start["sampling"], "default_guidance": 1.5}
     assert tuned["parameters"] == start["parameters"]
     pipeline = Pipeline.from_run(straight, "reward")
     assert pipeline.config.stages["noise_predictor"] == tuned["hash"]
