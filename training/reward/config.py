@@ -93,8 +93,8 @@ class RewardConfig(TunedConfig):
     """nft: the old policy's decay, of round r min(follow * r, follow_most): how slowly it follows"""
     follow_most: float = Field(0.8, ge=0, lt=1)
     guidance: float | None = Field(None, ge=0)
-    """guidance scale of the exported noise predictor, and of the guards' pictures; null: as before. Trained by rewards it
-    needs less, and less leaves more diversity"""
+    """guidance scale of the exported noise predictor, and of the guards' pictures; null: the start's. Trained by
+    rewards it needs less, and less leaves more diversity"""
     lora: LoraConfig = LoraConfig()
     """rank 0 trains all weights"""
 
