@@ -252,6 +252,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def forget_origins(folder: Path) -> None:
+    """Drop from the configs in `folder` the path that diffusers loaded each model from, which it records."""
+    for path in folder.rglob("*.json"):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(fields, dict) and fields.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def combined_hash(values: Any) -> str:
     """One SHA-256 for any JSON-able value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -152,14 +152,14 @@ def _shapes_folder(data: DataConfig, prompts: list[str], seed: int, most: int | 
             f"{len(unknown)} of {len(different)} prompts are not those of shapes, level {data.level}, seed {seed}, "
             f"such as {shown(unknown[0])}; expected prompts that `python -m eval.prompts` writes, or none of them"
         )
-    splits = []
+    splits, is_repeated = [], bool(several_of_each(prompts))
     for asked in whole.splits:
         rows = [row for row, prompt in enumerate(prompts) if places[prompt][0] is asked]
         if rows:
             numbers = [places[prompts[row]][1] for row in rows]
             assert asked.pictures is not None and asked.scenes is not None  # of shapes
             # a prompt's one true picture, several times, would not be as various as real pictures are
-            pictures = asked.pictures[numbers] if len(different) == len(prompts) else None
+            pictures = asked.pictures[numbers] if not is_repeated else None
             scenes = [asked.scenes[number] for number in numbers]
             splits.append(PromptSet(asked.split, [prompts[row] for row in rows], pictures, scenes, rows))
     several = [prompts[row] for row in several_of_each(prompts)]

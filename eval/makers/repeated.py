@@ -18,6 +18,7 @@ _KINDS = {  # of the shapes' scenes, in turn, by level
     2: ("groups", "one_object", "chain", "two_objects"),
 }
 _MOST_ROWS = 100_000  # of other data, among which pictures of the same or the nearest captions are looked for
+_FEWEST = 4  # pictures of one prompt in a folder
 _SEED = 700_000_000  # added to the scenes' seed, for the drawings of the same captions
 
 
@@ -67,8 +68,11 @@ def repeated_captions(rows: Iterable[int], captions: Sequence[str], pictures: Pi
     return of_captions([caption for caption in asked for _ in range(EACH)], captions, pictures)
 
 
-def of_captions(asked: list[str], captions: Sequence[str], pictures: Pictures) -> Repeated:
-    """`asked`, side by side where they repeat, beside the pictures of the nearest of the first `captions`."""
+def of_captions(asked: list[str], captions: Sequence[str], pictures: Pictures) -> Repeated | None:
+    """`asked`, side by side where they repeat, beside the pictures of the nearest of the first `captions`. None where
+    there are fewer than one prompt has pictures."""
+    if len(captions) < max(Counter(asked).values()):
+        return None
     words = [set(caption.lower().split()) for caption in captions[:_MOST_ROWS]]
     chosen, is_same = [], True
     for caption, count in Counter(asked).items():
@@ -83,9 +87,10 @@ def of_captions(asked: list[str], captions: Sequence[str], pictures: Pictures) -
 
 
 def several_of_each(prompts: Sequence[str]) -> list[int]:
-    """Which pictures of a folder are compared with each other: of each prompt that has at least two, the first EACH,
-    side by side."""
+    """Which pictures of a folder are compared with each other: of each of the first prompts that have at least _FEWEST,
+    as two scenes may have one caption by chance, the first EACH, side by side; of PROMPTS prompts at most."""
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)
-    return [row for own in rows.values() if len(own) > 1 for row in own[:EACH]]
+    several = [own[:EACH] for own in rows.values() if len(own) >= _FEWEST]
+    return [row for own in several[:PROMPTS] for row in own]

@@ -134,7 +134,7 @@ def measure_repeated(sample: Sample, repeated: Repeated, pictures: np.ndarray) -
     for extractor in sample.tools.networks:
         found = within_prompts(extractor(pictures), extractor(repeated.real), repeated.captions)
         if found["vendi"] is None:
-            sample.remarks.append("diversity left out: the real pictures of each prompt are one and the same")
+            sample.remarks.append("diversity left out: most real pictures of a prompt are one and the same")
         else:
             part[extractor.name] = found
     if repeated.scenes is not None:

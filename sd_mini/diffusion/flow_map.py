@@ -100,7 +100,7 @@ def mean_flow_target(
     `average`: latents (B, C, h, w) and times (B,) => u to the fixed ends; `noised` x_t at `timesteps` t (B,) in [0, 1],
     `ends` r (B,), `velocity` v (B, C, h, w). The derivative is a central difference over t +- epsilon (TiM, Wang et al.
     2025, arXiv 2509.04394, sec. 3.3), which any attention kernel allows and which costs two forward passes; at
-    t = 1 it is the one-sided difference over the same distance.
+    t = 1 it is the one-sided difference over half of it.
     """
     with torch.no_grad():
         later, earlier = (timesteps + epsilon).clamp(max=1), (timesteps - epsilon).clamp(min=0)

@@ -118,14 +118,11 @@ class JoinedPipeline(Adapters):
         )
 
     def check_scheduler(self, scheduler: Any) -> None:
-        """Raises UserError, one line, for a scheduler that does not step by what the network predicts. One that was
-        checked before, and not edited since, costs nothing."""
-        now = scheduler, dict(scheduler.config)
-        if now != self._checked_scheduler:
-            samplers.check(scheduler, self.process)
-            if self.few_steps is not None:
-                self.few_steps.check_scheduler(scheduler)
-            self._checked_scheduler = now
+        """Raises UserError, one line, for a scheduler that does not step by what the network predicts."""
+        samplers.check(scheduler, self.process)
+        if self.few_steps is not None:
+            self.few_steps.check_scheduler(scheduler)
+        self._checked_scheduler = scheduler, dict(scheduler.config)
 
     @classmethod
     def from_stages(

@@ -18,7 +18,16 @@ from typing import Any
 import yaml
 
 import sd_mini
-from sd_mini.files import MANIFEST, PIPELINE_MARK, atomic_folder, file_hash, read_json, written, written_to
+from sd_mini.files import (
+    MANIFEST,
+    PIPELINE_MARK,
+    atomic_folder,
+    file_hash,
+    forget_origins,
+    read_json,
+    written,
+    written_to,
+)
 from sd_mini.pipelines.joining import JoinedPipeline
 from sd_mini.weights import COMPONENT_FILE, LIBRARIES, upload
 
@@ -90,10 +99,7 @@ def write(pipeline: JoinedPipeline, folder: Path, run: Path | None = None, licen
     """
     with written_to(folder), atomic_folder(folder, keep=True) as partial:
         pipeline.save_pretrained(partial)
-        for path in partial.rglob("*.json"):  # diffusers records whence it loaded a component
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(fields, dict) and fields.pop("_name_or_path", None) is not None:
-                path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        forget_origins(partial)
         _name_code(partial)
         recipes = _recipes(run) if run is not None else {}
         for stage, text in recipes.items():

@@ -136,7 +136,8 @@ class Pipeline(JoinedPipeline):
         batch = len(condition[0])
 
         # 2. noise => latents: one call of the network a step, guided within the interval
-        self.check_scheduler(self.scheduler)  # a user may exchange or edit it
+        if (self.scheduler, dict(self.scheduler.config)) != self._checked_scheduler:  # a user may exchange or edit it
+            self.check_scheduler(self.scheduler)
         run = SamplingRun(
             self.noise_predictor,
             self.scheduler,

@@ -20,6 +20,7 @@ from sd_mini.files import (
     combined_hash,
     file_hash,
     file_hashes,
+    forget_origins,
     written_to,
 )
 
@@ -85,6 +86,7 @@ def export(folder: Path, kind: str, parts: dict[str, Any], contract: dict[str, A
     with written_to(folder), atomic_folder(folder, keep=True) as partial:
         for name, part in parts.items():
             part.save_pretrained(partial / name)
+        forget_origins(partial)  # else a stage's hash would depend on the folder of what it was tuned from
         files = file_hashes(partial, CONTRACT)
         versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
         full = {"kind": kind, "hash": combined_hash(files), "files": files, "versions": versions, **contract}

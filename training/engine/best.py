@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,29 @@ class BestKeeper:
         best = self.best()
         return self.patience is not None and best is not None and best.looks_since >= self.patience
 
+    def check(self) -> None:
+        """At a resume. Raises UserError where the weights of the best look so far were not kept."""
+        best, facts = self.best(), read_json(self.folder / "best" / _FACTS)
+        if best is not None and (facts is None or facts["step"] < best.step):
+            raise UserError(
+                f"train.keep_best {self.wish}: the best look so far is of step {best.step}, whose weights were not "
+                "kept; leave it out, or start another --run"
+            )
+
     def look(self, step: int, scores: dict[str, float], objective: nn.Module) -> None:
-        """After the scores of `step` have been logged: keep these weights if they are the best. Raises UserError where
-        no score goes by that name."""
+        """Before the scores of `step` are logged: keep these weights if they are the best. Killed in between, the look
+        is made again. Raises UserError where no score goes by that name, and for one that is not finite."""
         if self.name not in scores:
             raise UserError(f"train.keep_best {self.wish}: no such score; there are {', '.join(scores)}")
+        value = scores[self.name]
+        if not math.isfinite(value):
+            raise UserError(f"train.keep_best {self.wish}: is {value} at step {step}, so the best cannot be told")
         best = self.best()
-        if best is None or best.step != step:
+        if best is not None and self.sign * value <= self.sign * best.value:
             return
         with atomic_folder(self.folder / "best") as partial:
             save_file({k: v.contiguous().cpu() for k, v in objective.state_dict().items()}, partial / _WEIGHTS)
-            facts = {"step": step, "score": self.name, "value": best.value}
+            facts = {"step": step, "score": self.name, "value": value}
             (partial / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def put(self, objective: nn.Module) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Inspection:
 
     def run_missing(self, step: int) -> None:
         """After a resume: what an interruption between the checkpoint of `step` and its inspection left undone."""
+        if self.keeper is not None:
+            self.keeper.check()
         self.scores = self.watch.scores(step)
         present = (self.scores, self.watch.has_picture(step), self.watch.scores(step, EVALUATION))
         missing = torch.tensor([not result for result in present], device=self.accelerator.device)
@@ -126,10 +128,10 @@ class Inspection:
         wait_for_everyone()
 
     def _record(self, step: int, scores: dict[str, float], kind: str, objective: nn.Module) -> None:
-        """Log the scores; keep the weights where they are the best."""
-        self.watch.write_scores(step, scores, kind)
+        """Keep the weights where they are the best; log the scores."""
         if self.keeper is not None and kind in self.keeper.name and self.accelerator.is_main_process:
             self.keeper.look(step, {kind + name: value for name, value in scores.items()}, objective)
+        self.watch.write_scores(step, scores, kind)
 
     @property
     def is_over(self) -> bool:
@@ -144,8 +146,8 @@ class Inspection:
         with self.weights(step) as objective:
             if self.accelerator.is_main_process:
                 best = self.keeper.put(objective) if self.keeper is not None else None
-                scores = self.watch.scores(best["step"]) if best is not None else {}
-                record = export_record(objective, seconds, step, scores or self.scores, self.config.ema_width)
+                scores = self.watch.scores(best["step"]) if best is not None else self.scores
+                record = export_record(objective, seconds, step, scores, self.config.ema_width)
                 if best is not None:
                     record |= {"best": best, "stopped_early": step < self.config.steps}
                 self.task.export(objective, self.folder / "final", record)

@@ -24,11 +24,12 @@ from sd_mini.files import CONTRACT, atomic_text, only_writer
 from sd_mini.processes import wait_for_everyone
 from sd_mini.stages.contract import STAGES, kind_of, read_contract
 from training.distributed.processes import follow_launcher, join_processes
+from training.engine.best import BestKeeper
 from training.engine.evaluation import EvaluateConfig
 from training.engine.loop import Loop
 from training.engine.metrics import check_trackers
 from training.engine.reference import help_text
-from training.engine.task import Origin, Task
+from training.engine.task import Origin, Task, TrainConfig
 from training.storage import checkpoint
 
 C = TypeVar("C", bound=Config)
@@ -86,7 +87,7 @@ class Program(Generic[C]):
             return
         _check_folder(launched)
         exported = _exported_steps(launched.folder)
-        is_over = exported is not None and _stopped_early(launched.folder)
+        is_over = exported is not None and _is_over(launched.folder, launched.config.train)
         if exported is not None and (
             is_over or max(exported, _reached(launched.folder)) >= launched.config.train.steps
         ):
@@ -228,9 +229,9 @@ def _exported_steps(folder: Path) -> int | None:
     return read_contract(final, kind_of(folder.name)).get("steps") if (final / CONTRACT).is_file() else None
 
 
-def _stopped_early(folder: Path) -> bool:
-    """Whether the exported training ended by its patience: the same command does not go on."""
-    return read_contract(folder / "final", kind_of(folder.name)).get("stopped_early", False)
+def _is_over(folder: Path, config: TrainConfig) -> bool:
+    """Whether a training has no patience left: another look without a better one would be one too many."""
+    return config.keep_best is not None and BestKeeper(folder, config.keep_best, config.patience).is_over
 
 
 def _refuse_change(config: Config, then: dict[str, Any], reached: int, where: str, mend: str) -> None:

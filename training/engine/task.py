@@ -73,6 +73,11 @@ class TrainConfig(OptimizerConfig):
     def _best_of_a_score(self) -> Self:
         if self.keep_best is not None:
             check_wish(self.keep_best)
+            if self.ema_width is not None and self.ema_width not in WIDTHS:
+                raise UserError(
+                    f"train.ema_width {self.ema_width}: is made of snapshots at the end, and keep_best scores before; "
+                    f"give {' or '.join(map(str, WIDTHS))}"
+                )
         elif self.patience is not None:
             raise UserError(f"train.patience {self.patience}: counts looks at train.keep_best, which is not given")
         return self

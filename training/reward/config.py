@@ -64,7 +64,7 @@ class GuardConfig(Config):
 
     every: int = Field(10, ge=1)
     """rounds between two looks"""
-    prompts: int = Field(32, ge=2)
+    prompts: int = Field(32, ge=2, le=32)
     """held-out captions, 8 pictures of each"""
     judge: str | None = None
     """a second reward that is not trained for; null: none"""
@@ -112,6 +112,8 @@ class RewardConfig(TunedConfig):
         guard = self.guards.judge
         if guard is not None:
             check_reward(guard)
+            if guard == NOVELTY:
+                raise UserError("guards.judge novelty: compares pictures with each other; give one that scores each")
             if guard in self.rewards:
                 raise UserError(f"guards.judge {guard}: is trained for, so it cannot be the guard; give another one")
         if self.pictures * self.passes % self.train.batch_size:

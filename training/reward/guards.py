@@ -17,6 +17,7 @@ from training.reward.rewards import Made, Reward, scores
 
 _SCENES = 2000  # the seed of the prompts' scenes, of which neither training nor the report has any
 _BATCH = 64  # pictures at a time
+_FAR = 1e6  # below any score
 
 
 class Guards:
@@ -71,9 +72,9 @@ class Guards:
                 shares["layouts"] = layouts(read, asked.scenes, asked.captions)
             found |= {name: share["share"] for name, share in shares.items() if share is not None}
             found["fd"] = FeatureSet.of(features).distance(FeatureSet.of(self.real))
-        least = min((found[name] for name in shares if name in found), default=1.0)
-        floor = self.config.diversity
-        found["kept"] = found["score"] if least >= floor else least - floor - 1000
+        # a share that cannot be measured, such as layouts without two right pictures, is none
+        least, floor = min(found.get(name, 0.0) for name in shares), self.config.diversity
+        found["kept"] = found["score"] if least >= floor else least - floor - _FAR
         return {name: float(value) for name, value in found.items()}
 
     def _pictures(self, pipeline: Pipeline) -> np.ndarray:

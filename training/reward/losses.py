@@ -20,7 +20,7 @@ def nft_losses(answer: Tensor, old: Tensor, clean: Any, latents: Tensor, optimal
     that were drawn, and how good they are, (b,) in [0, 1] => losses (b,).
 
     The policy is the positive one of two that lie beta to either side of the old: good pictures draw that one near,
-    bad ones the other. Each error is divided by its own mean, so that it counts alike at all noise levels.
+    bad ones the other. Each squared error is divided by the mean absolute error, as in the reference implementation.
     """
     losses = []
     for sign in (1, -1):

@@ -94,7 +94,7 @@ def scores(rewards: Mapping[str, Reward], made: Made) -> dict[str, np.ndarray]:
     for name, reward in rewards.items():
         try:
             values = np.asarray(reward(made), dtype=np.float64)
-        except (TypeError, RuntimeError) as error:
+        except Exception as error:  # of code that is not ours
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"reward {name}: fails on (N, 3, R, R) uint8 pictures and their prompts: {reason}"
@@ -115,8 +115,8 @@ def rarity(latents: torch.Tensor, is_good: np.ndarray, each: int) -> np.ndarray:
 
     One over the sum of exp(-d^2 / s^2) over the good ones, itself included: 1 of a picture unlike the others, 1 / k of
     k alike. d^2 is the squared distance of the latents' 4 x 4 cells, which tell where things are; s^2 is its mean over
-    the pairs of that prompt's pictures times 0.6. One s^2 for all prompts would tell the layouts of large dark objects
-    apart and those of small light ones not at all.
+    all pairs of that prompt's pictures, each with itself among them, times 0.6. One s^2 for all prompts would tell the
+    layouts of large dark objects apart and those of small light ones not at all.
     """
     cells = torch.nn.functional.adaptive_avg_pool2d(latents.double(), 4).flatten(1)
     prompts = cells.unflatten(0, (-1, each))

@@ -62,7 +62,7 @@ class RewardTask(TunedTask):
         if PartialState().is_main_process:
             second = opened(config.guards.judge) if config.guards.judge is not None else None
             self.guards = Guards(config.guards, self.valid_pictures, rewards, config.rewards, second)
-        start = self.start.parts["noise_predictor"]
+        start = self.start.parts["noise_predictor"].to(process_device())  # which the loop moves only what is trained to
         return RewardObjective(network, copy.deepcopy(network), start, self.process, config)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:

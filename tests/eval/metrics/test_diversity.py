@@ -112,7 +112,9 @@ def test_other_data_are_compared_with_the_same_captions_or_the_nearest():
     near = of_captions(["a red cat"] * 2, captions, pictures)
     assert near.real[:, 0, 0, 0].tolist() == [0, 3] and "nearest" in near.source
     assert repeated_captions(range(6), captions, pictures) is None  # fewer than are compared
+    assert of_captions(["a dog"] * 7, captions, pictures) is None
 
 
 def test_a_folder_s_pictures_of_one_prompt_are_brought_together():
-    assert several_of_each(["a", "b", "a", "c", "b"] + ["d"] * 10) == [0, 2, 1, 4, *range(5, 13)]
+    assert several_of_each(["a", "b", "a", "a", "a", "b", "b"] + ["d"] * 10) == [0, 2, 3, 4, *range(7, 15)]
+    assert several_of_each(["a", "a", "a"]) == []  # by chance

@@ -24,7 +24,9 @@ AUGMENTED = ["--augment.mirror", "0.5", "--augment.shift", "3"]
 STEP_1, MID_EPOCH, EPOCH_END, IN_A_WINDOW = KillAt(1), KillAt(12), KillAt(16), KillAt(19, passes=2)
 
 
-@pytest.fixture(scope="module", params=PROGRAMS)
+@pytest.fixture(
+    scope="module", params=[stage for stage in PROGRAMS if stage != "reward"]
+)  # whose rounds have tests of their own
 def straight(request, smoke_run, tmp_path_factory):
     """(stage, the options, where the stage was trained in one go)."""
     stage = request.param
