@@ -77,8 +77,9 @@ def test_every_step_sees_the_same(smoke_run, tmp_path, stage):
 def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, stage):
     """Fifty steps: every loss within 1e-5, every learning rate the same."""
     more = ["--steps", "50", "--train.log_every", "1", "--train.valid_every", "25"]
-    if stage == "autoencoder":  # L1's gradient is a sign, which rounding turns over: with it 4e-4 after 35 steps
-        more += ["--loss.l1", "0", "--loss.gradient", "0", "--train.lr", "5e-4"]
+    if stage == "autoencoder":
+        # what rounding turns over grows: 4e-4 after 35 steps with L1, whose gradient is a sign, 6e-5 at a rate of 5e-4
+        more += ["--loss.l1", "0", "--loss.gradient", "0", "--train.lr", "2e-4"]
     one, two = (prepared(stage, smoke_run, tmp_path / name) for name in ("one", "two"))
     assert launch(stage, one, *more) == 0
     if stage == "noise_predictor":
