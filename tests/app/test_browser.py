@@ -188,7 +188,7 @@ def test_cancel_and_draw_again(visit):
 
 def test_two_people_and_one_who_leaves(visit):
     with visit() as one, visit() as other:
-        fill(one, Prompt="a circle", Count=64, Steps=100)  # long enough to be seen
+        fill(one, Prompt="a circle", Count=64, Width=128)  # long enough to be seen
         one.get_by_role("button", name="Generate").click()
         one.get_by_role("status").filter(has_text="Drawing").first.wait_for()
         fill(other, Prompt="a square")
