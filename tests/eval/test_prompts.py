@@ -56,15 +56,15 @@ def test_a_folder_of_level_2_is_judged_by_its_splits(tmp_path, capsys):
         for one, scene in zip(
             [p for p in benchmark if p["split"] == split], sample_scenes(6, split, 1000, level=2), strict=False
         ):
-            texts += [one["text"]] * 2
-            pictures += [draw(scene), np.full((3, 64, 64), 245, dtype=np.uint8)]  # right, and empty
+            texts += [one["text"]] * 4
+            pictures += [draw(scene), np.full((3, 64, 64), 245, dtype=np.uint8)] * 2  # right, and empty
     folder = write_folder(tmp_path / "pictures", pictures, texts)
     out = tmp_path / "report"
     given = [str(folder), "--data", "shapes", "--level", "2", "--out", str(out), "--reference", "20"]
     assert main(given) == 0, capsys.readouterr().err
     report = json.loads((out / "report.json").read_text())
     assert set(report["composition"]) == {"test", "heldout_relations"}
-    assert all(scores["all"]["exact"] == 0.5 and scores["all"]["n"] == 12 for scores in report["composition"].values())
+    assert all(scores["all"]["exact"] == 0.5 and scores["all"]["n"] == 24 for scores in report["composition"].values())
     assert report["protocol"]["level"] == 2 and report["diversity"]["mini"]["vendi"]["n_prompts"] == 12
 
 
