@@ -31,8 +31,7 @@ demo: $(READY)
 
 # a test file a process, as many as JOBS at once
 JOBS ?= 2
-# each with one thread: tests are small, and the threads of several processes would wait for each other's cores
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"
