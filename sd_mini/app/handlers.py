@@ -80,8 +80,9 @@ class Handlers:
                 else:
                     yield event, f"Drawing {of} ..." if event.is_begun else f"Waiting: others draw first ({of})"
 
-    def cancel(self, session: str) -> str:
-        return status("Cancelling ..." if self.studio.stop(session) else "Nothing is being drawn")
+    def cancel(self, session: str) -> Any:
+        """=> status, where nothing is drawn; else the drawing's own last line says it, which this could come after."""
+        return gr.skip() if self.studio.stop(session) else status("Nothing is being drawn")
 
     def dice(self) -> int:
         return random.SystemRandom().randint(0, _LAST_RANDOM)
