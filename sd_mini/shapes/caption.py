@@ -24,7 +24,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "exactly {n} {many}",
     ),
 }
-_SPOKEN = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+SPOKEN = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
@@ -43,9 +43,7 @@ def _caption(scene: Scene, template: str) -> str:
         return template.format(n=_NUMBERS[group.count], many=many)
     relation = scene.relation
     assert relation is not None  # of two objects, by check_scene
-    return template.format(
-        a=_one(group), b=_one(scene.groups[1]), rel=_SPOKEN[relation], inv=_SPOKEN[INVERSE[relation]]
-    )
+    return template.format(a=_one(group), b=_one(scene.groups[1]), rel=SPOKEN[relation], inv=SPOKEN[INVERSE[relation]])
 
 
 def _one(group: Group) -> str:

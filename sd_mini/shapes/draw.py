@@ -102,22 +102,39 @@ def _paint(pictures: np.ndarray, scenes: Sequence[Scene]) -> None:
                 _paint_alike(pictures, picture[chosen], name, colour[chosen], centre_radius[chosen], largest)
 
 
+class Patches:
+    """Squares of pixels that hold K objects of one size: offsets of their pixels from each object's centre.
+
+    centre_radius: (K, 3) px; largest: radius in fractions of the side. dx (K, 1, patch), dy (K, patch, 1), radius
+    (K, 1, 1), float32 px.
+    """
+
+    def __init__(self, centre_radius: np.ndarray, largest: float, resolution: int):
+        x, y, radius = centre_radius.T
+        self.resolution = resolution
+        self.patch = patch = min(2 * int(np.ceil(largest * resolution)) + 3, resolution)
+        self.left, self.top = (np.clip(np.floor(c).astype(int) - patch // 2, 0, resolution - patch) for c in (x, y))
+        steps = np.arange(patch)
+        # offsets are taken in float64 first, so that float32 holds them to a hundred-thousandth of a pixel
+        self.dx = (self.left[:, None] + steps + 0.5 - x[:, None]).astype(np.float32)[:, None, :]
+        self.dy = (self.top[:, None] + steps + 0.5 - y[:, None]).astype(np.float32)[:, :, None]
+        self.radius = radius.astype(np.float32)[:, None, None]
+
+    def places(self, touched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat numbers of pixels of the patches (T,) => which object each is of, and its number in the picture."""
+        k, within = np.divmod(touched, self.patch**2)
+        row, column = np.divmod(within, self.patch)
+        return k, (self.top[k] + row) * self.resolution + self.left[k] + column
+
+
 def _paint_alike(pictures, picture, shape, colour, centre_radius, largest) -> None:
     """Draw K objects of one shape; picture, colour: (K,) indices; centre_radius: (K, 3) px; largest: of the side."""
     resolution = pictures.shape[-1]
-    x, y, radius = centre_radius.T
-    patch = min(2 * int(np.ceil(largest * resolution)) + 3, resolution)
-    left, top = (np.clip(np.floor(c).astype(int) - patch // 2, 0, resolution - patch) for c in (x, y))
-    steps = np.arange(patch)
-    # offsets are taken in float64 first, so that float32 holds them to a hundred-thousandth of a pixel
-    dx = (left[:, None] + steps + 0.5 - x[:, None]).astype(np.float32)[:, None, :]
-    dy = (top[:, None] + steps + 0.5 - y[:, None]).astype(np.float32)[:, :, None]
-    alpha = coverage(shape, dx, dy, radius.astype(np.float32)[:, None, None])  # (K, patch, patch)
+    patches = Patches(centre_radius, largest, resolution)
+    alpha = coverage(shape, patches.dx, patches.dy, patches.radius)  # (K, patch, patch)
     # objects are disjoint, so each touched pixel is one object's over the background and may simply be assigned
     touched = np.flatnonzero(alpha)
-    k, within = np.divmod(touched, patch * patch)
-    row, column = np.divmod(within, patch)
-    where = (top[k] + row) * resolution + left[k] + column
+    k, where = patches.places(touched)
     weight = alpha.ravel()[touched]
     tint = (_PALETTE - _BACKGROUND)[colour[k]]  # (T, 3)
     flat = pictures.reshape(len(pictures), 3, resolution * resolution)

@@ -1,23 +1,15 @@
 """Captions of level 2: a scene graph => English in several phrasings. "medium" and "plain" are not named."""
 
+from sd_mini.shapes.caption import PHRASINGS as PHRASINGS_1
+from sd_mini.shapes.caption import SPOKEN
 from sd_mini.shapes.graph import INVERSE
 from sd_mini.shapes.level2.graph import Group, Scene
 
 # {a}, {b}, {c}: "a small striped red circle"; {rel}, {rel2}: "to the left of"; {inv}, {inv2}: their inverses;
 # {place}: "top left"; {list}: "two red circles and one blue square"; {tsil}: the same from its end
 PHRASINGS: dict[str, tuple[str, ...]] = {
-    "one_object": (
-        "{a} in the {place}",
-        "in the {place} is {a}",
-        "there is {a} in the {place}",
-        "a picture of {a} in the {place}",
-    ),
-    "two_objects": (
-        "{a} {rel} {b}",
-        "{b} {inv} {a}",
-        "{rel} {b} is {a}",
-        "there is {a} {rel} {b}",
-    ),
+    "one_object": PHRASINGS_1["one_object"],
+    "two_objects": PHRASINGS_1["two_objects"],
     "groups": (
         "{list}",
         "a drawing with {tsil}",
@@ -31,7 +23,6 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "there is {b} {rel2} {c} and {inv} {a}",
     ),
 }
-_SPOKEN = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 _NUMBERS = {1: "one", 2: "two", 3: "three"}
 _PLURALS = {"cross": "crosses"}
 
@@ -45,7 +36,7 @@ def captions(scene: Scene) -> list[str]:
     else:
         words |= dict(zip("abc", map(_one, scene.groups), strict=False)) | {"place": scene.groups[0].place}
     for number, relation in zip(("", "2"), scene.relations, strict=False):
-        words |= {f"rel{number}": _SPOKEN[relation], f"inv{number}": _SPOKEN[INVERSE[relation]]}
+        words |= {f"rel{number}": SPOKEN[relation], f"inv{number}": SPOKEN[INVERSE[relation]]}
     return [template.format(**words) for template in PHRASINGS[scene.kind]]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sd_mini.errors import UserError
-from sd_mini.shapes.draw import MIN_RESOLUTION
+from sd_mini.shapes.draw import MIN_RESOLUTION, Patches
 from sd_mini.shapes.graph import COLOURS
 from sd_mini.shapes.level2.graph import SIZES, TONES, Background, Scene
 from sd_mini.shapes.level2.outlines import PALE, coverage, darkness
@@ -88,19 +88,11 @@ def _paint_alike(canvas, indices, shape, pattern, centre_radius, largest) -> Non
     indices: (K, 2) of the picture and the colour; centre_radius: (K, 3) px; largest: radius in fractions of the side.
     """
     resolution = canvas.shape[-1]
-    x, y, radius = centre_radius.T
-    patch = min(2 * int(np.ceil(largest * resolution)) + 3, resolution)
-    left, top = (np.clip(np.floor(c).astype(int) - patch // 2, 0, resolution - patch) for c in (x, y))
-    steps = np.arange(patch)
-    dx = (left[:, None] + steps + 0.5 - x[:, None]).astype(np.float32)[:, None, :]
-    dy = (top[:, None] + steps + 0.5 - y[:, None]).astype(np.float32)[:, :, None]
-    radii = radius.astype(np.float32)[:, None, None]
-    alpha = coverage(shape, dx, dy, radii)  # (K, patch, patch)
-    dark = darkness(pattern, dx, dy, radii)
+    patches = Patches(centre_radius, largest, resolution)
+    alpha = coverage(shape, patches.dx, patches.dy, patches.radius)  # (K, patch, patch)
+    dark = darkness(pattern, patches.dx, patches.dy, patches.radius)
     touched = np.flatnonzero(alpha)
-    k, within = np.divmod(touched, patch * patch)
-    row, column = np.divmod(within, patch)
-    where = (top[k] + row) * resolution + left[k] + column
+    k, where = patches.places(touched)
     picture, colour = indices[k].T
     weight, dark = alpha.ravel()[touched], dark.ravel()[touched]
     flat = canvas.reshape(len(canvas), 3, resolution * resolution)

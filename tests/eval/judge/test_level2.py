@@ -4,12 +4,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from scipy import ndimage
 
 from eval.judge.judge import CATEGORIES, judge, read_picture, summarise
-from sd_mini.shapes import COLOURS, SPLITS, draw, draw_batch, sample_scenes, swapped
+from sd_mini.shapes import COLOURS, SPLITS, draw, draw_batch, sample_scenes
 from sd_mini.shapes.level2.graph import Background, Group, Scene
 from tests.support.independent_renderer_level2 import render
+from tests.support.judging import changes_caught, degrade, exact_share
 
 N = 240
 # what a change must show in, beside the category of the scene's kind; an exchange of shapes is seen as one of colours,
@@ -29,17 +29,6 @@ def scenes():
 @pytest.fixture(scope="module")
 def pictures(scenes):
     return draw_batch(scenes)
-
-
-def exact_share(pictures, scenes):
-    return np.mean([judge(picture, scene).exact for picture, scene in zip(pictures, scenes, strict=True)])
-
-
-def degrade(pictures, blur, noise):
-    """Gaussian blur of `blur` px, then Gaussian noise of `noise` / 255."""
-    blurred = ndimage.gaussian_filter(pictures.astype(float), (0, 0, blur, blur))
-    noisy = blurred + np.random.default_rng(0).normal(0, noise, pictures.shape)
-    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
 def test_clean_drawings_are_exact(pictures, scenes):
@@ -62,21 +51,15 @@ def test_other_resolutions_are_read(scenes, resolution):
 
 
 def test_one_change_flips_the_verdict_in_its_category(scenes):
-    flipped = right = 0
-    for i, scene in enumerate(scenes):
-        changed, name = swapped(scene, i)
-        verdict = judge(draw(changed), scene)
-        flipped += not verdict.exact
-        wrong = {category for category, value in verdict.categories.items() if not value.exact}
+    def categories(scene, name):
         expected = {scene.kind, "all", EXPECTED_CATEGORY.get(name, scene.kind)}
         if scene.kind != "one_object" and name != "relation":
             expected.add("binding")
-        unharmed = {"place", "relation", "number"} - expected
-        if "swap" in name or scene.kind == "groups":
-            unharmed = set()
-        right += expected <= wrong and not unharmed & wrong
-    assert flipped / len(scenes) >= 0.99
-    assert right / len(scenes) >= 0.98
+        is_apart = "swap" not in name and scene.kind != "groups"
+        return expected, {"place", "relation", "number"} - expected if is_apart else set()
+
+    flipped, right = changes_caught(scenes, categories)
+    assert flipped >= 0.99 and right >= 0.98
 
 
 def test_what_is_read_does_not_depend_on_what_is_asked(pictures, scenes):
