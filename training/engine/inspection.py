@@ -44,7 +44,7 @@ class Inspection:
         self.scores: dict[str, float] = {}  # held-out, the newest
         wish = config.keep_best
         self.keeper = BestKeeper(self.folder, wish, config.patience) if wish is not None else None
-        if wish is not None and EVALUATION in wish and task.evaluate_every is None:
+        if self.keeper is not None and self.keeper.name.startswith(EVALUATION) and task.evaluate_every is None:
             raise UserError(f"train.keep_best {wish}: nothing evaluates the pipeline; set evaluate.every")
 
     def run(self, step: int, wanted: Sequence[bool] = (True, True, True)) -> None:
@@ -129,7 +129,7 @@ class Inspection:
 
     def _record(self, step: int, scores: dict[str, float], kind: str, objective: nn.Module) -> None:
         """Keep the weights where they are the best; log the scores."""
-        if self.keeper is not None and kind in self.keeper.name and self.accelerator.is_main_process:
+        if self.keeper is not None and self.keeper.name.startswith(kind) and self.accelerator.is_main_process:
             self.keeper.look(step, {kind + name: value for name, value in scores.items()}, objective)
         self.watch.write_scores(step, scores, kind)
 
@@ -149,7 +149,7 @@ class Inspection:
                 scores = self.watch.scores(best["step"]) if best is not None else self.scores
                 record = export_record(objective, seconds, step, scores, self.config.ema_width)
                 if best is not None:
-                    record |= {"best": best, "stopped_early": step < self.config.steps}
+                    record["best"] = best
                 self.task.export(objective, self.folder / "final", record)
         scores = ", ".join(f"{k} {v:.4g}" for k, v in list(self.scores.items())[:2])  # the curve is in metrics.jsonl
         self.watch.message(f"{step} steps in {seconds:.0f} s; {scores}; exported to {self.folder / 'final'}")

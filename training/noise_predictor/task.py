@@ -5,6 +5,7 @@ accelerate launch -m training.noise_predictor --config training/configs/shapes/n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ class Encoded:
         self.resident = arrays.joined([moved(part) for part in latents]), moved(self.tokens), moved(self.mask)
 
 
-class EncodedTask:
+class EncodedTask(ABC):
     """A stage that trains a noise predictor on a data set's latents and prompt embeddings.
 
     A subclass brings the network, the objective, a batch's inputs, and the fields of its contract.
@@ -137,17 +138,21 @@ class EncodedTask:
         self.evaluate_every = config.evaluate.every
         self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1].squares, run / "cache")
 
+    @abstractmethod
     def make_network(self) -> ModelMixin:
         """The network to be trained; torch's generator has been seeded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_objective(self, network: ModelMixin, pictures: CaptionedPictures) -> nn.Module:
         """The network with its loss."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The keyword arguments of the objective for a pass of b rows."""
+
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Of the contract: `objective` and `sampling`, and what else the stage records."""
-        raise NotImplementedError
 
     def exported(self, objective: Any) -> Any:
         """What the stage's folder keeps as its network: anything with `save_pretrained`."""

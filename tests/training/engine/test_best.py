@@ -1,19 +1,23 @@
 """Stop at the best: which weights are exported, when training ends early, and that a resume changes neither."""
 
 import json
+import os
+import shutil
+import signal
+from dataclasses import dataclass
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sd_mini import stages
+from sd_mini.errors import UserError
 from tests.support.faults import KillAt
 from tests.support.launching import assert_equal_runs, error_line, launch, launch_apart, lines, prepared
 from training.engine.best import Best, BestKeeper
+from training.engine.metrics import Watch
 
 SHORT = ["--steps", "12", "--train.valid_every", "2", "--train.checkpoint_every", "3", "--train.preview_every", "100"]
-# so fast that the loss soon grows
-DIVERGING = [*SHORT, "--train.lr", "0.3", "--train.schedule", "constant", "--train.warmup_steps", "0"]
 
 
 def looks(folder):
@@ -40,7 +44,7 @@ def test_the_best_weights_are_exported_whatever_came_after(smoke_run, tmp_path, 
     step, value = best(looks(folder), key=lambda look: look[1])
     contract = stages.read_contract(folder / "final", "noise_predictor")
     assert contract["best"] == {"step": step, "score": "valid/loss", "value": value}
-    assert contract["scores"]["loss"] == value and contract["steps"] == 12 and not contract["stopped_early"]
+    assert contract["scores"]["loss"] == value and contract["steps"] == 12
     # a training that ends there, by the same rates, has these weights
     kept = load_file(folder / "best" / "weights.safetensors")
     network = stages.load_stage(folder / "final", "noise_predictor").parts["noise_predictor"].state_dict()
@@ -48,27 +52,77 @@ def test_the_best_weights_are_exported_whatever_came_after(smoke_run, tmp_path, 
         assert torch.equal(weight, kept[f"network.{name}"])
 
 
-def test_training_ends_where_nothing_better_comes_and_a_kill_changes_nothing(smoke_run, tmp_path):
-    wish = [*DIVERGING, "--train.keep_best", "highest valid/loss_t0.05", "--train.patience", "2"]
-    straight, killed = (prepared("noise_predictor", smoke_run, tmp_path / name) for name in ("straight", "killed"))
-    codes, said = launch_apart("noise_predictor", straight, *wish)
-    assert codes == [0], said
-    values = [line["valid/loss_t0.05"] for line in lines(straight / "noise_predictor") if "valid/loss_t0.05" in line]
-    at = values.index(max(values))
-    assert len(values) == min(at + 3, 6)
-    contract = stages.read_contract(straight / "noise_predictor" / "final", "noise_predictor")
-    assert contract["best"]["step"] == 2 * (at + 1) and contract["steps"] == 2 * len(values)
-    assert contract["stopped_early"] == (len(values) < 6)
-    codes, said = launch_apart("noise_predictor", killed, *wish, fault=KillAt(5))
+# the loss falls at each look, so the first is its highest, and two more are the patience
+EARLY = [*SHORT, "--train.keep_best", "highest valid/loss", "--train.patience", "2"]
+
+
+@pytest.fixture(scope="module")
+def early(smoke_run, tmp_path_factory):
+    """A training that ended by its patience."""
+    run = prepared("noise_predictor", smoke_run, tmp_path_factory.mktemp("early") / "run")
+    codes, said = launch_apart("noise_predictor", run, *EARLY)
+    assert codes == [0] and "stopped at step 6: nothing better in 2 looks" in said, said
+    return run
+
+
+def test_training_ends_where_nothing_better_comes(early):
+    folder = early / "noise_predictor"
+    assert [step for step, _ in looks(folder)] == [2, 4, 6]
+    contract = stages.read_contract(folder / "final", "noise_predictor")
+    assert contract["best"]["step"] == 2 and contract["steps"] == 6
+
+
+@dataclass(frozen=True)
+class KillBetween:
+    """SIGKILL when the best weights of a look have been written, and its scores have not."""
+
+    step: int
+
+    def __call__(self) -> None:
+        write = Watch.write_scores
+
+        def killing(watch, step, *rest):
+            if step == self.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(watch, step, *rest)
+
+        Watch.write_scores = killing
+
+
+@pytest.mark.parametrize("kill", [KillAt(5), KillBetween(2)], ids=["in a step", "within a look"])
+def test_a_kill_changes_neither_the_best_nor_the_end(early, smoke_run, tmp_path, kill):
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    options = [*EARLY, "--train.checkpoint_every", "2"] if type(kill) is KillBetween else EARLY
+    codes, said = launch_apart("noise_predictor", run, *options, fault=kill)
     assert codes == [-9], said
-    codes, said = launch_apart("noise_predictor", killed, *wish)
+    codes, said = launch_apart("noise_predictor", run, *options)
     assert codes == [0], said
-    assert_equal_runs(killed / "noise_predictor", straight / "noise_predictor")
-    hashes = [stages.read_contract(r / "noise_predictor" / "final")["hash"] for r in (straight, killed)]
+    assert_equal_runs(run / "noise_predictor", early / "noise_predictor")
+    hashes = [stages.read_contract(r / "noise_predictor" / "final")["hash"] for r in (early, run)]
     assert hashes[0] == hashes[1]
-    if contract["stopped_early"]:
-        codes, said = launch_apart("noise_predictor", straight, *wish)
-        assert codes == [0] and lines(straight / "noise_predictor") == lines(killed / "noise_predictor")
+
+
+def test_what_ended_goes_on_with_more_patience_alone(early, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(early, run)
+    assert launch("noise_predictor", run, *EARLY) == 0 and "already trained" in capsys.readouterr().out
+    assert launch("noise_predictor", run, *EARLY, "--train.patience", "4") == 0
+    contract = stages.read_contract(run / "noise_predictor" / "final", "noise_predictor")
+    assert contract["steps"] == 10 and contract["best"]["step"] == 2
+
+
+def test_a_best_that_was_not_kept_is_refused_at_the_resume(smoke_run, tmp_path, capsys):
+    run = prepared("noise_predictor", smoke_run, tmp_path / "run")
+    assert launch("noise_predictor", run, *SHORT) == 0
+    longer = ["--steps", "14", *SHORT[2:], "--train.keep_best", "highest valid/loss"]
+    assert launch("noise_predictor", run, *longer) == 2
+    assert "the best look so far is of step 2, whose weights were not kept" in error_line(capsys.readouterr().err)
+
+
+def test_a_score_that_is_not_finite_is_refused(tmp_path):
+    keeper = BestKeeper(tmp_path, "highest eval/exact", None)
+    with pytest.raises(UserError, match="is nan at step 3"):
+        keeper.look(3, {"eval/exact": float("nan")}, torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(
