@@ -59,12 +59,12 @@ def of_scenes(captions: list[str], scenes: dict[str, shapes.AnyScene], seed: int
     return Repeated(captions, real, "fresh drawings of the same captions", rows)
 
 
-def repeated_captions(rows: Iterable[int], captions: Sequence[str], pictures: Pictures) -> Repeated | None:
-    """The first PROMPTS different captions of `rows`, EACH times, beside as many pictures of the same caption, or,
+def repeated_captions(
+    rows: Iterable[int], captions: Sequence[str], pictures: Pictures, prompts: int = PROMPTS
+) -> Repeated | None:
+    """The first `prompts` different captions of `rows`, EACH times, beside as many pictures of the same caption, or,
     where a caption has fewer, of those nearest to it in words. None of fewer than EACH pictures."""
-    if len(captions) < EACH:
-        return None
-    asked = list(dict.fromkeys(captions[row] for row in rows))[:PROMPTS]
+    asked = list(dict.fromkeys(captions[row] for row in rows))[:prompts]
     return of_captions([caption for caption in asked for _ in range(EACH)], captions, pictures)
 
 

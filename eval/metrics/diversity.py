@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binom
 
 from eval.judge.judge import judge_found, read_picture
-from eval.makers.repeated import Repeated
+from eval.makers.repeated import Repeated, several_of_each
 from eval.metrics.bootstrap import DRAWS
 from eval.metrics.pairs import squared_distances
 from eval.metrics.registry import Metric, Row, Sample
@@ -149,6 +149,8 @@ def measure_repeated(sample: Sample, repeated: Repeated, pictures: np.ndarray) -
 def _measure(sample: Sample) -> dict[str, Any] | None:
     repeated = sample.question.repeated
     if repeated is None or sample.repeated is None:
+        if several_of_each(sample.prompts):
+            sample.remarks.append("diversity left out: no real pictures of these prompts, or nearest ones, are known")
         return None
     return measure_repeated(sample, repeated, sample.repeated)
 

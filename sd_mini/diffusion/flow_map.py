@@ -100,10 +100,10 @@ def mean_flow_target(
     `average`: latents (B, C, h, w) and times (B,) => u to the fixed ends; `noised` x_t at `timesteps` t (B,) in [0, 1],
     `ends` r (B,), `velocity` v (B, C, h, w). The derivative is a central difference over t +- epsilon (TiM, Wang et al.
     2025, arXiv 2509.04394, sec. 3.3), which any attention kernel allows and which costs two forward passes; at
-    t = 1 it is the one-sided difference over half of it.
+    t = 1, and within epsilon of the end, it is shorter on that side.
     """
     with torch.no_grad():
-        later, earlier = (timesteps + epsilon).clamp(max=1), (timesteps - epsilon).clamp(min=0)
+        later, earlier = (timesteps + epsilon).clamp(max=1), torch.maximum(timesteps - epsilon, ends)
         shape = (-1, *[1] * (noised.ndim - 1))
 
         def at(times: Tensor) -> Tensor:

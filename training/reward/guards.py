@@ -34,20 +34,20 @@ class Guards:
         from eval.features.features import open_features
         from eval.makers.repeated import EACH, repeated_captions, repeated_shapes
 
-        self.config, self.rewards, self.weights, self.second, self.each = config, rewards, weights, second, EACH
+        self.config, self.rewards, self.weights, self.second = config, rewards, weights, second
         with reported_as_evaluation():
             self.features = open_features(config.features)
         if valid.scenes is not None:
             self.asked = repeated_shapes(_SCENES, valid.sizes[0].width, config.prompts, valid.scenes[0].level)
         else:
             captions = [own[0] for own in valid.captions]
-            asked = repeated_captions(valid.spread(min(4 * config.prompts, len(valid))), captions, valid.pictures)
+            rows = valid.spread(min(4 * config.prompts, len(valid)))
+            asked = repeated_captions(rows, captions, valid.pictures, config.prompts)
             if asked is None:
                 raise UserError(
                     f"valid.count {len(valid)}: too few held-out pictures to compare with; give at least {EACH}"
                 )
-            count = config.prompts * EACH
-            self.asked = type(asked)(asked.captions[:count], asked.real[:count], asked.source)
+            self.asked = asked
         self.real = self.features(self.asked.real)
 
     def scores(self, pipeline: Pipeline) -> dict[str, float]:
@@ -60,7 +60,7 @@ class Guards:
 
         with untouched_training():
             pictures, asked = self._pictures(pipeline), self.asked
-            made = Made(pictures, asked.captions, self.each, asked.scenes)
+            made = Made(pictures, asked.captions, asked.scenes)
             found: dict[str, Any] = {name: values.mean() for name, values in scores(self.rewards, made).items()}
             found["score"] = sum(weight * found[name] for name, weight in self.weights.items() if name in found)
             if self.second is not None:

@@ -21,11 +21,10 @@ from training.reward.config import JUDGE, MATCHER
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """N pictures (N, 3, R, R) uint8, `each` of one prompt side by side; prompts (N,), and scenes of shapes."""
+    """N pictures (N, 3, R, R) uint8, the prompts (N,) that they were made of, and scenes of shapes."""
 
     pictures: np.ndarray
     prompts: Sequence[str]
-    each: int
     scenes: Sequence[AnyScene] | None = None
 
 

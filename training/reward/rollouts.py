@@ -70,19 +70,24 @@ class Rollouts:
         # Each process draws and scores whole batches of prompts, so that every batch is the same whoever draws it.
         starts = range(0, len(rows), asked.batch)
         rank, count = rank_and_ranks()
-        parts = []
-        for start in list(starts)[rank::count]:
-            own = captions[start : start + asked.batch]
-            pictures = slice(start * asked.each, (start + len(own)) * asked.each)
-            latents, embeds, mask, drawn = self._pictures(pipeline, own, noise[pictures])
-            prompts = [caption for caption in own for _ in range(asked.each)]
-            made = Made(drawn, prompts, asked.each, None if scenes is None else scenes[pictures])
-            parts.append((start, latents, embeds, mask, *self._scored(made, latents)))
-        parts = sorted(gather_object(parts), key=lambda part: part[0])
-        latents, embeds, mask = (torch.cat([part[i] for part in parts]) for i in (1, 2, 3))
-        found = {name: np.concatenate([part[4][name] for part in parts]) for name in self.rewards}
-        rare = np.concatenate([part[5] for part in parts])
-        return self._round(number, latents, embeds, mask, found, rare)
+        parts: list[Any] = []
+        try:
+            for start in list(starts)[rank::count]:
+                own = captions[start : start + asked.batch]
+                pictures = slice(start * asked.each, (start + len(own)) * asked.each)
+                *tensors, drawn = self._pictures(pipeline, own, noise[pictures])
+                prompts = [caption for caption in own for _ in range(asked.each)]
+                made = Made(drawn, prompts, None if scenes is None else scenes[pictures])
+                parts.append((start, tensors, scores(self.rewards, made)))
+        except UserError as error:
+            parts = [error]  # raised below by all, or the others would wait for this one
+        parts = gather_object(parts)
+        for failed in (part for part in parts if isinstance(part, UserError)):
+            raise failed
+        parts.sort(key=lambda part: part[0])
+        tensors = [torch.cat(own) for own in zip(*(part[1] for part in parts), strict=True)]
+        found = {name: np.concatenate([part[2][name] for part in parts]) for name in self.rewards}
+        return self._round(number, tensors, found)
 
     def _pictures(
         self, pipeline: Pipeline, captions: list[str], noise: Tensor
@@ -104,20 +109,16 @@ class Rollouts:
             pictures = images.to_uint8(pipeline.autoencoder.decode(latents).float().cpu()).numpy()
         return latents.float().cpu(), embeds.float().cpu(), mask.cpu(), pictures
 
-    def _scored(self, made: Made, latents: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The rewards, and how rare each good picture is among its prompt's."""
-        found = scores(self.rewards, made)
-        return found, rarity(latents, good(self.total(found), made.each), made.each)
-
     def total(self, found: Mapping[str, np.ndarray]) -> np.ndarray:
         return sum(
             (weight * found[name] for name, weight in self.config.rewards.items() if name != NOVELTY), np.zeros(1)
         )
 
-    def _round(
-        self, number: int, latents: Tensor, embeds: Tensor, mask: Tensor, found: dict[str, np.ndarray], rare: np.ndarray
-    ) -> Round:
+    def _round(self, number: int, tensors: list[Tensor], found: dict[str, np.ndarray]) -> Round:
+        """`tensors`: latents, prompt_embeds and prompt_mask of the round's pictures; `found`: their rewards."""
         config, total, each = self.config, self.total(found), self.config.rollouts.each
+        kept = good(total, each)
+        rare = rarity(tensors[0], kept, each)
         novelty = config.rewards.get(NOVELTY, 0.0)
         differs = np.ptp(total.reshape(-1, each), axis=1) > 0
         if not differs.any() and number == 0:
@@ -128,7 +129,6 @@ class Rollouts:
             )
         optimality = optimalities(total, rare, each, novelty)
         if config.method == "rejection":
-            kept = good(total, each)
             rows = np.flatnonzero(kept)
             # each prompt alike; under novelty its rare pictures more often
             weights = np.where(kept, rare if novelty else 1.0, 0.0).reshape(-1, each)
@@ -142,6 +142,7 @@ class Rollouts:
             for name in config.rewards
         ]
         order = drawn_order(weights, config.updates * config.train.batch_size, config.train.seed, number)
+        latents, embeds, mask = tensors
         return Round(
             latents, embeds, mask, torch.from_numpy(optimality).float(), rows[order], torch.tensor(means).float()
         )

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from sd_mini import noise_predictor
 from sd_mini.diffusion.objective import Process
-from training.reward.losses import nft_losses
+from training.noise_predictor.losses import answer_and_target
+from training.reward.config import RewardConfig
+from training.reward.losses import RewardObjective, nft_losses
 from training.reward.rewards import rarity
 from training.reward.rollouts import drawn_order, good, optimalities
 
@@ -53,6 +56,39 @@ def test_the_true_answer_gives_the_true_latents(fields):
     noised = process.noised(latents, noise, timesteps)
     answer = process.target(latents, noise, noised, timesteps)
     torch.testing.assert_close(process.clean(answer, noised, timesteps), latents, atol=1e-6, rtol=1e-5)
+
+
+def test_the_anchor_and_real_pictures_are_terms_of_the_loss():
+    """By weights: the loss is linear in each, and each term's mean is logged."""
+    torch.manual_seed(0)
+    fields = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 1, "mlp_ratio": 2.0}
+    network, old, start = (noise_predictor.build("prx", fields, (2, 4, 4), 32) for _ in range(3))
+    with torch.no_grad():
+        for parameter in (*network.parameters(), *start.parameters()):  # which begin as zero functions
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    rows = {
+        "latents": torch.randn(3, 2, 4, 4),
+        "noise": torch.randn(3, 2, 4, 4),
+        "timesteps": torch.tensor([0.2, 0.5, 0.9]),
+        "prompt_embeds": torch.randn(3, 5, 32),
+        "prompt_mask": torch.ones(3, 5, dtype=torch.bool),
+    }
+    real = {f"real_{name}": value.flip(0) for name, value in rows.items()}
+    inputs = {**rows, **real, "optimality": torch.rand(3), "means": torch.zeros(3, 1)}
+
+    def losses(**weights):
+        config = RewardConfig(rewards={"judge": 1.0}, **weights)
+        with torch.no_grad():
+            return RewardObjective(network, old, start, Process(), config)(**inputs)
+
+    plain, _ = losses(anchor=0)
+    anchored, logged = losses(anchor=0.5)
+    assert logged["anchor"] > 0.01
+    torch.testing.assert_close((anchored - plain).mean(), 0.5 * logged["anchor"])
+    # stage 3's own loss there, by log of each row's squared error
+    answer, target = answer_and_target(network, Process(), **{name: value.flip(0) for name, value in rows.items()})
+    expected = 0.3 * (answer - target).square().mean((1, 2, 3)).log()
+    torch.testing.assert_close(losses(anchor=0, real=0.3)[0] - plain, expected.detach())
 
 
 def test_how_good_a_picture_is():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sd_mini import lora, stages
 from sd_mini.pipelines.text_to_image import Pipeline
@@ -44,6 +45,27 @@ def test_rewards_and_guards_are_logged_apart(straight):
     logged = {name for line in lines(straight / "reward") for name in line}
     assert {"reward/matcher", "reward/novelty", "anchor", "real"} <= logged
     assert {"eval/score", "eval/matcher", "eval/second", "eval/vendi", "eval/fd", "eval/kept"} <= logged
+
+
+def test_weights_that_lost_their_diversity_are_not_kept(straight, smoke_run, tmp_path):
+    """The smoke run's pictures mean nothing: no count prompt has two right ones, so layouts are none."""
+    values = [line["eval/kept"] for line in lines(straight / "reward") if "eval/kept" in line]
+    assert values and max(values) < -1e5
+    run = prepared("reward", smoke_run, tmp_path / "run")
+    assert launch("reward", run, "--guards.diversity", "0", "--steps", "4") == 0
+    (look,) = (line for line in lines(run / "reward") if "eval/kept" in line)
+    assert look["eval/kept"] == look["eval/score"]
+
+
+def test_the_old_policy_is_the_trained_one_of_the_round_before(smoke_run, tmp_path):
+    """Of rejection, which does not average: two updates a round, so at step 4 the pictures are of step 2's weights."""
+    run = prepared("reward", smoke_run, tmp_path / "run")
+    options = ["--method", "rejection", "--steps", "4", "--train.checkpoint_every", "2"]
+    assert launch("reward", run, *options) == 0
+    at = {step: load_file(run / "reward" / "checkpoints" / f"step-{step:08d}" / "model.safetensors") for step in (2, 4)}
+    names = [name.removeprefix("network.") for name in at[2] if name.startswith("network.")]
+    assert all(torch.equal(at[4][f"old.{name}"], at[2][f"network.{name}"]) for name in names)
+    assert any(not torch.equal(at[4][f"old.{name}"], at[2][f"old.{name}"]) for name in names)
 
 
 @pytest.mark.parametrize("kill", [KillAt(3), KillAt(4), KillAt(5)], ids=["in a round", "at its end", "in the next"])

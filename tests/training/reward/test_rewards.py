@@ -18,7 +18,7 @@ from training.reward.rewards import Made, open_reward, scores
 def made():
     scenes = shapes.sample_scenes(6, "test", 5)
     captions = [shapes.caption(scene, 0) for scene in scenes]
-    return Made(shapes.draw_batch([*scenes[:3], *scenes[:3]], 48), captions, 3, scenes)
+    return Made(shapes.draw_batch([*scenes[:3], *scenes[:3]], 48), captions, scenes)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def test_the_judge_s_reward_is_its_verdict(made, text):
 
 def test_the_matcher_s_reward_is_its_own_similarity_whatever_the_pictures_size(made, text):
     reward = open_reward("matcher", text, "cpu", True)
-    small = Made(shapes.draw_batch([*made.scenes[:3]] * 2, 32), made.prompts, 3)
+    small = Made(shapes.draw_batch([*made.scenes[:3]] * 2, 32), made.prompts)
     found = reward(small)
     assert found.shape == (6,) and (np.abs(found) <= 1 + 1e-6).all() and reward(made).shape == (6,)
     # one picture alone, its prompt alone
-    alone = reward(Made(small.pictures[4:5], made.prompts[4:5], 1))
+    alone = reward(Made(small.pictures[4:5], made.prompts[4:5]))
     assert alone == pytest.approx(found[4:5], abs=1e-5)
 
 
