@@ -60,6 +60,19 @@ def test_distance_is_the_mean_over_pairs():
     assert found["share"] == pytest.approx((2 + 2) / (8 / 3 + 1)) and found["n_prompts"] == 2
 
 
+def test_vendi_within_prompts_by_hand():
+    """Pairs that lie 1 apart, and of one prompt 2: alike by exp(-1 / 2) and exp(-4 / 2), as s^2 is 1."""
+
+    def less_one(similarity):
+        shares = np.array([(1 + similarity) / 2, (1 - similarity) / 2])
+        return math.exp(-(shares * np.log(shares)).sum()) - 1
+
+    made, real = np.array([[0.0], [1], [0], [2]]), np.array([[0.0], [1], [3], [4]])
+    found = within_prompts(made, real, ["a", "a", "b", "b"])["vendi"]
+    near, far = less_one(math.exp(-0.5)), less_one(math.exp(-2))
+    assert found["share"] == pytest.approx((near + far) / (2 * near))
+
+
 def test_real_pictures_that_are_all_the_same_give_no_share():
     assert within_prompts(np.eye(4), np.ones((4, 2)), ["a", "a", "b", "b"]) == {"vendi": None, "distance": None}
 
