@@ -57,7 +57,7 @@ def _main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     options = parser().parse_args(argv)
     check_target(options.out, report.REPORT)
-    recorded = recorded_data(report.run_of(options.pipeline) / "noise_predictor")
+    recorded = recorded_data(report.drawer_folder(options.pipeline))
     data = asked_data(options, recorded, "valid", "test")
     options.data = data.source
     check_writable(_cache(options) / "features", "--out" if options.cache is None else "--cache")
@@ -164,8 +164,7 @@ def _tools(
     stages: dict[str, Path],
     device: str,
 ) -> Tools:
-    run = report.run_of(options.pipeline)
-    knows_training = options.training == "run" and "noise_predictor" in stages
+    trained_in = report.drawer_folder(options.pipeline) if options.training == "run" and len(stages) > 2 else None
     return Tools(
         networks=open_all(options.features, device),
         cache=_cache(options),
@@ -173,7 +172,7 @@ def _tools(
         batch=options.batch or BATCH,
         clip=Clip(options.clip, device) if options.clip is not None else None,
         probe=TextProbe(stages["text_encoder"]) if "text_encoder" in stages else None,
-        training=training_data(run, _pictures_cache(options)) if knows_training else None,
+        training=training_data(trained_in, _pictures_cache(options)),
         data=data.model_copy(update={"seed": _scene_seed(options)}) if data.source == SHAPES else data,
         blame=options.blame == "all",
     )

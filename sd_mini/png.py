@@ -170,7 +170,7 @@ def as_parameters(settings: Settings) -> str:
         "CFG scale": settings.guidance_scale,
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}" if settings.width else None,
-        "Model hash": settings.stages.get("noise_predictor", "")[:10] or None,
+        "Model hash": (settings.stages.get("noise_predictor") or settings.stages.get("generator", ""))[:10] or None,
         "Denoising strength": settings.strength,
         "Version": f"sd_mini {settings.version}",
     }

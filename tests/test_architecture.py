@@ -29,7 +29,7 @@ FLOORS = [
     | {"weights", "lora", "timing", "progress", "png"},
     {"shapes", "data", "cpu"},
     {"diffusion", "autoencoder", "text_encoder"},
-    {"noise_predictor", "vision"},
+    {"noise_predictor", "vision", "generators"},
     {"stages", "sampling"},
     {"pipelines"},
     {"app"},

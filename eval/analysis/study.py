@@ -19,7 +19,7 @@ from sd_mini.cli.arguments import Parser, check_target
 from sd_mini.config import command, read_yaml
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_folder, read_json, written_to
-from sd_mini.stages.contract import lineage, read_contract
+from sd_mini.stages.contract import drawer_of, lineage, read_contract
 
 SCORES, FIGURE = "study.json", "study.svg"
 # what has to be alike for two reports to be compared
@@ -53,7 +53,7 @@ def read_run(run: Path) -> dict[str, Any]:
     if report is None:
         raise UserError(f"{run}: no report yet; measure it: python -m eval {run} --data ... --out {path.parent}")
     measured = report["protocol"].get("stages", {})
-    predictor = (lineage(run, measured.get("noise_predictor")) or ["noise_predictor"])[-1]
+    predictor = (lineage(run, drawer_of(measured)) or ["noise_predictor"])[-1]
     finals = {"text_encoder": run / "text_encoder" / "final", "noise_predictor": run / predictor / "final"}
     contracts = {kind: read_contract(final, kind) for kind, final in finals.items()}
     for kind, contract in contracts.items():

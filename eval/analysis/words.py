@@ -22,7 +22,7 @@ from eval.judge.judge import wilson
 from eval.makers.generate import generate
 from eval.makers.sources import Ours, Sampling
 from eval.metrics.memorisation import nearest, small_pixels
-from eval.report.report import run_of
+from eval.report.report import drawer_folder
 from sd_mini import images
 from sd_mini.cli.arguments import Parser, check_target, whole_number
 from sd_mini.cli.opening import open_pipeline
@@ -43,7 +43,7 @@ def _main(argv: Sequence[str]) -> None:
     options = _parser().parse_args(argv)
     check_target(options.out, SCORES)
     pairs = dict(_pair(text) for text in options.words)
-    recorded = recorded_data(run_of(options.runs[0]) / "noise_predictor")
+    recorded = recorded_data(drawer_folder(options.runs[0]))
     config = asked_data(options, recorded, "data", "train")
     check_columns(options, config.source)
     runs = [open_pipeline(folder) for folder in options.runs]

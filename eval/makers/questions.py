@@ -17,7 +17,7 @@ from sd_mini.data.arrays import Pictures, taken
 from sd_mini.data.captioned import CaptionedPictures, DataConfig, load
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT
-from sd_mini.stages.contract import read_contract
+from sd_mini.stages.contract import kind_of, read_contract
 from sd_mini.texts import shown
 
 REFERENCE = 1000  # true drawings of other scenes, which the pictures of the test split are compared with
@@ -183,12 +183,11 @@ def _compared(rows: Sequence[int], most: int | None) -> Sequence[int]:
     return rows if most is None or most >= len(rows) else [rows[i] for i in _spread(len(rows), most)]
 
 
-def training_data(run: Path | None, cache: Path | None = None) -> CaptionedPictures | None:
-    """What stage 3 of a run was trained on, read by the config that lies in it; none where that is not there.
+def training_data(folder: Path | None, cache: Path | None = None) -> CaptionedPictures | None:
+    """What the stage in `folder`, RUN/STAGE, was trained on, read by its config; none where that is not there.
 
     Raises ValueError where it cannot be read, or is no longer what was trained on.
     """
-    folder = run / "noise_predictor" if run is not None else None
     if folder is None or not (folder / "config.yaml").is_file() or not (folder / "final" / CONTRACT).is_file():
         return None
     try:
@@ -198,7 +197,7 @@ def training_data(run: Path | None, cache: Path | None = None) -> CaptionedPictu
         raise UserError(
             f"{error}; or give --training none, and no copies of what {folder} was trained on are looked for"
         ) from None
-    trained_on = read_contract(folder / "final", "noise_predictor")["data"]["fingerprint"]
+    trained_on = read_contract(folder / "final", kind_of(folder.name))["data"]["fingerprint"]
     if data.fingerprint != trained_on:
         raise UserError(
             f"{data.name}: is not what {folder} was trained on ({data.fingerprint[:12]}, {trained_on[:12]}); give it "

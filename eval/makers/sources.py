@@ -81,6 +81,8 @@ class Ours:
                 accelerate(network)
         if pipeline.few_steps is not None:  # it cannot be guided, and carries its own sampler
             self.takes = frozenset()
+        if (generator := pipeline.latent_generator) is not None:
+            self.takes = frozenset({"guidance_scale"} if generator.is_guided else ())
         config = pipeline.config
         self.pipeline, self.folder, self.resolution = pipeline, folder, config.resolution
         self.steps, self.guidance = (
@@ -105,7 +107,8 @@ class Ours:
     def _describe(self) -> None:
         """`hash` and `facts`, which the sampler is part of."""
         pipeline, folder, config = self.pipeline, self.folder, self.pipeline.config
-        scheduler = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+        scheduler = {} if pipeline.scheduler is None else dict(pipeline.scheduler.config)
+        scheduler = {"class": type(pipeline.scheduler).__name__, **scheduler}
         # of an older folder, which lists none, all files
         named = (written(folder) or file_hashes(folder, CARD)) if folder is not None else dict(config.stages)
         if folder is not None:  # the index may have been edited since

@@ -18,10 +18,10 @@ from eval.report.gallery import Gallery
 from eval.report.page import render
 from sd_mini import images, png
 from sd_mini.errors import UserError
-from sd_mini.files import CONTRACT, atomic_folder, written_to
+from sd_mini.files import CONTRACT, PIPELINE_MARK, atomic_folder, read_json, written_to
 from sd_mini.png import MAX_PROMPT, Settings
 from sd_mini.sampling import samplers
-from sd_mini.stages.contract import KINDS, STAGES, kind_of, lineage, read_contract
+from sd_mini.stages.contract import KINDS, STAGES, drawer_of, kind_of, lineage, read_contract
 
 REPORT, PAGE, GRID = "report.json", "report.html", "grid.png"
 _GRID_COLUMNS = 6
@@ -43,7 +43,15 @@ def stages_beside(pipeline: Path, stages: dict[str, str]) -> dict[str, Path]:
     run = run_of(pipeline)
     folders = {kind: run / kind / "final" for kind in KINDS[:2] if (run / kind / "final" / CONTRACT).is_file()}
     joined = {k: f for k, f in folders.items() if k in stages and read_contract(f, k).get("hash") == stages[k]}
-    return joined | {stage: run / stage / "final" for stage in lineage(run, stages.get("noise_predictor"))}
+    return joined | {stage: run / stage / "final" for stage in lineage(run, drawer_of(stages))}
+
+
+def drawer_folder(pipeline: Path) -> Path:
+    """The folder, RUN/STAGE, of the stage that draws the latents of a run or a pipeline in it, and by whose data it is
+    measured; of a tuned noise predictor stage 3."""
+    run = run_of(pipeline)
+    index = next(filter(None, (read_json(f / PIPELINE_MARK) for f in (pipeline, run / "pipeline"))), {})
+    return run / (lineage(run, drawer_of(index.get("stages", {}))) or ["noise_predictor"])[0]
 
 
 def seconds(stages: dict[str, Path], evaluation: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, MANIFEST, PIPELINE_MARK, combined_hash, read_json
-from sd_mini.stages.contract import KINDS, STAGES, TUNED, check_files, lineage
+from sd_mini.stages.contract import FAMILIES, KINDS, STAGES, TUNED, check_files, drawer_of, kind_of, lineage
 from sd_mini.texts import read_text
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ class Run:
 
     @property
     def predictor(self) -> str:
-        """The stage whose noise predictor the pipeline has: stage 3, or one tuned from it."""
+        """The stage that draws the pipeline's latents: stage 3, one tuned from it, or another generator."""
         saved = next((f for f in (self.folder, self.folder / "pipeline") if (f / PIPELINE_MARK).is_file()), None)
         index = read_json(saved / PIPELINE_MARK) if saved is not None else None
-        digest = (index or {}).get("stages", {}).get("noise_predictor")
+        digest = drawer_of((index or {}).get("stages", {}))
         return (lineage(self.root, digest) or ["noise_predictor"])[-1]
 
     def checkpoints(self) -> dict[int, Path]:
@@ -109,20 +109,21 @@ class Run:
         name = _nearest_average(folder, float(contract.get("ema_width") or 0.1))
         files = {name: manifest.get("files", {}).get(name, "")}
         check_files(folder, files, "choose another checkpoint")
-        network = copy.deepcopy(pipeline.noise_predictor)
+        part = "noise_predictor" if pipeline.latent_generator is None else "latent_generator"
+        network = copy.deepcopy(getattr(pipeline, part))
         parameters = dict(network.named_parameters())
         for key, tensor in load_file(folder / name).items():
             if key not in parameters or parameters[key].shape != tensor.shape:
                 raise UserError(
-                    f"{folder / name}: {key} has no place in the run's noise predictor; train it as a whole"
+                    f"{folder / name}: {key} has no place in the run's {part.replace('_', ' ')}; train it as a whole"
                 )
             parameters[key].data.copy_(tensor)
-        stages = {**pipeline.config.stages, "noise_predictor": combined_hash(files)}
-        return Pipeline.from_pipe(pipeline, noise_predictor=network, stages=stages)
+        stages = {**pipeline.config.stages, kind_of(self.predictor): combined_hash(files)}
+        return Pipeline.from_pipe(pipeline, **{part: network}, stages=stages)
 
     def stages(self) -> list[StageState]:
         states = []
-        for kind in (*KINDS, *(stage for stage in TUNED if (self.root / stage).is_dir())):
+        for kind in (*KINDS, *(stage for stage in (*TUNED, *FAMILIES) if (self.root / stage).is_dir())):
             records = self.metrics(kind)
             is_trained = (self.root / kind / "final" / CONTRACT).is_file()
             state = "trained" if is_trained else "in training" if records else "not trained yet"

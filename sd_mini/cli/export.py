@@ -11,7 +11,7 @@ from sd_mini.cli.arguments import check_target
 from sd_mini.cli.opening import check_run, hide_loading_bars
 from sd_mini.errors import UserError
 from sd_mini.files import PIPELINE_MARK
-from sd_mini.stages.contract import PREDICTORS
+from sd_mini.stages.contract import DRAWERS
 
 
 def add_command(commands: Any) -> None:
@@ -38,9 +38,9 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--predictor",
-        choices=PREDICTORS,
-        default=PREDICTORS[0],
-        help="the stage whose noise predictor is joined (default: noise_predictor)",
+        choices=DRAWERS,
+        default=DRAWERS[0],
+        help="the stage that draws the latents (default: noise_predictor)",
     )
     parser.add_argument(
         "--guide",

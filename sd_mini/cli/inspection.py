@@ -8,7 +8,18 @@ from typing import Any
 
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
-from sd_mini.stages.contract import KINDS, PREDICTORS, STAGES, TUNED, check_belonging, kind_of, read_contract
+from sd_mini.stages.contract import (
+    DRAWERS,
+    FAMILIES,
+    GENERATOR,
+    KINDS,
+    STAGES,
+    TUNED,
+    check_belonging,
+    drawer_of,
+    kind_of,
+    read_contract,
+)
 from sd_mini.texts import printable
 
 
@@ -45,7 +56,7 @@ def inspect(run: Path) -> list[str]:
             f"{run}: no exported stage, pipeline or report here; expected a run folder, such as runs/shapes"
         )
     rows = {kind: _stage_facts(contracts[kind]) if kind in contracts else ["not trained yet"] for kind in KINDS}
-    rows |= {stage: _stage_facts(contracts[stage]) for stage in TUNED if stage in contracts}
+    rows |= {stage: _stage_facts(contracts[stage]) for stage in (*TUNED, *FAMILIES) if stage in contracts}
     rows["stages"] = _belonging(contracts)
     rows["pipeline"] = [
         f"not there; join the stages: sd-mini export {run}" if index is None else _joined(index, contracts)
@@ -73,7 +84,7 @@ def _stage_facts(contract: dict[str, Any]) -> list[str]:
 
 
 def _belonging(contracts: dict[str, dict[str, Any]]) -> list[str]:
-    predictors = {stage: contracts[stage] for stage in PREDICTORS if stage in contracts}
+    predictors = {stage: contracts[stage] for stage in DRAWERS if stage in contracts}
     others = {kind: contracts[kind] for kind in KINDS[:2] if kind in contracts}
     if not predictors or len(others) < 2:
         return ["whether they belong together shows when all three are trained"]
@@ -91,16 +102,18 @@ def _belonging(contracts: dict[str, dict[str, Any]]) -> list[str]:
 def _joined(index: dict[str, Any], contracts: dict[str, dict[str, Any]]) -> str:
     defaults = f"{index['resolution']} px, {index['default_steps']} steps, guidance {index['default_guidance']}"
     stage_of = {contract["hash"]: stage for stage, contract in contracts.items()}
+    kinds = [kind for kind in (*KINDS, GENERATOR) if kind in index["stages"] or kind in KINDS[:2]]
     others = [
         f"{kind} {index['stages'].get(kind, 'none')[:12]}"
-        for kind in dict.fromkeys(map(kind_of, contracts))
+        for kind in kinds
         if index["stages"].get(kind) not in stage_of
     ]
     if others:
         return f"{defaults}; joined from other stages: {', '.join(others)}"
-    predictor = stage_of.get(index["stages"].get("noise_predictor"))
-    tuned = f", the noise predictor of {predictor}" if predictor in TUNED else ""
-    return f"{defaults}; joined from these stages{tuned}"
+    predictor = stage_of.get(drawer_of(index["stages"]))
+    which = f", the noise predictor of {predictor}" if predictor in TUNED else ""
+    which = f", the latents drawn by {predictor}" if predictor in FAMILIES else which
+    return f"{defaults}; joined from these stages{which}"
 
 
 def _report_facts(report: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
 from sd_mini.progress import is_seen
-from sd_mini.stages.contract import KINDS, kind_of, lineage, read_contract
+from sd_mini.stages.contract import GENERATOR, KINDS, kind_of, lineage, read_contract
 
 if TYPE_CHECKING:
     from sd_mini.pipelines.text_to_image import Pipeline
@@ -48,6 +48,14 @@ def _check_current(run: Path, saved: Path) -> None:
     joined = (read_json(saved / PIPELINE_MARK) or {}).get("stages", {})
     for kind in KINDS:
         final, digest = run / kind / "final", joined.get(kind)
+        if kind == KINDS[2] and digest is None and GENERATOR in joined:  # its latents are drawn by another family
+            stage = (lineage(run, joined[GENERATOR]) or [None])[0]
+            if stage is None:
+                raise UserError(
+                    f"{saved}: was joined from another generator than lies in {run}; join it again: sd-mini export "
+                    f"{run}"
+                )
+            continue
         is_tuned = kind == "noise_predictor" and bool(lineage(run, digest))
         if (final / CONTRACT).is_file() and read_contract(final, kind)["hash"] != digest and not is_tuned:
             raise UserError(

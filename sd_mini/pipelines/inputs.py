@@ -19,6 +19,7 @@ from sd_mini.sampling.loop import Generators, Guidance, as_generators, number
 from sd_mini.texts import check_text
 
 if TYPE_CHECKING:
+    from sd_mini.generators.base import LatentGenerator
     from sd_mini.pipelines.text_to_image import Pipeline
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -75,6 +76,8 @@ class Request:
         if self.latents is not None:
             check_latents(self.latents, shape)
         self._check_autoguidance()
+        if self.pipeline.latent_generator is not None:
+            self._check_generator(self.pipeline.latent_generator, shape)
         if (few_steps := self.pipeline.few_steps) is not None:
             is_negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
             few_steps.check_steps(self.num_inference_steps)
@@ -107,6 +110,23 @@ class Request:
         if not isinstance(interval, tuple | list) or len(interval) != 2:
             raise UserError(f"guidance_interval {interval!r}: expected two noise levels from 0 to 1, the lower first")
         return Guidance(scale, self.guidance_rescale, *interval)
+
+    def _check_generator(self, generator: LatentGenerator, shape: tuple[int, int, int]) -> None:
+        """Raises UserError for what a generator without denoising steps has no use for."""
+        family, config = generator.family, self.pipeline.config
+        generator.check_shape(shape)
+        generator.check_guidance(self.guidance.scale)
+        is_negative = self.negative_prompt is not None or self.negative_prompt_embeds is not None
+        interval = self.guidance.low, self.guidance.high
+        for name, is_given in (
+            (f"num_inference_steps {self.num_inference_steps}", self.num_inference_steps != config.default_steps),
+            (f"guidance_interval {interval}", interval != (0, 1)),
+            (f"guidance_rescale {self.guidance.rescale:g}", self.guidance.rescale != 0),
+            ("latents", self.latents is not None),
+            ("negative_prompt", is_negative and not generator.is_guided),
+        ):
+            if is_given:
+                raise UserError(f"{name}: a {family} generator takes no denoising steps; leave it out")
 
     def _check_autoguidance(self) -> None:
         if not self.autoguidance:

@@ -20,20 +20,31 @@ from sd_mini.diffusion.flow_map import check_network
 from sd_mini.diffusion.objective import Process, unwrapped
 from sd_mini.errors import UserError
 from sd_mini.files import (
+    CONTRACT,
     MANIFEST,
     PIPELINE_MARK,
     atomic_folder,
     atomic_text,
     file_hash,
+    read_json,
     usual_modes,
     written,
     written_to,
 )
+from sd_mini.generators.base import LatentGenerator
 from sd_mini.pipelines.adapters import Adapters
 from sd_mini.remarks import remark
 from sd_mini.sampling import samplers
 from sd_mini.sampling.few_steps import FewSteps
-from sd_mini.stages.contract import KINDS, PREDICTORS, Stage, check_belonging, check_files, load_stage
+from sd_mini.stages.contract import (
+    DRAWERS,
+    GENERATOR,
+    KINDS,
+    Stage,
+    check_belonging,
+    check_files,
+    load_stage,
+)
 from sd_mini.text_encoder.adapter import TextAdapter
 from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeline_variant, snapshot, upload
 
@@ -45,7 +56,8 @@ _PUSH = ("push_to_hub", "repo_id", "private", "token", "commit_message", "create
 
 
 class JoinedPipeline(Adapters):
-    """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler.
+    """Text encoder + TextAdapter, noise predictor, autoencoder and a diffusers scheduler; or a `latent_generator` of
+    another family (autoregressive, gan, ...) in the place of noise predictor and scheduler, which are then None.
 
     `resolution` is the training size in pixels and the default height and width; `default_steps`, `default_guidance`
     and `default_interval` are the recipe's own; `objective` says what the network predicts, which the scheduler has to
@@ -55,7 +67,9 @@ class JoinedPipeline(Adapters):
     embeddings.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->autoencoder"
+    model_cpu_offload_seq = (
+        "text_encoder->text_encoder_2->text_encoder_3->text_adapter->noise_predictor->latent_generator->autoencoder"
+    )
     tile: int | None = None  # latent cells, of `enable_vae_tiling`
     _checked_scheduler: tuple[Any, dict[str, Any]] | None = None
     _optional_components: ClassVar[list[str]] = [  # ty: ignore[incompatible-attribute-override]
@@ -64,6 +78,7 @@ class JoinedPipeline(Adapters):
         "tokenizer_3",
         "text_encoder_3",
         "guide",
+        "latent_generator",
     ]
 
     def __init__(
@@ -71,14 +86,15 @@ class JoinedPipeline(Adapters):
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: PreTrainedModel,
         text_adapter: TextAdapter,
-        noise_predictor: ModelMixin,
+        noise_predictor: ModelMixin | None,
         autoencoder: Autoencoder,
-        scheduler: SchedulerMixin,
+        scheduler: SchedulerMixin | None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
         text_encoder_2: PreTrainedModel | None = None,
         tokenizer_3: PreTrainedTokenizerBase | None = None,
         text_encoder_3: PreTrainedModel | None = None,
         guide: ModelMixin | None = None,
+        latent_generator: LatentGenerator | None = None,
         resolution: int = 64,
         default_steps: int = 20,
         default_guidance: float = 3.0,
@@ -106,6 +122,7 @@ class JoinedPipeline(Adapters):
             tokenizer_3=tokenizer_3,
             text_encoder_3=text_encoder_3,
             guide=guide,
+            latent_generator=latent_generator,
         )
         self.register_to_config(
             resolution=resolution,
@@ -119,6 +136,11 @@ class JoinedPipeline(Adapters):
 
     def check_scheduler(self, scheduler: Any) -> None:
         """Raises UserError, one line, for a scheduler that does not step by what the network predicts."""
+        if getattr(self, "latent_generator", None) is not None:
+            raise UserError(
+                f"scheduler {type(scheduler).__name__}: a {self.latent_generator.family} generator takes no denoising "
+                "steps and has no sampler; leave it out"
+            )
         samplers.check(scheduler, self.process)
         if self.few_steps is not None:
             self.few_steps.check_scheduler(scheduler)
@@ -135,12 +157,16 @@ class JoinedPipeline(Adapters):
     ) -> Self:
         """Join three exported stages (folders, or loaded), and an earlier noise predictor to guide away from.
 
-        Raises UserError, both hashes named, if they do not fit.
+        `noise_predictor` may be a generator of another family. Raises UserError, both hashes named, if they do not fit.
         """
-        sources = dict(zip(KINDS, (text_encoder, autoencoder, noise_predictor), strict=True))
-        stages = {kind: s if isinstance(s, Stage) else load_stage(s, kind) for kind, s in sources.items()}
+        stages = {}
+        for kind, given in zip(KINDS, (text_encoder, autoencoder, noise_predictor), strict=True):
+            wanted = kind if isinstance(given, Stage) or kind != KINDS[2] else _third_kind(Path(given))
+            stages[kind] = given if isinstance(given, Stage) else load_stage(given, wanted)
         text, vae, predictor = stages.values()
         check_belonging(predictor.contract, text_encoder=text.contract, autoencoder=vae.contract)
+        if predictor.contract["kind"] == GENERATOR:
+            return cls._with_generator(text, vae, predictor, scheduler, guide)
         sampling, process = dict(predictor.contract["sampling"]), Process.of(predictor.contract)
         sampler = sampling.pop("sampler", None) or samplers.default(process)
         joined = cls(
@@ -156,6 +182,24 @@ class JoinedPipeline(Adapters):
         if guide is not None:
             joined.add_guide(guide, {"text_encoder": text.contract, "autoencoder": vae.contract})
         return joined
+
+    @classmethod
+    def _with_generator(cls, text: Stage, vae: Stage, generator: Stage, scheduler: Any, guide: Any) -> Self:
+        """The pipeline that draws its latents by a generator of another family."""
+        network = generator.parts["latent_generator"]
+        for name, given in (("scheduler", scheduler), ("guide", guide)):
+            if given is not None:
+                raise UserError(f"{name}: a {network.family} generator takes no denoising steps; leave it out")
+        return cls(
+            **{name: part for name, part in text.parts.items() if name != "matcher"},
+            **vae.parts,
+            noise_predictor=None,
+            scheduler=None,
+            latent_generator=network,
+            **generator.contract["sampling"],
+            default_steps=1,
+            stages={"text_encoder": text.hash, "autoencoder": vae.hash, GENERATOR: generator.hash},
+        )
 
     def add_guide(self, guide: str | Path | Stage, joined_to: dict[str, dict[str, Any]]) -> None:
         """Take an earlier, or smaller, noise predictor of the same two other stages to guide away from (autoguidance).
@@ -178,6 +222,10 @@ class JoinedPipeline(Adapters):
 
         Raises UserError for one that does not fit what the network predicts.
         """
+        if self.latent_generator is not None:
+            raise UserError(
+                f"sampler {name}: a {self.latent_generator.family} generator takes no denoising steps; leave it out"
+            )
         scheduler = samplers.build(name, self.process)
         self.check_scheduler(scheduler)
         self.register_modules(scheduler=scheduler)
@@ -201,10 +249,11 @@ class JoinedPipeline(Adapters):
     def from_run(cls, run: str | Path, predictor: str = "noise_predictor", **kwargs: Any) -> Self:
         """Join the exported stages of a run folder, `RUN/STAGE/final`.
 
-        predictor: the stage whose noise predictor is joined: stage 3's own, or one tuned from it (few_steps, reward).
+        predictor: the stage that draws the latents: stage 3, one tuned from it (few_steps, reward), or a generator of
+        another family (autoregressive, normalizing_flow, gan, vae, regression).
         """
-        if predictor not in PREDICTORS:
-            check_choice("predictor", predictor, PREDICTORS)
+        if predictor not in DRAWERS:
+            check_choice("predictor", predictor, DRAWERS)
         first, second, third = (Path(run) / stage / "final" for stage in (*KINDS[:2], predictor))
         return cls.from_stages(first, second, third, **kwargs)
 
@@ -253,6 +302,8 @@ class JoinedPipeline(Adapters):
         check_files(folder, manifest, mend)
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("variant", pipeline_variant(folder))
+        if (read_json(folder / PIPELINE_MARK) or {}).get("latent_generator", [None])[0] is not None:
+            kwargs |= {"noise_predictor": None, "scheduler": None}  # diffusers would miss them
         return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
 
     @classmethod
@@ -294,6 +345,12 @@ class JoinedPipeline(Adapters):
         """
         with written_to(Path(folder)), atomic_folder(Path(folder), keep=True) as partial:
             self.save_pretrained(partial)
+
+
+def _third_kind(folder: Path) -> str:
+    """Of a third stage's folder: a generator's where there is one, else a noise predictor's is expected."""
+    found = read_json(folder / CONTRACT) or {}
+    return GENERATOR if found.get("kind") == GENERATOR else "noise_predictor"
 
 
 def _states(folder: Path) -> dict[str, tuple[int, ...]]:

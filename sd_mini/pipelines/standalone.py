@@ -182,8 +182,10 @@ def _report(pipeline: JoinedPipeline, run: Path | None) -> dict[str, Any] | None
 def _card(
     pipeline: JoinedPipeline, folder: Path, run: Path | None, report: dict[str, Any] | None, license_name: str | None
 ) -> str:
+    from sd_mini.stages.contract import drawer_of
+
     config = pipeline.config
-    stages = {} if run is None else _contracts(run, config.stages.get("noise_predictor"))
+    stages = {} if run is None else _contracts(run, drawer_of(config.stages))
     front = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["text-to-image", "sd_mini"]}
     if license_name is not None:
         front["license"] = license_name

@@ -25,7 +25,7 @@ from sd_mini.pipelines.inputs import (
     one_call,
 )
 from sd_mini.pipelines.joining import JoinedPipeline
-from sd_mini.sampling.loop import Condition, Edit, Generators, SamplingRun, as_generators, draws, number
+from sd_mini.sampling.loop import Condition, Edit, Generators, SamplingRun, as_generators, draws, number, one_each
 from sd_mini.text_encoder.adapter import PromptEmbeds, TextStage
 
 # pipeline, step, timestep, the requested tensors => those that are replaced
@@ -133,9 +133,24 @@ class Pipeline(JoinedPipeline):
         """The call itself, of this pipeline and of those that start from a picture."""
         # 1. text: prompts => embeddings
         condition = self.encode_prompt(request.prompt, request.num_images_per_prompt, *request.embeds, request.strict)
-        batch = len(condition[0])
 
-        # 2. noise => latents: one call of the network a step, guided within the interval
+        # 2. noise => latents: by the noise predictor, step by step, or by a generator of another family
+        if self.latent_generator is None:
+            latents = self._denoise(request, condition, callback)
+        else:
+            latents = self._generate(request, condition, callback)
+
+        # 3. latents => pictures
+        is_latent = request.output_type == "latent"
+        try:
+            pictures: Any = latents if is_latent else self._decode(latents, request.output_type)
+        finally:
+            self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _denoise(self, request: Request, condition: Condition, callback: Callback | None) -> Tensor:
+        """Noise => latents (B, C, h, w): one call of the network a step, guided within the interval."""
+        batch = len(condition[0])
         if (self.scheduler, dict(self.scheduler.config)) != self._checked_scheduler:  # a user may exchange or edit it
             self.check_scheduler(self.scheduler)
         run = SamplingRun(
@@ -161,25 +176,33 @@ class Pipeline(JoinedPipeline):
                     null = self.encode_negative(request, batch)
                 latents = run.step(i, latents, condition, null, request.generator)
                 if callback is not None:
-                    tensors = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
-                    wanted = {name: tensors[name] for name in request.callback_on_step_end_tensor_inputs}
-                    changed = callback(self, i, t, wanted) or {}
-                    for name in set(changed) - set(tensors):
-                        check_choice("callback_on_step_end returned", name, self._callback_tensor_inputs)
-                    tensors |= changed
-                    latents, *embeds = (tensors[name] for name in self._callback_tensor_inputs)
-                    condition = embeds[0], embeds[1]
+                    latents, condition = self._called_back(callback, i, t, latents, condition, request)
                     if self._guidance_scale != run.guidance.scale:
                         run.set_scale(self._guidance_scale)
                 progress.update()
+        return latents
 
-        # 3. latents => pictures
-        is_latent = request.output_type == "latent"
-        try:
-            pictures: Any = latents if is_latent else self._decode(latents, request.output_type)
-        finally:
-            self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+    def _generate(self, request: Request, condition: Condition, callback: Callback | None) -> Tensor:
+        """Latents (B, C, h, w) as the generator draws them: to a callback one step, at time 0."""
+        generator, batch, scale = self.latent_generator, len(condition[0]), request.guidance.scale
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, scale, 1
+        null = self.encode_negative(request, batch) if scale != 1 else None
+        latents = generator.draw(condition, null, one_each(request.generator, batch), scale)
+        if callback is not None:
+            latents, _ = self._called_back(callback, 0, torch.zeros(()), latents, condition, request)
+        return latents
+
+    def _called_back(
+        self, callback: Callback, i: int, t: Tensor, latents: Tensor, condition: Condition, request: Request
+    ) -> tuple[Tensor, Condition]:
+        """Latents and condition after the user's callback of step `i`, which may replace them."""
+        tensors = dict(zip(self._callback_tensor_inputs, (latents, *condition), strict=True))
+        wanted = {name: tensors[name] for name in request.callback_on_step_end_tensor_inputs}
+        changed = callback(self, i, t, wanted) or {}
+        for name in set(changed) - set(tensors):
+            check_choice("callback_on_step_end returned", name, self._callback_tensor_inputs)
+        latents, tokens, mask = ((tensors | changed)[name] for name in self._callback_tensor_inputs)
+        return latents, (tokens, mask)
 
     def _prepare_edit(self, request: Any, batch: int) -> Edit | None:
         """The picture that the call starts from: none here."""
@@ -256,10 +279,7 @@ class Pipeline(JoinedPipeline):
         """Pure noise (B, C, h, w). Picture i takes its own draw from its own generator, whatever the batch it is in."""
         latents, generator = as_tensor(latents), as_generators(generator)
         if latents is None:
-            if isinstance(generator, list) and len(generator) != batch:
-                raise UserError(f"{len(generator)} generators for {batch} pictures; give one, or one each")
-            one_each = generator if isinstance(generator, list) else [generator] * batch
-            latents = draws((batch, *self.latent_shape(height, width)), one_each)
+            latents = draws((batch, *self.latent_shape(height, width)), one_each(generator, batch))
         elif len(latents) != batch:
             raise UserError(f"{len(latents)} latents for {batch} pictures; give one each")
         return latents.to(self._execution_device, self.noise_predictor.dtype)
@@ -267,7 +287,7 @@ class Pipeline(JoinedPipeline):
     @property
     def cell(self) -> int:
         """Pixels that divide the sides of a picture: the autoencoder's stride times the network's patch."""
-        return self.autoencoder.stride * getattr(self.noise_predictor.config, "patch_size", 1)
+        return self.autoencoder.stride * getattr(self._drawer.config, "patch_size", 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture size that `cell` divides."""
@@ -290,7 +310,12 @@ class Pipeline(JoinedPipeline):
     @property
     def _condition_dtype(self) -> torch.dtype:
         """The noise predictor's; of a pipeline that is loaded for its text half alone the adapter's."""
-        return (self.text_adapter if self.noise_predictor is None else self.noise_predictor).dtype
+        return (self.text_adapter if self._drawer is None else self._drawer).dtype
+
+    @property
+    def _drawer(self) -> Any:
+        """The network that draws the latents."""
+        return self.noise_predictor if self.latent_generator is None else self.latent_generator
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile).float()

@@ -291,6 +291,15 @@ def draws(
     return torch.stack([draws(shape[1:], one, dtype) for one in generator])
 
 
+def one_each(generator: Generators, batch: int) -> list[torch.Generator | None]:
+    """One generator for all pictures, or a list of them => a picture's own, `batch` of them."""
+    if not isinstance(generator, list):
+        return [generator] * batch
+    if len(generator) != batch:
+        raise UserError(f"{len(generator)} generators for {batch} pictures; give one, or one each")
+    return list(generator)
+
+
 def as_generators(generator: Any) -> Generators:
     """One generator, or a list of them (any sequence), or none. Raises UserError for anything else."""
     if generator is None or isinstance(generator, torch.Generator):

@@ -1,6 +1,9 @@
 """An exported stage's folder: weights, config and `stage.json`."""
 
 from sd_mini.stages.contract import (
+    DRAWERS,
+    FAMILIES,
+    GENERATOR,
     KINDS,
     PREDICTORS,
     STAGES,
@@ -8,9 +11,10 @@ from sd_mini.stages.contract import (
     Stage,
     check_belonging,
     check_files,
+    drawer_of,
     encoder_of,
     export,
-    exported_predictors,
+    exported_drawers,
     kind_of,
     latents_of,
     lineage,
@@ -20,6 +24,9 @@ from sd_mini.stages.contract import (
 )
 
 __all__ = [
+    "DRAWERS",
+    "FAMILIES",
+    "GENERATOR",
     "KINDS",
     "PREDICTORS",
     "STAGES",
@@ -27,9 +34,10 @@ __all__ = [
     "Stage",
     "check_belonging",
     "check_files",
+    "drawer_of",
     "encoder_of",
     "export",
-    "exported_predictors",
+    "exported_drawers",
     "kind_of",
     "latents_of",
     "lineage",

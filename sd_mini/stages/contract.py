@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,24 +28,32 @@ from sd_mini.files import (
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
 TUNED = ("few_steps", "reward")  # stages that train a noise predictor further; each exports one of its own
 PREDICTORS = ("noise_predictor", *TUNED)
-STAGES = (*KINDS, *TUNED)  # the folders of a run
+FAMILIES = ("autoregressive", "normalizing_flow", "gan", "vae", "regression")  # the other ways from text to latents
+DRAWERS = (*PREDICTORS, *FAMILIES)  # the stages of which a pipeline has one, and which draws its latents
+STAGES = (*KINDS, *TUNED, *FAMILIES)  # the folders of a run
+GENERATOR = "generator"
 
 
 def kind_of(stage: str) -> str:
-    """A stage's folder in a run => the kind of what it exports, one of KINDS."""
-    return "noise_predictor" if stage in TUNED else stage
+    """A stage's folder in a run => the kind of what it exports, one of KINDS or GENERATOR."""
+    return GENERATOR if stage in FAMILIES else "noise_predictor" if stage in TUNED else stage
 
 
-def exported_predictors(run: Path) -> dict[str, dict[str, Any]]:
-    """The contracts of a run's exported noise predictors by stage, stage 3's own first."""
-    finals = {stage: run / stage / "final" for stage in PREDICTORS}
-    return {s: read_contract(final, "noise_predictor") for s, final in finals.items() if (final / CONTRACT).is_file()}
+def drawer_of(stages: Mapping[str, str]) -> str | None:
+    """The hash of what draws the latents, of the stages' hashes that a pipeline records by kind."""
+    return stages.get("noise_predictor", stages.get(GENERATOR))
+
+
+def exported_drawers(run: Path) -> dict[str, dict[str, Any]]:
+    """The contracts of a run's exported noise predictors and other generators by stage, stage 3's own first."""
+    finals = {stage: run / stage / "final" for stage in DRAWERS}
+    return {s: read_contract(final, kind_of(s)) for s, final in finals.items() if (final / CONTRACT).is_file()}
 
 
 def lineage(run: Path, digest: str | None) -> list[str]:
-    """The stages of a run that led to the exported noise predictor with that hash, which is the last one's: stage 3,
-    then what was tuned from it. Empty where none has that hash."""
-    contracts, stages = exported_predictors(run), []
+    """The stages of a run that led to the exported noise predictor or generator with that hash, which is the last
+    one's: stage 3, then what was tuned from it. Empty where none has that hash."""
+    contracts, stages = exported_drawers(run), []
     while (stage := next((s for s, contract in contracts.items() if contract["hash"] == digest), None)) is not None:
         stages.insert(0, stage)
         digest = contracts[stage].get("tuned_from")
@@ -82,7 +91,7 @@ def model_hash(model: Any) -> str:
 
 def export(folder: Path, kind: str, parts: dict[str, Any], contract: dict[str, Any]) -> str:
     """Write a stage folder in one go: each part by its own `save_pretrained`, then `stage.json`. Returns its hash."""
-    assert kind in KINDS
+    assert kind in (*KINDS, GENERATOR)
     with written_to(folder), atomic_folder(folder, keep=True) as partial:
         for name, part in parts.items():
             part.save_pretrained(partial / name)
@@ -142,6 +151,7 @@ def _load_part(folder: Path) -> Any:
     import torch
     from transformers import AutoTokenizer
 
+    from sd_mini import generators
     from sd_mini.autoencoder.model import Autoencoder
     from sd_mini.noise_predictor.network import class_of
     from sd_mini.text_encoder.adapter import TextAdapter
@@ -154,8 +164,12 @@ def _load_part(folder: Path) -> Any:
     if folder.name.startswith("text_encoder"):
         return load_encoder(folder, tokenizer=False)[1]
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    classes = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter)}
-    cls = class_of(str(name)) if folder.name == "noise_predictor" else classes.get(name)
+    classes: dict[str, Any] = {cls.__name__: cls for cls in (Autoencoder, Matcher, TextAdapter)}
+    classes |= dict.fromkeys(generators.CLASSES.values())
+    if folder.name == "noise_predictor":
+        cls = class_of(str(name))
+    else:
+        cls = classes.get(name) or generators.class_named(str(name))
     if cls is None:
         raise UserError(f"{folder}: class {name!r} is none of {', '.join(sorted(classes))}")
     return load_complete(cls, folder, str(folder), dtype=torch.float32).eval()

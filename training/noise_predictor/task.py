@@ -96,14 +96,16 @@ class Encoded:
 
 
 class EncodedTask(ABC):
-    """A stage that trains a noise predictor on a data set's latents and prompt embeddings.
+    """A stage that trains a noise predictor, or another generator, on a data set's latents and prompt embeddings.
 
     A subclass brings the network, the objective, a batch's inputs, and the fields of its contract.
     """
 
     process: Process  # what the network predicts
+    kind, part = "noise_predictor", "noise_predictor"  # of the exported stage, and of its network's folder
 
     def __init__(self, config: EncodedConfig, run: Path):
+        self.config: Any = config
         self.text = stages.load_stage(config.text_encoder or run / "text_encoder" / "final", "text_encoder")
         self.vae = stages.load_stage(config.autoencoder or run / "autoencoder" / "final", "autoencoder")
         self.run, resolution = run, config.data.resolution
@@ -134,7 +136,7 @@ class EncodedTask(ABC):
         with torch.no_grad():
             null = TextStage.from_parts(self.text.parts).null(1)
         self.null_tokens, self.null_mask = null.tokens.to(self.device), null.mask.to(self.device)
-        self.players = {"noise_predictor": Player(self.make_objective(network, pictures), config.train)}
+        self.players = self.make_players(self.make_objective(network, pictures))
         self.evaluate_every = config.evaluate.every
         self.evaluator = Evaluator(config.evaluate, resolved(config.data, config.valid)[1].squares, run / "cache")
 
@@ -145,6 +147,9 @@ class EncodedTask(ABC):
     @abstractmethod
     def make_objective(self, network: ModelMixin, pictures: CaptionedPictures) -> nn.Module:
         """The network with its loss."""
+
+    def make_players(self, objective: Any) -> dict[str, Player]:
+        return {self.part: Player(objective, self.config.train)}
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -224,7 +229,7 @@ class EncodedTask(ABC):
     @contextmanager
     def _pipeline(self, network: nn.Module) -> Generator[Pipeline]:
         """The pipeline of the network as it is; the two other stages are on its device meanwhile."""
-        predictor = Stage(Path(), self._contract({}), {"noise_predictor": lora.merged(network)})
+        predictor = Stage(Path(), self._contract({}), {self.part: lora.merged(network)})
         others = [*TextStage.from_parts(self.text.parts).models, self.autoencoder]
         with on_device(others, next(network.parameters()).device):
             pipeline = Pipeline.from_stages(self.text, self.vae, predictor)
@@ -233,7 +238,7 @@ class EncodedTask(ABC):
 
     def _contract(self, record: dict[str, Any]) -> dict[str, Any]:
         return {
-            "kind": "noise_predictor",
+            "kind": self.kind,
             "hash": "",
             "latent_shape": list(self.latent_shape),
             "conditioning": self.text.contract["conditioning"],
@@ -247,7 +252,7 @@ class EncodedTask(ABC):
         contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
         # without the projection of the REPA term
         contract["parameters"] = sum(p.numel() for p in lora.merged(objective.network).parameters())
-        stages.export(folder, "noise_predictor", {"noise_predictor": self.exported(objective)}, contract)
+        stages.export(folder, self.kind, {self.part: self.exported(objective)}, contract)
 
 
 class PredictorTask(EncodedTask):

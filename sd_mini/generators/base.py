@@ -1,0 +1,70 @@
+"""The generator's seat in a pipeline: text => latents, by whatever way."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor
+
+from sd_mini.errors import UserError
+
+Condition = tuple[Tensor, Tensor]  # prompt_embeds (B, L, D), prompt_mask (B, L)
+Draws = Sequence[torch.Generator | None]  # each picture's own
+
+
+class LatentGenerator(ModelMixin, ConfigMixin):
+    """A network that draws the latents of a prompt by itself, in the place of a noise predictor and its sampler.
+
+    `config.latent_shape` is the (C, h, w) that it was trained at and draws. Subclasses register their fields with
+    diffusers' `register_to_config`, and bring `family` and `sample`.
+    """
+
+    is_guided: ClassVar[bool] = False
+    """whether `sample` has a use for a guidance scale, and for the null condition"""
+
+    config: Any  # diffusers' FrozenDict, whose entries are attributes too
+
+    @property
+    def family(self) -> str:
+        """Its name in messages: autoregressive, gan, ..."""
+        return self.config.family
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises UserError for latents of another shape than it draws."""
+        if tuple(shape) != tuple(self.config.latent_shape):
+            raise UserError(
+                f"latents of {tuple(shape)}: this {self.family} generator draws {tuple(self.config.latent_shape)} "
+                "alone; leave height and width out"
+            )
+
+    def check_guidance(self, scale: float) -> None:
+        """Raises UserError for a guidance scale other than 1 where there is nothing to guide."""
+        if scale != 1 and not self.is_guided:
+            raise UserError(
+                f"guidance_scale {scale:g}: a {self.family} generator draws without guidance; leave it out (1)"
+            )
+
+    @apply_forward_hook  # which moves the network to its device under CPU offload
+    @torch.no_grad()
+    def draw(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float = 1.0) -> Tensor:
+        """Prompts (B, L, D), (B, L) => standardised latents (B, C, h, w), picture i by `draws[i]` alone.
+
+        `null`: the condition that guidance leads away from, (B, L, D), (B, L); not needed at guidance 1, which is none.
+        """
+        return self.sample(prompt, null if guidance != 1 else None, draws, guidance)
+
+    @abstractmethod
+    def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
+        """As `draw`, for subclasses to bring; `null` is None where there is no guidance."""
+
+
+def uniforms(shape: tuple[int, ...], draws: Draws) -> Tensor:
+    """U[0, 1) on the CPU, (len(draws), *shape): row i from the i-th generator."""
+    devices = ["cpu" if one is None else one.device for one in draws]
+    return torch.stack([torch.rand(shape, generator=g, device=d).cpu() for g, d in zip(draws, devices, strict=True)])
