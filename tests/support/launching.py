@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from sd_mini.config import command
 from training.autoencoder import task as autoencoder
 from training.few_steps import task as few_steps
+from training.generators.gan import task as gan
+from training.generators.regression import task as regression
+from training.generators.vae import task as vae
 from training.noise_predictor import task as noise_predictor
 from training.reward import task as reward
 from training.storage import checkpoint
@@ -26,7 +29,9 @@ from training.text_encoder import task as text_encoder
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-PROGRAMS = MAINS | {"few_steps": few_steps.main, "reward": reward.main}  # and those tuned from stage 3
+FAMILIES = {"gan": gan.main, "vae": vae.main, "regression": regression.main}  # the other ways from text to latents
+TUNED = {"few_steps": few_steps.main, "reward": reward.main}  # from stage 3
+PROGRAMS = MAINS | TUNED | FAMILIES
 RECIPES = {"autoencoder": "autoencoder_dc"}
 Fault = Callable[[], None]
 
@@ -46,9 +51,10 @@ def launch(stage: str, run: Path, *more: str) -> int:
 
 
 def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
-    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor, all three under one
-    that is tuned, else nothing."""
-    under = {"noise_predictor": ("autoencoder", "text_encoder"), "autoencoder": (), "text_encoder": ()}
+    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor or another generator,
+    all three under one that is tuned, else nothing."""
+    under = dict.fromkeys(["noise_predictor", *FAMILIES], ("autoencoder", "text_encoder"))
+    under |= {"autoencoder": (), "text_encoder": ()}
     for name in under.get(stage, MAINS):
         shutil.copytree(smoke_run / name, run / name)
     return run

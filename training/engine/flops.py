@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.engine.learner import Others
 
-_TOKEN_INPUTS = ("prompt_embeds", "prompt_mask")  # of stage 3, with an axis of tokens
+_TOKEN_INPUTS = ("prompt_embeds", "prompt_mask", "other_embeds", "other_mask")  # with an axis of tokens
 
 
 def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
@@ -32,7 +32,11 @@ def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str,
     length = float(mask.sum(1).double().mean())
     shorter, longer = max(1, math.floor(length)), max(1, math.ceil(length))
     below, above = (
-        _of_shapes(objective, trained, {**inputs, **{name: inputs[name][:, :tokens] for name in _TOKEN_INPUTS}})
+        _of_shapes(
+            objective,
+            trained,
+            {**inputs, **{name: inputs[name][:, :tokens] for name in _TOKEN_INPUTS if name in inputs}},
+        )
         for tokens in (shorter, longer)
     )
     return round(below + (above - below) * max(0.0, length - shorter))
@@ -43,7 +47,7 @@ def _of_shapes(objective: nn.Module, trained: Container[str], inputs: dict[str, 
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         parts = _fake_parts(objective, trained)
         others = _others(objective)
-        for one in dict.fromkeys(module for some in others for module in some):
+        for one in dict.fromkeys(module for some in others for module in some if module is not None):
             parts |= _fake_parts(one, ())
         device = next(objective.parameters()).device  # the inputs may still wait on the CPU
         fake_inputs = {name: _fake(value, device) for name, value in inputs.items()}
@@ -68,7 +72,7 @@ def _fake_parts(module: nn.Module, trained: Container[str]) -> dict[int, Any]:
 def _others(module: nn.Module) -> list[Others]:
     """What the module calls and does not train, and what that calls in turn."""
     own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Others)]
-    return own + [inner for some in own for one in some for inner in _others(one)]
+    return own + [inner for some in own for one in some if one is not None for inner in _others(one)]
 
 
 def _fake(tensor: Tensor, device: torch.device | None = None) -> Tensor:
