@@ -54,6 +54,10 @@ class LatentGenerator(ModelMixin, ConfigMixin):
                 f"guidance_scale {scale:g}: a {self.family} generator draws without guidance; leave it out (1)"
             )
 
+    @abstractmethod
+    def passes(self, guidance: float) -> int:
+        """Calls of the network that a picture takes, guided by that scale; a guided one counts twice."""
+
     @apply_forward_hook  # which moves the network to its device under CPU offload
     @torch.no_grad()
     def draw(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float = 1.0) -> Tensor:

@@ -40,6 +40,9 @@ class OnePassGenerator(LatentGenerator):
         timesteps = torch.full((len(draw),), STEP, device=draw.device)
         return predict(self.body, draw, timesteps, prompt_embeds, prompt_mask)
 
+    def passes(self, guidance: float) -> int:
+        return 1
+
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
         shape = len(draws), *self.config.latent_shape
         draw = torch.zeros(shape) if self.family == "regression" else normal_draws(shape, list(draws))
