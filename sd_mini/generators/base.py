@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +11,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from sd_mini.draws import Draws
 from sd_mini.errors import UserError
 
 Condition = tuple[Tensor, Tensor]  # prompt_embeds (B, L, D), prompt_mask (B, L)
-Draws = Sequence[torch.Generator | None]  # each picture's own
 
 
 class LatentGenerator(ModelMixin, ConfigMixin):
@@ -70,9 +69,3 @@ class LatentGenerator(ModelMixin, ConfigMixin):
     @abstractmethod
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
         """As `draw`, for subclasses to bring; `null` is None where there is no guidance."""
-
-
-def uniforms(shape: tuple[int, ...], draws: Draws) -> Tensor:
-    """U[0, 1) on the CPU, (len(draws), *shape): row i from the i-th generator."""
-    devices = ["cpu" if one is None else one.device for one in draws]
-    return torch.stack([torch.rand(shape, generator=g, device=d).cpu() for g, d in zip(draws, devices, strict=True)])

@@ -166,8 +166,8 @@ def words(name: str, scores: Mapping[str, Mapping[str, Score]], speed: Mapping[s
         f"Within a prompt it varies {own['diversity within a prompt'].shown(2)} as much as the data do;"
         f" FD-mini is {own['FD-mini'].shown(3)}.",
     ]
-    first = next(iter(speed))
-    if name in speed and name != first:
+    first = next(iter(speed), None)
+    if first is not None and name in speed and name != first:
         ratio = speed[first].median / speed[name].median
         said.append(f"It draws {ratio:.2g} times as many pictures a second as the {first.replace('_', ' ')}.")
     return " ".join(said)
