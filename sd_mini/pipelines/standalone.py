@@ -300,11 +300,13 @@ def _limits(
 
 
 def _steps(folder: Path, stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    from sd_mini.stages.contract import program_of
+
     recipes = sorted(path.name for path in (folder / "training").glob("*.yaml"))
     if not recipes:
         return []
     launches = [
-        f"accelerate launch -m training.{kind} --config FOLDER/training/{kind}.yaml --run runs/again"
+        f"accelerate launch -m {program_of(kind)} --config FOLDER/training/{kind}.yaml --run runs/again"
         for kind in dict.fromkeys(["autoencoder", *stages])
         if f"{kind}.yaml" in recipes
     ]

@@ -39,6 +39,11 @@ def kind_of(stage: str) -> str:
     return GENERATOR if stage in FAMILIES else "noise_predictor" if stage in TUNED else stage
 
 
+def program_of(stage: str) -> str:
+    """The program that trains a stage, as `python -m` and `accelerate launch -m` know it."""
+    return f"training.generators.{stage}" if stage in FAMILIES else f"training.{stage}"
+
+
 def drawer_of(stages: Mapping[str, str]) -> str | None:
     """The hash of what draws the latents, of the stages' hashes that a pipeline records by kind."""
     return stages.get("noise_predictor", stages.get(GENERATOR))

@@ -12,8 +12,7 @@ from typing import NamedTuple, get_args
 from pydantic_core import PydanticUndefined
 
 from sd_mini.config import Config
-
-STAGES = ("autoencoder", "text_encoder", "noise_predictor", "few_steps", "reward")
+from sd_mini.stages.contract import STAGES, program_of
 
 
 class FieldReference(NamedTuple):
@@ -69,7 +68,7 @@ def _yaml(value: object) -> str:
 def help_text(config: type[Config], stage: str) -> str:
     """Every field with its type, default and docstring."""
     lines = [
-        f"accelerate launch -m training.{stage} --config FILE --run RUN [--steps N] [--any.field value]",
+        f"accelerate launch -m {program_of(stage)} --config FILE --run RUN [--steps N] [--any.field value]",
         "  --resume PATH: begin from that checkpoint (or the newest in that folder); refused where there is none",
         "  --log_with NAME[,NAME]: tensorboard (the default), wandb, trackio, mlflow, ... as Accelerate has them; none",
         "",
@@ -88,7 +87,7 @@ def markdown() -> str:
         "Generated from the fields' docstrings by `python -m training.engine.reference > docs/config.md`. In the YAML",
         "file a dotted name is nested (`train: {lr: 1.0e-3}`); on the command line it is an option, `--train.lr 1e-3`.",
     ]
-    configs = {f"training.{stage}": import_module(f"training.{stage}.task").main.config for stage in STAGES}
+    configs = {program: import_module(f"{program}.task").main.config for program in map(program_of, STAGES)}
     configs["training.data.prepare"] = import_module("training.data.prepare.config").PrepareConfig
     for program, config in configs.items():
         lines += ["", f"## {program}", "", "| field | type | default | meaning |", "|---|---|---|---|"]

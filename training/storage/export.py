@@ -18,7 +18,7 @@ import torch
 from sd_mini.config import command, read
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, check_writable
-from sd_mini.stages.contract import STAGES, kind_of, read_contract
+from sd_mini.stages.contract import STAGES, kind_of, program_of, read_contract
 from training.engine.launch import Launch
 from training.engine.task import export_record, mean_scores
 from training.optim.ema import WIDTHS
@@ -38,7 +38,7 @@ def export(folder: Path, out: Path, step: int | None = None, ema_width: float | 
     if out.exists() and not (out / CONTRACT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: holds something else than an exported stage; give a new folder")
     check_writable(out)
-    program = import_module(f"training.{folder.name}.task").main
+    program = import_module(f"{program_of(folder.name)}.task").main
     config = read(program.config, folder / "config.yaml")
     width = config.train.ema_width if ema_width is None else ema_width
     if width is not None and config.train.ema_width is None:

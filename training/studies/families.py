@@ -21,7 +21,7 @@ from sd_mini.config import check_choice, command
 from sd_mini.errors import UserError
 from sd_mini.files import atomic_text, check_writable, read_json
 from sd_mini.progress import progress
-from sd_mini.stages.contract import kind_of, read_contract
+from sd_mini.stages.contract import kind_of, program_of, read_contract
 from training.studies import families_page, judged
 
 RESULTS = "families.json"
@@ -34,10 +34,6 @@ class Family:
 
     stage: str
     autoencoder: str | None = None
-
-    @property
-    def program(self) -> str:
-        return f"training.{self.stage}" if self.stage == "noise_predictor" else f"training.generators.{self.stage}"
 
 
 FAMILIES = {
@@ -109,7 +105,7 @@ def _trained(options: Any, name: str, run: Path, *more: str) -> Path:
     judged.link(run, {"text_encoder/final": options.run / "text_encoder" / "final"})
     judged.link(run, {part: under / part for part in ("autoencoder/final", "cache")})
     own = ["--config", str(options.recipes / f"{name}.yaml"), "--run", str(run), "--log_with", "none", *more]
-    judged.run([[family.program, *own]], run / "log")
+    judged.run([[program_of(family.stage), *own]], run / "log")
     return run / family.stage
 
 
