@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from sd_mini.config import Config
 from sd_mini.errors import UserError
 from sd_mini.sampling.loop import Guidance
+from training.generators.adversary import AdversaryConfig
 from training.noise_predictor.config import TunedConfig
 
 
@@ -59,9 +60,14 @@ class FewStepsConfig(TunedConfig):
     teacher_steps: int | None = Field(None, ge=1)
     """steps of the noise predictor's sampler where its pictures are drawn; null: its own number"""
     meanflow: MeanFlowConfig = MeanFlowConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> Self:
+        if self.adversary.weight and (self.method != "meanflow" or self.data.max_aspect > 1):
+            raise UserError(
+                f"adversary.weight {self.adversary.weight:g}: goes with method meanflow and pictures of one shape; 0"
+            )
         if any(number < 1 for number in self.evaluations) or len(set(self.evaluations)) < len(self.evaluations):
             raise UserError(f"evaluations {list(self.evaluations)}: expected different whole numbers of at least 1")
         if self.default_evaluations not in self.evaluations:

@@ -20,6 +20,7 @@ from sd_mini.noise_predictor import predict
 from sd_mini.sampling.loop import Guidance
 from training.engine.learner import Others
 from training.few_steps.config import MeanFlowConfig
+from training.generators.adversary import Discriminator, with_adversary
 from training.noise_predictor.losses import log_losses
 
 
@@ -36,8 +37,10 @@ class MeanFlowObjective(nn.Module):
         config: MeanFlowConfig,
         end_blocks: int,
         teacher_steps: int,
+        discriminator: Discriminator | None = None,
     ):
         super().__init__()
+        self.discriminator = Others([] if discriminator is None else [discriminator])
         self.teacher_steps = teacher_steps
         self.network, self.config, self.guidance, self.end_blocks = network, config, guidance, end_blocks
         self.others, self.null = Others([teacher]), null
@@ -50,9 +53,12 @@ class MeanFlowObjective(nn.Module):
         ends: Tensor,
         prompt_embeds: Tensor,
         prompt_mask: Tensor,
+        weight: Tensor | None = None,
+        **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and noise (b, C, h, w), times t >= r (b,) in [0, 1], prompts => losses (b,), and squared errors of
-        the velocity (r = t) and of the average velocity to log."""
+        the velocity (r = t) and of the average velocity to log; with a `weight` the adversarial term of what one
+        evaluation draws, too."""
         noised = diffusion.flow_noise(latents, noise, timesteps)
         is_step = ends < timesteps
 
@@ -72,7 +78,12 @@ class MeanFlowObjective(nn.Module):
         losses = log_losses(errors + ERROR_FLOOR) if self.config.loss == "log" else errors
         share = {"flow": ~is_step, "average": is_step}
         logged = {name: (errors * rows).sum() / rows.sum().clamp(min=1) for name, rows in share.items()}
-        return losses, logged
+        if weight is None or not self.discriminator:
+            return losses, logged
+        prompt = prompt_embeds, prompt_mask
+        drawn = OneEvaluation(self.network, self.end_blocks)(noise, *prompt)
+        losses, adversarial = with_adversary(self.discriminator[0], losses, latents, drawn, prompt, weight)
+        return losses, logged | adversarial
 
     def _step_target(self, x: Tensor, t: Tensor, r: Tensor, velocity: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
         """What the average velocity from t down to r is compared with."""
@@ -89,6 +100,19 @@ class MeanFlowObjective(nn.Module):
 
     def _velocity(self, x: Tensor, t: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
         return guided_velocity(self.others[0], self.guidance, x, t, (embeds, mask), self.null)
+
+
+class OneEvaluation(nn.Module):
+    """Noise (b, C, h, w) and prompts => latents, by the average velocity all the way from t = 1 to 0."""
+
+    def __init__(self, network: nn.Module, end_blocks: int):
+        super().__init__()
+        self.network, self.end_blocks = network, end_blocks
+
+    def forward(self, noise: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+        start = noise.new_full((len(noise),), STEPS)
+        average = predict_average(self.network, noise, start, torch.zeros_like(start), embeds, mask, self.end_blocks)
+        return noise - average.float()
 
 
 ERROR_FLOOR = 1e-3  # below it, a smaller error is worth no more

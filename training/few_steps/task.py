@@ -23,9 +23,11 @@ from sd_mini.sampling import samplers
 from sd_mini.sampling.few_steps import SAMPLER, FewSteps
 from sd_mini.sampling.loop import Condition, Guidance, SamplingRun
 from training.engine import launch
+from training.engine.learner import Player
 from training.few_steps.config import FewStepsConfig
-from training.few_steps.meanflow import MeanFlowObjective, two_times
+from training.few_steps.meanflow import MeanFlowObjective, OneEvaluation, two_times
 from training.few_steps.reflow import ReflowObjective, cached_pairs, pair_noise
+from training.generators.adversary import Adversary
 from training.noise_predictor.tuned import TunedTask
 
 
@@ -64,7 +66,9 @@ class FewStepsTask(TunedTask):
         null = self.null_tokens, self.null_mask
         if self.config.method == "meanflow":
             config, end_blocks = self.config.meanflow, self.few_steps.end_blocks
-            return MeanFlowObjective(network, self.teacher, null, self.guidance, config, end_blocks, self.teacher_steps)
+            self.adversary = Adversary(self.config.adversary, self.latent_shape, self.dim)
+            how = (self.guidance, config, end_blocks, self.teacher_steps)
+            return MeanFlowObjective(network, self.teacher, null, *how, self.adversary.discriminator)
         key = {
             "noise_predictor": self.start.hash,
             "data": pictures.fingerprint,
@@ -78,6 +82,12 @@ class FewStepsTask(TunedTask):
         self.pairs = cached_pairs(self._pair, self.count, key, folder, dtype, title)
         return ReflowObjective(network)
 
+    def make_players(self, objective: Any) -> dict[str, Player]:
+        players = super().make_players(objective)
+        if isinstance(objective, MeanFlowObjective):
+            players |= self.adversary.player(OneEvaluation(objective.network, objective.end_blocks))
+        return players
+
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """A batch's latents and noise (b, C, h, w), prompts, and times (b,): of meanflow where each step starts and
         ends. Nothing is trained on the null condition, which is not used unguided."""
@@ -90,7 +100,9 @@ class FewStepsTask(TunedTask):
         noise = batch.normal("noise", *rows["latents"].shape[1:], device=self.device)
         draws = [batch.stratified(name) for name in ("kind", "first", "second")]
         timesteps, ends = two_times(*draws, self.config.meanflow, self.config.evaluations)
-        return {**rows, "noise": noise, "timesteps": timesteps, "ends": ends}
+        adversary = self.adversary.inputs(batch, self.prompts)
+        adversary |= {"draw": noise} if adversary else {}
+        return {**rows, **adversary, "noise": noise, "timesteps": timesteps, "ends": ends}
 
     def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
         """By number of evaluations, the squared error of each held-out sample's latents against those that the guided

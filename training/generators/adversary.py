@@ -6,15 +6,20 @@ zero-centred penalties on the gradients at real and at drawn samples. Reference:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from sd_mini.config import Config
-from sd_mini.generators.base import LatentGenerator
+from sd_mini.cpu import accelerate
+from sd_mini.data.batches import Batch
 from sd_mini.noise_predictor.network import build, predict
-from training.engine.learner import Others, fixed
+from sd_mini.processes import process_device
+from training.engine.learner import Others, Player, fixed
 from training.optim.optimizer import OptimizerConfig
 
 STEP = 1.0  # the time that the network is told; it sees no noise
@@ -64,6 +69,59 @@ class Discriminator(nn.Module):
         return self.logit(features.float().mean((2, 3)))[:, 0]
 
 
+class Adversary:
+    """What a task needs to train its generator against a discriminator; without one where the weight is 0."""
+
+    def __init__(self, config: AdversaryConfig, latent_shape: tuple[int, int, int], dim: int):
+        self.config, self.latent_shape = config, latent_shape
+        self.discriminator: Discriminator | None = None
+        if config.weight:
+            self.discriminator = Discriminator(latent_shape, dim, config.network)
+            if process_device().type == "cpu":
+                accelerate(self.discriminator.network)
+            self.discriminator.to(process_device())
+
+    def player(self, generator: Any) -> dict[str, Player]:
+        """The discriminator's, by name; `generator`: (draw, prompt_embeds, prompt_mask) => latents."""
+        if self.discriminator is None:
+            return {}
+        objective = DiscriminatorObjective(self.discriminator, generator, self.config)
+        return {"discriminator": Player(objective, self.config, self.config.start)}
+
+    def inputs(self, batch: Batch, prompts: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What an update's batch has for it, from the update on at which it begins: the `weight`, the directions of the
+        penalties where they are due, and other samples' prompts. `prompts`: U[0, 1) draws (b,) that pick samples."""
+        config = self.config
+        if not config.weight or batch.step < config.start:
+            return {}
+        found = {"weight": torch.tensor(config.weight)}
+        if config.gradient_penalty and batch.step % config.penalty_every == 0:
+            found |= {name: batch.normal(name, *self.latent_shape) for name in ("direction", "false_direction")}
+        if config.mismatched:
+            others = prompts(batch.uniform("other"))
+            found |= {"other_embeds": others["prompt_embeds"], "other_mask": others["prompt_mask"]}
+        return found
+
+    def zeros(self) -> dict[str, Tensor]:
+        """The generator's further inputs, to count its cost with."""
+        return {"weight": torch.tensor(self.config.weight)} if self.config.weight else {}
+
+
+def with_adversary(
+    discriminator: Discriminator | None,
+    losses: Tensor,
+    latents: Tensor,
+    drawn: Tensor,
+    prompt: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A generator's other losses (b,) => with the adversarial one by its weight, and that to log; none: without."""
+    if weight is None or discriminator is None:
+        return losses, {}
+    adversarial = adversarial_losses(discriminator, latents, drawn, *prompt)
+    return losses + weight * adversarial, {"adversarial": adversarial.mean()}
+
+
 # Huang et al. 2024, eq. 2 (Jolicoeur-Martineau 2019): f(D(fake) - D(real)), f(t) = softplus(t)
 def relativistic_losses(winner: Tensor, loser: Tensor) -> Tensor:
     """Logits of those who should be higher, and of those they are paired with, (B,) each => (B,)."""
@@ -91,7 +149,7 @@ class DiscriminatorObjective(nn.Module):
     `generator`: (draw, prompt_embeds, prompt_mask) => latents; it is not trained here.
     """
 
-    def __init__(self, discriminator: Discriminator, generator: LatentGenerator, config: AdversaryConfig):
+    def __init__(self, discriminator: Discriminator, generator: Any, config: AdversaryConfig):
         super().__init__()
         self.discriminator, self.config = discriminator, config
         self.others = Others([generator])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +17,7 @@ from sd_mini.errors import UserError
 from sd_mini.generators.one_pass import OnePassGenerator
 from sd_mini.processes import process_device
 from training.engine.learner import Others, Player
-from training.generators.adversary import AdversaryConfig, Discriminator, DiscriminatorObjective, adversarial_losses
+from training.generators.adversary import Adversary, AdversaryConfig, Discriminator, with_adversary
 from training.generators.task import GeneratorConfig, GeneratorTask
 
 
@@ -50,18 +51,9 @@ class OnePassObjective(nn.Module):
         self.network = network
         self.others = Others([] if discriminator is None else [discriminator])
 
-    @property
-    def discriminator(self) -> Discriminator | None:
-        return self.others[0] if self.others else None
-
-    def with_adversary(
-        self, losses: Tensor, latents: Tensor, drawn: Tensor, prompt: tuple[Tensor, Tensor], weight: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (b,) of the other terms => with the adversarial one by its weight, and that to log; none: without."""
-        if weight is None or self.discriminator is None:
-            return losses, {}
-        adversarial = adversarial_losses(self.discriminator, latents, drawn, *prompt)
-        return losses + weight * adversarial, {"adversarial": adversarial.mean()}
+    def with_adversary(self, losses: Tensor, latents: Tensor, drawn: Tensor, prompt: Any, weight: Tensor | None) -> Any:
+        """Losses (b,) of the other terms => with the adversarial one, and what it logs."""
+        return with_adversary(self.others[0] if self.others else None, losses, latents, drawn, prompt, weight)
 
 
 class OnePassTask(GeneratorTask):
@@ -74,47 +66,23 @@ class OnePassTask(GeneratorTask):
         return network
 
     def make_players(self, objective: Any) -> dict[str, Player]:
-        config, more = self.config.adversary, {name: torch.zeros(1, *self.latent_shape) for name in self.draw_names(0)}
-        if config.weight:
-            more["weight"] = torch.tensor(config.weight)
-        self.announce(objective, self.one_picture() | more)
-        players = super().make_players(objective)
-        if objective.discriminator is not None:
-            adversary = DiscriminatorObjective(objective.discriminator, objective.network, config)
-            players["discriminator"] = Player(adversary, config, config.start)
-        return players
+        draws = {name: torch.zeros(1, *self.latent_shape) for name in self.draw_names}
+        self.announce(objective, self.one_picture() | draws | self.adversary.zeros())
+        return super().make_players(objective) | self.adversary.player(objective.network)
 
-    def make_discriminator(self) -> Discriminator | None:
-        """The one that the generator is trained against, of a weight above 0."""
-        config = self.config.adversary
-        if not config.weight:
-            return None
-        discriminator = Discriminator(self.latent_shape, self.dim, config.network)
-        on_cpu(discriminator.network)
-        return discriminator.to(process_device())
+    @cached_property
+    def adversary(self) -> Adversary:
+        return Adversary(self.config.adversary, self.latent_shape, self.dim)
 
-    def draw_names(self, step: int) -> tuple[str, ...]:
-        """Of the normal draws of an update's batch, each of the latents' shape."""
-        config = self.config.adversary
-        penalised = config.gradient_penalty and self._is_adversarial(step) and step % config.penalty_every == 0
-        return ("draw", "direction", "false_direction") if penalised else ("draw",)
-
-    def _is_adversarial(self, step: int) -> bool:
-        config = self.config.adversary
-        return config.weight > 0 and step >= config.start
+    @property
+    def draw_names(self) -> tuple[str, ...]:
+        """Of the generator's normal draws, each of the latents' shape."""
+        return ("draw",)
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """A batch's latents, draws (b, C, h, w) and prompts; where the adversary has begun, its `weight` too."""
-        config, rows = self.config.adversary, self.rows(batch)
-        rows |= {name: batch.normal(name, *self.latent_shape) for name in self.draw_names(batch.step)}
-        if not self._is_adversarial(batch.step):
-            return rows
-        rows["weight"] = torch.tensor(config.weight)
-        if config.mismatched:
-            others = (batch.uniform("other").numpy() * self.count).astype(np.int64)
-            prompts = self.train.take(others, [0.0] * len(others))
-            rows |= {"other_embeds": prompts["prompt_embeds"], "other_mask": prompts["prompt_mask"]}
-        return rows
+        """A batch's latents, draws (b, C, h, w) and prompts, and what the adversary has of it."""
+        draws = {name: batch.normal(name, *self.latent_shape) for name in self.draw_names}
+        return self.rows(batch) | draws | self.adversary.inputs(batch, self.prompts)
 
     def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
         """Scores of the held-out samples, each with its own two draws, the same at every step: `energy`, and those that

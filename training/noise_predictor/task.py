@@ -173,6 +173,10 @@ class EncodedTask(ABC):
                 f"{' '.join(str(error).split())[:160]}; give the stride times the patch size, or max_aspect 1"
             ) from None
 
+    def prompts(self, draw: Tensor) -> dict[str, Tensor]:
+        """U[0, 1) draws (b,) => rows of samples that they pick, each with its first caption."""
+        return self.train.take((draw.numpy() * self.count).astype(np.int64), [0.0] * len(draw))
+
     def without_prompts(self, rows: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
         """A batch's rows with the null condition instead of the prompt where `dropped` (b,) is true."""
         dropped = dropped.to(self.device, non_blocking=True)[:, None]

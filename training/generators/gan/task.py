@@ -68,10 +68,11 @@ class GanTask(OnePassTask):
 
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> GanObjective:
         assert isinstance(network, OnePassGenerator)
-        return GanObjective(self.config.energy, network, self.make_discriminator())
+        return GanObjective(self.config.energy, network, self.adversary.discriminator)
 
-    def draw_names(self, step: int) -> tuple[str, ...]:
-        return *super().draw_names(step), *["second_draw"] * (self.config.energy > 0)
+    @property
+    def draw_names(self) -> tuple[str, ...]:
+        return ("draw", "second_draw") if self.config.energy else ("draw",)
 
 
 main = launch.Program(GanConfig, "gan", lambda launched: GanTask(launched.config, launched.run))

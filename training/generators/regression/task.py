@@ -38,7 +38,7 @@ class RegressionTask(OnePassTask):
     family = "regression"
 
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> RegressionObjective:
-        return RegressionObjective(network, self.make_discriminator())
+        return RegressionObjective(network, self.adversary.discriminator)
 
     def sampled(self, objective: Any, draw: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
         return objective.network(torch.zeros_like(draw), *prompt)

@@ -80,7 +80,7 @@ class VaeTask(OnePassTask):
         config, (channels, height, width) = self.config, self.latent_shape
         encoder = build(config.network.kind, config.network.network, (2 * channels, height, width), self.dim)
         on_cpu(encoder)
-        return VaeObjective(network, encoder, config.kl_weight, self.make_discriminator())
+        return VaeObjective(network, encoder, config.kl_weight, self.adversary.discriminator)
 
     def held_out(self, objective: Any, latents: Tensor, draw: Tensor, prompt: Any) -> dict[str, Tensor]:
         """`bits`: minus the bound in bits a dimension, which the likelihood is at least."""
