@@ -13,6 +13,7 @@ from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.faults import KillAt
 from tests.support.launching import assert_equal_runs, error_line, launch, launch_apart, prepared
+from training.few_steps.meanflow import OneEvaluation
 from training.storage import export
 
 QUIET = ["--log_with", "none", "--train.preview_every", "100"]
@@ -168,3 +169,26 @@ def test_configs_that_do_not_fit_are_refused(tuned_run, tmp_path, capsys, option
     folders = [f"--{name}={tuned_run / name / 'final'}" for name in ("text_encoder", "autoencoder", "noise_predictor")]
     assert launch("few_steps", run, *folders, *options) == 2
     assert message in error_line(capsys.readouterr().err)
+
+
+def test_an_adversary_sees_what_one_evaluation_draws(pipeline):
+    prompt, noise = pipeline.encode_prompt("a red circle"), torch.randn(1, 4, 8, 8)
+    drawn = pipeline("a red circle", latents=noise, num_inference_steps=1, output_type="latent").images
+    with torch.no_grad():
+        found = OneEvaluation(pipeline.noise_predictor, pipeline.few_steps.end_blocks)(noise, *prompt)
+    torch.testing.assert_close(found, drawn, rtol=1e-4, atol=1e-5)
+
+
+def test_with_an_adversary_killed_and_resumed_equals_straight_through(smoke_run, tmp_path):
+    given = [*QUIET, "--adversary.weight", "0.5", "--adversary.start", "2", "--adversary.mismatched", "0.5"]
+    given += ["--adversary.network", "{hidden_size: 32, num_heads: 2, depth: 1}", "--train.log_every", "1"]
+    straight, run = (prepared("few_steps", smoke_run, tmp_path / name) for name in ("straight", "run"))
+    assert launch("few_steps", straight, *given) == 0
+    rows = [json.loads(line) for line in (straight / "few_steps" / "metrics.jsonl").read_text().splitlines()]
+    logged = {row["step"]: row for row in rows if "loss" in row}
+    assert "adversarial" not in logged[2] and "adversarial" in logged[3] and logged[3]["discriminator.r1"] >= 0
+    assert launch_apart("few_steps", run, *given, fault=KillAt(5))[0] == [-9]
+    codes, said = launch_apart("few_steps", run, *given)
+    assert codes == [0] and "resumed at step 3" in said, said
+    assert_equal_runs(run / "few_steps", straight / "few_steps")
+    assert launch("few_steps", tmp_path / "run", *given, "--method", "reflow") == 2
