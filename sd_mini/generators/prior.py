@@ -182,7 +182,7 @@ class PriorGenerator(LatentGenerator):
         """pixels (B, 3, R, R) in [-1, 1] => embeddings (B, D) of length 1, scaled to the tower's size first."""
         if self.tower is None:
             raise UserError(
-                "image: this prior's stage 1 was trained on the features of another tower, which it does not hold; give "
+                "image: stage 1 was trained on the features of a frozen tower, which this prior does not hold; give "
                 "image_embeddings instead"
             )
         size = self.config.tower_size

@@ -11,12 +11,11 @@ from training.noise_predictor.losses import answer_and_target, log_losses
 
 
 class PriorObjective(nn.Module):
-    """`times`: of the decoder's noise levels and the weights of its errors; `noise`: the most noise on the embeddings
-    that the decoder is trained with."""
+    """`times`: the distribution of the decoder's noise levels, and the weights of its errors."""
 
-    def __init__(self, network: PriorGenerator, times: TimeConfig, noise: float):
+    def __init__(self, network: PriorGenerator, times: TimeConfig):
         super().__init__()
-        self.network, self.times, self.noise = network, times, noise
+        self.network, self.times = network, times
 
     def forward(
         self,
@@ -29,18 +28,13 @@ class PriorObjective(nn.Module):
         is_kept: Tensor,
         prompt_embeds: Tensor,
         prompt_mask: Tensor,
-        **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents (b, C, h, w), embeddings of their pictures (b, D), a noise and a time for each, and whether the
         decoder is given the embedding (b,) => the sum of three losses (b,), and each to log."""
         network, times, prompt = self.network, self.times, (prompt_embeds, prompt_mask)
 
         # the decoder, on prompt and embedding
-        given = embeddings
-        if self.noise:
-            given = network.prior.standardised(embeddings)
-            given = network.prior.embeddings(given + self.noise * more["embedding_noise"])
-        condition = network.condition(prompt, given, is_kept)
+        condition = network.condition(prompt, embeddings, is_kept)
         answer, target = answer_and_target(network.body, times, latents, noise, timesteps, *condition)
         errors = (answer - target).square().mean((1, 2, 3))
         decoder, weights = errors, times.weights(timesteps)

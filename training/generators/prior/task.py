@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sd_mini.config import Config
+from sd_mini.data.arrays import Buckets
 from sd_mini.data.batches import Batch, Rows, generator
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.diffusion.objective import TimeConfig
@@ -75,8 +76,6 @@ class PriorConfig(GeneratorConfig):
     """of the decoder: the pipeline's guidance scale"""
     embedding_dropout: float = Field(0.1, ge=0, le=1)
     """fraction of samples on which the decoder is not given the embedding"""
-    embedding_noise: float = Field(0.0, ge=0)
-    """standard deviation of noise on the decoder's embeddings, in their own standard deviations"""
     network: OnePassNetwork = OnePassNetwork()
     """the decoder's"""
     prior: PriorNetwork = PriorNetwork()
@@ -118,7 +117,7 @@ class PriorTask(GeneratorTask):
         """Stage 1's picture side. Raises UserError where it is not there, or another tower than the config's."""
         matcher, name = self.text.parts.get("matcher"), self.config.tower.name
         if matcher is None:
-            raise UserError(f"prior: {self.text.folder} holds no matcher, whose embeddings it draws; train stage 1 again")
+            raise UserError(f"prior: {self.text.folder} holds no matcher, which makes embeddings; train stage 1 again")
         if (matcher.config.feature_dim is None) != (name is None):
             mend = "leave tower.name out" if name is not None else "name it: tower.name, tower.weights"
             kind = "a picture tower of its own" if name is not None else "the features of a frozen tower"
@@ -131,7 +130,7 @@ class PriorTask(GeneratorTask):
         mean, std = embedding_statistics(torch.from_numpy(self.embeddings[:]).float())
         network.prior.network.clip_mean.copy_(mean)
         network.prior.network.clip_std.copy_(std)
-        return PriorObjective(network, self.config.times, self.config.embedding_noise)
+        return PriorObjective(network, self.config.times)
 
     def _embeddings(self, network: PriorGenerator, pictures: CaptionedPictures) -> Rows:
         """Of every picture, (N, D), cached."""
@@ -140,21 +139,20 @@ class PriorTask(GeneratorTask):
             features = tower_features(config.tower.name, config.tower.weights, pictures, self.run / "cache")
             with torch.no_grad():
                 return matcher(features).vector.numpy()
+
+        def embed(pixels: Tensor) -> Tensor:
+            return network.embed(pixels.to(device))
+
         key = {"tower": model_hash(matcher), "side": network.config.tower_size}
-        where = self.run / "cache" / "picture_embeddings"
-        return cached_of_pictures(
-            pictures,
-            "picture embeddings",
-            lambda pixels: network.embed(pixels.to(device)),
-            key,
-            where,
-            config.cache_dtype,
-            network.tower,
-        )
+        where, dtype, tower = self.run / "cache" / "picture_embeddings", config.cache_dtype, network.tower
+        assert tower is not None
+        rows = cached_of_pictures(pictures, "picture embeddings", embed, key, where, dtype, tower)
+        assert not isinstance(rows, Buckets)  # pictures are of one size
+        return rows
 
     def make_players(self, objective: Any) -> dict[str, Player]:
         one = torch.zeros(1, *self.latent_shape), torch.zeros(1, self.dim)
-        more = {"noise": one[0], "timesteps": torch.zeros(1), "embeddings": one[1], "embedding_noise": one[1]}
+        more = {"noise": one[0], "timesteps": torch.zeros(1), "embeddings": one[1]}
         more |= {"prior_noise": one[1], "prior_timesteps": torch.zeros(1, dtype=torch.long), "is_kept": torch.ones(1)}
         self.announce(objective, self.one_picture() | more)
         return super().make_players(objective)
@@ -169,8 +167,6 @@ class PriorTask(GeneratorTask):
         rows["prior_noise"] = batch.normal("prior noise", self.dim)
         # sec. 2.1: embedding and prompt are left out independently of each other
         rows["is_kept"] = (batch.uniform("embedding dropout") >= self.config.embedding_dropout).float()
-        if self.config.embedding_noise:
-            rows["embedding_noise"] = batch.normal("embedding noise", self.dim)
         return rows
 
     def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
@@ -179,8 +175,8 @@ class PriorTask(GeneratorTask):
         network, scores = objective.network, []
         device = next(objective.parameters()).device
         for part in map(np.asarray, self.valid_pictures.runs(rows, 256)):
-            inputs = {name: value.to(device) for name, value in self.valid.take(part, [0.0] * len(part)).items()}
-            latents, prompt = inputs["latents"], (inputs["prompt_embeds"], inputs["prompt_mask"])
+            row = {name: value.to(device) for name, value in self.valid.take(part, [0.0] * len(part)).items()}
+            latents, prompt = row["latents"], (row["prompt_embeds"], row["prompt_mask"])
             embeddings = torch.from_numpy(self.valid_embeddings[part]).float().to(device)
 
             condition = network.condition(prompt, embeddings)
@@ -188,8 +184,8 @@ class PriorTask(GeneratorTask):
             noise = torch.stack([torch.randn(*self.latent_shape, generator=draw) for draw in draws]).to(device)
             errors = []
             for level in VALID_TIMESTEPS:
-                timesteps = torch.full((len(part),), level, device=device)
-                answer, target = answer_and_target(network.body, self.config.times, latents, noise, timesteps, *condition)
+                inputs = latents, noise, torch.full((len(part),), level, device=device)
+                answer, target = answer_and_target(network.body, self.config.times, *inputs, *condition)
                 errors.append((answer - target).square().mean((1, 2, 3)))
             drawn = network.draw_embeddings(prompt, None, [generator(0, int(i), "embedding") for i in part])
             own, drawn = map(network.prior.standardised, (embeddings, drawn))
