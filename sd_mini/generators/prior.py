@@ -140,8 +140,7 @@ class PriorGenerator(LatentGenerator):
         noise = normal_draws((len(draws), count, config.dim), list(draws)).flatten(0, 1)
         each = [part.repeat_interleave(count, 0) for part in prompt]
         each_null = None if null is None else [part.repeat_interleave(count, 0) for part in null]
-        guidance = Guidance(1.0 if null is None else config.prior_guidance)
-        drawn = self._denoised(self.prior, PRIOR, guidance, config.prior_steps, noise, each, each_null)
+        drawn = self._denoised(self._prior_run(null is not None), noise, each, each_null)
         candidates = self.prior.embeddings(drawn).unflatten(0, (-1, count))  # (B, count, D)
         # sec. 2.2: the draw with the higher inner product with the text's embedding
         text = self.prior.embeddings(self.prior.text_embeddings(*prompt))
@@ -152,19 +151,31 @@ class PriorGenerator(LatentGenerator):
         self, prompt: Condition, embeddings: Tensor, null: Condition | None, draws: Draws, guidance: float
     ) -> Tensor:
         """Prompts and embeddings (B, D) => latents (B, C, h, w); guidance leads away from neither."""
-        config = self.config
-        noise = normal_draws((len(draws), *config.latent_shape), list(draws))
-        scale = Guidance(1.0 if null is None else guidance, 0.0, *config.interval)
+        noise = normal_draws((len(draws), *self.config.latent_shape), list(draws))
         away = None if null is None else self.condition(null, None)
-        condition = self.condition(prompt, embeddings)
-        return self._denoised(self.body, DECODER, scale, config.steps, noise, condition, away)
+        run = self._decoder_run(1.0 if null is None else guidance)
+        return self._denoised(run, noise, self.condition(prompt, embeddings), away)
 
-    def _denoised(
-        self, network: Any, process: Process, guidance: Guidance, steps: int, noise: Tensor, condition: Any, null: Any
-    ) -> Tensor:
-        """One sampling run by the sampler of that process, from noise to its end."""
+    def passes(self, guidance: float) -> int:
+        """Calls of prior and decoder that a picture takes, guided by that scale; a guided one counts twice."""
+        runs = self._prior_run(guidance != 1), self._decoder_run(guidance)
+        of_prior, of_decoder = (len(run.timesteps) + sum(run.is_guided) for run in runs)
+        return self.config.candidates * of_prior + of_decoder
+
+    def _prior_run(self, is_guided: bool) -> SamplingRun:
+        config = self.config
+        guidance = Guidance(config.prior_guidance if is_guided else 1.0)
+        return self._run(self.prior, PRIOR, guidance, config.prior_steps)
+
+    def _decoder_run(self, scale: float) -> SamplingRun:
+        return self._run(self.body, DECODER, Guidance(scale, 0.0, *self.config.interval), self.config.steps)
+
+    def _run(self, network: Any, process: Process, guidance: Guidance, steps: int) -> SamplingRun:
         scheduler = samplers.build(samplers.default(process), process)
-        run = SamplingRun(network, scheduler, process, guidance, steps, self.device)
+        return SamplingRun(network, scheduler, process, guidance, steps, self.device)
+
+    def _denoised(self, run: SamplingRun, noise: Tensor, condition: Any, null: Any) -> Tensor:
+        """A sampling run from noise to its end."""
         latents = run.start(noise.to(self.device, self.dtype))
         for i in range(len(run.timesteps)):
             latents = run.step(i, latents, condition, null)

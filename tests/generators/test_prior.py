@@ -210,3 +210,8 @@ def test_stage_1_has_to_bring_the_tower_that_is_named(prior_run, tmp_path):
     config = read(PriorConfig, SMOKE / "prior.yaml", ["--tower.name", "ViT-B-32"])
     with pytest.raises(UserError, match=r"stage 1 was trained with a picture tower of its own; leave tower\.name out"):
         PriorTask(config, prior_run)
+
+
+def test_passes_of_a_picture(pipeline):
+    """Two candidates of three steps and the decoder's three, of which two are guided, as all of the prior's are."""
+    assert [pipeline.latent_generator.passes(scale) for scale in (1.0, 3.0)] == [2 * 3 + 3, 2 * 6 + 3 + 2]
