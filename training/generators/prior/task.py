@@ -78,6 +78,8 @@ class PriorConfig(GeneratorConfig):
     """fraction of samples on which the decoder is not given the embedding"""
     network: OnePassNetwork = OnePassNetwork()
     """the decoder's"""
+    embedding_tokens: int = Field(4, ge=1)
+    """tokens of the decoder's prompt that the embedding is projected to"""
     prior: PriorNetwork = PriorNetwork()
     times: TimeConfig = TimeConfig()
     """the decoder's noise levels in training, and the weights of its errors"""
@@ -106,6 +108,7 @@ class PriorTask(GeneratorTask):
             prior_network=config.prior.model_dump(),
             matcher={k: v for k, v in matcher.config.items() if k[0] != "_"} if is_own else None,
             tower_size=self.text.contract["resolution"],
+            embedding_tokens=config.embedding_tokens,
             **config.sampling.model_dump(),
         )
         if network.tower is not None:
