@@ -17,6 +17,7 @@ FLOORS = [
         "openmp",
         "remarks",
         "processes",
+        "draws",
         "memory",
         "offload",
         "texts",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sd_mini.autoencoder.small_picture import SmallPicture
 from sd_mini.autoencoder.tiling import in_tiles, reach_of
+from sd_mini.draws import Draws
 from sd_mini.errors import UserError
 from sd_mini.offload import brings_in
 
@@ -121,20 +122,31 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """pixels (B, 3, H, W) in [-1, 1] => latents (B, C, h, w) of mean 0 and std 1 a channel."""
         return (self.raw_latents(pixels)[0] - self.mean) / self.std
 
-    def decode_raw(self, raw: Tensor) -> Tensor:
+    @property
+    def draws_pixels(self) -> bool:
+        """Whether the decoder draws a picture from noise, as a diffusion super-resolver does."""
+        return self.config.kind == "small_picture" and self.network.config.enlarger == "diffusion"
+
+    def decode_raw(self, raw: Tensor, draws: Draws | None = None) -> Tensor:
         """Latents before standardisation => pixels. For training only."""
-        return nn.functional.pixel_shuffle(self.network.decode(raw).sample, self.config.patch_size)
+        decoded = self.network.decode(raw, draws) if self.draws_pixels else self.network.decode(raw)
+        return nn.functional.pixel_shuffle(decoded.sample, self.config.patch_size)
 
     @brings_in
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, tile: int | None = None, draws: Draws | None = None) -> Tensor:
         """latents (B, C, h, w), standardised => pixels (B, 3, H, W), about [-1, 1] (not clamped).
 
         With `tile`, larger latents are decoded in overlapping squares of so many cells a side, so that memory depends
-        on the square and not on the picture; see `tiling.in_tiles`.
+        on the square and not on the picture; see `tiling.in_tiles`. `draws`: each picture's generator, of which a
+        decoder that draws its pictures has a use (seed 0 for each if left out).
+
+        Raises UserError for a tile of such a decoder: squares drawn apart would not fit together.
         """
         raw = latents * self.std + self.mean
         if tile is None or max(raw.shape[-2:]) <= tile:
-            return self.decode_raw(raw)
+            return self.decode_raw(raw, draws)
+        if self.draws_pixels:
+            raise UserError(f"tile {tile}: this decoder draws pictures from noise, whole; leave the tile out")
         reach = reach_of(self.decode_raw, self.network.decoder, self.latent_channels)
         return in_tiles(self.decode_raw, raw, tile, self.stride, reach)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +11,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from sd_mini.draws import Draws
 from sd_mini.errors import UserError
 
 Condition = tuple[Tensor, Tensor]  # prompt_embeds (B, L, D), prompt_mask (B, L)
-Draws = Sequence[torch.Generator | None]  # each picture's own
 
 
 class LatentGenerator(ModelMixin, ConfigMixin):
@@ -57,6 +56,10 @@ class LatentGenerator(ModelMixin, ConfigMixin):
                 f"guidance_scale {scale:g}: a {self.family} generator draws without guidance; leave it out (1)"
             )
 
+    @abstractmethod
+    def passes(self, guidance: float) -> int:
+        """Calls of the network that a picture takes, guided by that scale; a guided one counts twice."""
+
     @apply_forward_hook  # which moves the network to its device under CPU offload
     @torch.no_grad()
     def draw(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float = 1.0) -> Tensor:
@@ -69,9 +72,3 @@ class LatentGenerator(ModelMixin, ConfigMixin):
     @abstractmethod
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
         """As `draw`, for subclasses to bring; `null` is None where there is no guidance."""
-
-
-def uniforms(shape: tuple[int, ...], draws: Draws) -> Tensor:
-    """U[0, 1) on the CPU, (len(draws), *shape): row i from the i-th generator."""
-    devices = ["cpu" if one is None else one.device for one in draws]
-    return torch.stack([torch.rand(shape, generator=g, device=d).cpu() for g, d in zip(draws, devices, strict=True)])

@@ -12,9 +12,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from sd_mini.generators.base import Condition, Draws, LatentGenerator
+from sd_mini.draws import Draws, normals
+from sd_mini.generators.base import Condition, LatentGenerator
 from sd_mini.noise_predictor.network import build, predict
-from sd_mini.sampling.loop import draws as normal_draws
 
 STEP = 1000.0  # the time that the network is told: that of pure noise
 
@@ -40,7 +40,10 @@ class OnePassGenerator(LatentGenerator):
         timesteps = torch.full((len(draw),), STEP, device=draw.device)
         return predict(self.body, draw, timesteps, prompt_embeds, prompt_mask)
 
+    def passes(self, guidance: float) -> int:
+        return 1
+
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
-        shape = len(draws), *self.config.latent_shape
-        draw = torch.zeros(shape) if self.family == "regression" else normal_draws(shape, list(draws))
+        shape = tuple(self.config.latent_shape)
+        draw = torch.zeros(len(draws), *shape) if self.family == "regression" else normals(shape, draws)
         return self(draw.to(self.device, self.dtype), *prompt)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sd_mini.autoencoder.tiling import check_tile
 from sd_mini.config import check_choice
+from sd_mini.draws import Draws
 from sd_mini.errors import UserError
 from sd_mini.pipelines.inputs import (
     CallState,
@@ -143,7 +144,8 @@ class Pipeline(JoinedPipeline):
         # 3. latents => pictures
         is_latent = request.output_type == "latent"
         try:
-            pictures: Any = latents if is_latent else self._decode(latents, request.output_type)
+            draws = one_each(request.generator, len(latents))
+            pictures: Any = latents if is_latent else self._decode(latents, request.output_type, draws)
         finally:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
@@ -317,8 +319,8 @@ class Pipeline(JoinedPipeline):
         """The network that draws the latents."""
         return self.noise_predictor if self.latent_generator is None else self.latent_generator
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile).float()
+    def _decode(self, latents: Tensor, output_type: str, draws: Draws) -> Any:
+        pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile, draws).float()
         if pixels.isnan().any():  # which would pass for a plausible black
             raise UserError("the decoded pictures hold NaN: the model has diverged; load an earlier checkpoint of it")
         return self._postprocess(pixels, output_type)

@@ -170,16 +170,25 @@ class AutoencoderObjective(nn.Module):
         posterior_noise: Tensor,
         turned: Tensor | None = None,
         places: Tensor | None = None,
+        pixel_noise: Tensor | None = None,
+        times: Tensor | None = None,
+        levels: Tensor | None = None,
         **weights: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """pixels (b, 3, R, R); both noises like the latents; for equivariance `turned` and `places`, a Change's."""
+        """pixels (b, 3, R, R); both noises like the latents; for equivariance `turned` and `places`, a Change's; of a
+        decoder that draws its pictures `pixel_noise` like the pixels, and U[0, 1) `times` and `levels` (b,)."""
         w = {name.removeprefix("weight_"): value for name, value in weights.items()}
         autoencoder = self.autoencoder
 
         # Encode, add noise, decode.
         raw, log_variance = self._latents(pixels)
-        latents, noised = self._decoder_inputs(pixels, raw, log_variance, noise, posterior_noise, w)
-        decoded = autoencoder.decode_raw(noised)
+        if pixel_noise is not None and times is not None and levels is not None:
+            latents = noised = raw
+            amounts = levels * w.get("latent_noise", levels.new_zeros(()))
+            decoded = self._denoised(pixels, raw, noise, amounts, pixel_noise, times)
+        else:
+            latents, noised = self._decoder_inputs(pixels, raw, log_variance, noise, posterior_noise, w)
+            decoded = autoencoder.decode_raw(noised)
 
         # Terms of the reconstruction and of the latents.
         terms = {} if not self.encoder_is_trained else {"kl": kl_term(raw, log_variance)}
@@ -224,6 +233,14 @@ class AutoencoderObjective(nn.Module):
         if log_variance is not None and self.encoder_is_trained and self.others[1] is None:
             noised = noised + (0.5 * log_variance).exp() * posterior_noise
         return latents, noised
+
+    def _denoised(
+        self, pixels: Tensor, raw: Tensor, noise: Tensor, amounts: Tensor, pixel_noise: Tensor, times: Tensor
+    ) -> Tensor:
+        """What a diffusion decoder takes for the pixels at `times`, beside small pictures with so much noise each: the
+        terms are then of denoised pictures."""
+        decoder: Any = self.autoencoder.network.decoder
+        return decoder.denoised(pixels, pixel_noise, times, raw + amounts.view(-1, 1, 1, 1) * noise, amounts)
 
     @torch.no_grad()
     def reconstructions(self, pixels: Tensor, noise: Tensor, posterior_noise: Tensor, **more: Tensor) -> Tensor:

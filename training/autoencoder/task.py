@@ -122,6 +122,9 @@ class AutoencoderTask:
         if autoencoder.config.kind == "tiny" and config.train.gradient_checkpointing:
             # diffusers' EncoderTiny then skips the scaling of its input that it applies in evaluation
             raise UserError("train.gradient_checkpointing: AutoencoderTiny learns something else with it; leave it out")
+        self.draws_pixels = autoencoder.draws_pixels
+        if self.draws_pixels and (given := [t for t in ("adversarial", "equivariance") if getattr(loss, t).weight]):
+            raise UserError(f"loss.{given[0]}: the decoder draws its pictures by diffusion, which has no use for it; 0")
         teacher, self.taught_by = _teacher(config.model, autoencoder)
         perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
         discriminator = None
@@ -170,6 +173,9 @@ class AutoencoderTask:
         if "equivariance" in begun:
             change = drawn_change(self.latent_shape[1], *(float(u) for u in batch.uniform_all("change", 2)[0]))
             inputs |= {"turned": change.of_pixels(pixels, stride), "places": change.places()}
+        if self.draws_pixels:
+            inputs["pixel_noise"] = batch.normal("pixel_noise", *pixels.shape[1:])
+            inputs |= {"times": batch.stratified("times"), "levels": batch.uniform("levels")}
         return inputs | {name: batch.normal(name, *latent_shape) for name in ("noise", "posterior_noise")}
 
     def validate(self, objective: AutoencoderObjective, rows: slice) -> dict[str, np.ndarray]:

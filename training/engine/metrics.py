@@ -132,17 +132,19 @@ class Pace:
 
     def __init__(self, accelerator: Accelerator, batch_size: int):
         self.accelerator, self.batch_size = accelerator, batch_size
-        self.flops: int | None = None  # of an update of this process
-        self.counted: frozenset[str] = frozenset()  # the names of the inputs that `flops` was counted for
-        self.seconds, self.updates = 0.0, 0
+        self.flops = 0  # of the present update of this process
+        self.counted: dict[frozenset[str], int] = {}  # an update's, by the names of its inputs
+        self.seconds, self.updates, self.all_flops = 0.0, 0, 0
 
     def count(self, learners: Sequence[Learner], inputs: StepInputs, message: Callable[[str], None]) -> None:
-        """Count an update's FLOPs from its first pass, again whenever its inputs have other names; on the main process,
-        which is the one that shows them."""
+        """Count an update's FLOPs from its first pass, once for inputs of the same names; on the main process, which is
+        the one that shows them."""
         names = frozenset(inputs.passes[0])
-        if names == self.counted or not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
             return
-        self.counted = names
+        if names in self.counted:
+            self.flops = self.counted[names]
+            return
         first, rows = inputs.rows[0], sum(rows.stop - rows.start for rows in inputs.rows)
         try:
             passes = [count_flops(learner.shown, learner.trained, inputs.passes[0]) for learner in learners]
@@ -150,19 +152,21 @@ class Pace:
             message(f"MFU is not shown, as the FLOPs cannot be counted ({' '.join(str(error).split())[:200]})")
             passes = [0]
         # of the first pass, scaled to all rows of this process
-        self.flops = sum(passes) * rows // (first.stop - first.start)
+        self.flops = self.counted[names] = sum(passes) * rows // (first.stop - first.start)
 
     def add(self, seconds: float) -> None:
         self.seconds, self.updates = self.seconds + seconds, self.updates + 1
+        self.all_flops += self.flops
 
     def take(self) -> tuple[float, float]:
         """(pictures a second over all processes, MFU of this one) since the last call."""
         # MFU: FLOPs of a second of updates over the peak of the device (Chowdhery et al. 2022)
-        rate = self.updates / self.seconds if self.updates else 0.0
-        self.seconds, self.updates = 0.0, 0
+        seconds = self.seconds or 1.0
+        pictures, flops = self.updates * self.batch_size / seconds, self.all_flops / seconds
+        self.seconds, self.updates, self.all_flops = 0.0, 0, 0
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        peak = measured_peak(self.accelerator.device, dtype) if self.flops else 1.0
-        return rate * self.batch_size, (self.flops or 0) * rate / peak
+        peak = measured_peak(self.accelerator.device, dtype) if flops else 1.0
+        return pictures, flops / peak
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:

@@ -32,10 +32,16 @@ class AdversaryConfig(OptimizerConfig):
 
     weight: float = Field(0.0, ge=0)
     """of the adversarial term in the generator's loss; 0: no discriminator"""
+    start: int = Field(0, ge=0)
+    """the update from which it learns and counts"""
     gradient_penalty: float = Field(1.0, ge=0)
     """weight gamma of R1 and R2; the loss has half of it"""
-    step: float = Field(0.01, gt=0, le=0.1)
-    """length of the random steps by which the squared gradients of R1 and R2 are estimated"""
+    penalty_every: int = Field(1, ge=1)
+    """updates from one with the penalties to the next, in which they weigh so many times as much (lazy regularisation,
+    Karras et al. 2020, appendix B)"""
+    step: float = Field(0.1, gt=0, le=0.5)
+    """length of the random steps by which the squared gradients of R1 and R2 are estimated, in standard deviations of
+    the latents"""
     mismatched: float = Field(0.0, ge=0)
     """weight of the real latents with another sample's prompt as further false ones (Reed et al. 2016, GAN-CLS)"""
     network: DiscriminatorNetwork = DiscriminatorNetwork()
@@ -94,18 +100,19 @@ class DiscriminatorObjective(nn.Module):
         self,
         latents: Tensor,
         draw: Tensor,
-        direction: Tensor,
-        false_direction: Tensor,
         prompt_embeds: Tensor,
         prompt_mask: Tensor,
+        direction: Tensor | None = None,
+        false_direction: Tensor | None = None,
         **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """With both directions, of an update that has them, the penalties count."""
         config, b = self.config, len(latents)
         with torch.no_grad():
             drawn = self.others[0](draw, prompt_embeds, prompt_mask)
         # one call for the real ones, the drawn ones, both a step aside, and the real ones with another prompt
         inputs = [latents, drawn]
-        if config.gradient_penalty:
+        if direction is not None and false_direction is not None:
             inputs += [latents + config.step * direction, drawn + config.step * false_direction]
         embeds, mask = [prompt_embeds] * len(inputs), [prompt_mask] * len(inputs)
         if config.mismatched:
@@ -115,9 +122,9 @@ class DiscriminatorObjective(nn.Module):
         real, false = logits[:2]
         losses = relativistic_losses(real, false)
         metrics = {"margin": (real - false).mean()}
-        if config.gradient_penalty:
+        if direction is not None:
             r1, r2 = (gradient_penalties(logits[i + 2], logits[i], config.step) for i in range(2))
-            losses = losses + config.gradient_penalty / 2 * (r1 + r2)
+            losses = losses + config.penalty_every * config.gradient_penalty / 2 * (r1 + r2)
             metrics |= {"r1": r1.mean(), "r2": r2.mean()}
         if config.mismatched:
             losses = losses + config.mismatched * relativistic_losses(real, logits[-1])

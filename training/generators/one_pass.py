@@ -45,21 +45,23 @@ class OnePassConfig(GeneratorConfig):
 class OnePassObjective(nn.Module):
     """The generator, and the discriminator that it is trained against or none. A subclass brings the losses."""
 
-    def __init__(self, network: OnePassGenerator, discriminator: Discriminator | None, weight: float):
+    def __init__(self, network: OnePassGenerator, discriminator: Discriminator | None):
         super().__init__()
-        self.network, self.weight = network, weight
+        self.network = network
         self.others = Others([] if discriminator is None else [discriminator])
 
     @property
     def discriminator(self) -> Discriminator | None:
         return self.others[0] if self.others else None
 
-    def with_adversary(self, losses: Tensor, latents: Tensor, drawn: Tensor, *prompt: Tensor) -> Any:
-        """Losses (b,) of the other terms => with the adversarial one, and it to log, where there is a discriminator."""
-        if self.discriminator is None:
+    def with_adversary(
+        self, losses: Tensor, latents: Tensor, drawn: Tensor, prompt: tuple[Tensor, Tensor], weight: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (b,) of the other terms => with the adversarial one by its weight, and that to log; none: without."""
+        if weight is None or self.discriminator is None:
             return losses, {}
         adversarial = adversarial_losses(self.discriminator, latents, drawn, *prompt)
-        return losses + self.weight * adversarial, {"adversarial": adversarial.mean()}
+        return losses + weight * adversarial, {"adversarial": adversarial.mean()}
 
 
 class OnePassTask(GeneratorTask):
@@ -72,13 +74,14 @@ class OnePassTask(GeneratorTask):
         return network
 
     def make_players(self, objective: Any) -> dict[str, Player]:
-        draws = {name: torch.zeros(1, *self.latent_shape) for name in self.draw_names}
-        self.announce(objective, self.one_picture() | draws)
+        config, more = self.config.adversary, {name: torch.zeros(1, *self.latent_shape) for name in self.draw_names(0)}
+        if config.weight:
+            more["weight"] = torch.tensor(config.weight)
+        self.announce(objective, self.one_picture() | more)
         players = super().make_players(objective)
         if objective.discriminator is not None:
-            config = self.config.adversary
             adversary = DiscriminatorObjective(objective.discriminator, objective.network, config)
-            players["discriminator"] = Player(adversary, config)
+            players["discriminator"] = Player(adversary, config, config.start)
         return players
 
     def make_discriminator(self) -> Discriminator | None:
@@ -90,14 +93,24 @@ class OnePassTask(GeneratorTask):
         on_cpu(discriminator.network)
         return discriminator.to(process_device())
 
-    @property
-    def draw_names(self) -> tuple[str, ...]:
-        """Of the normal draws of a batch, each of the latents' shape."""
-        return ("draw", "direction", "false_direction") if self.config.adversary.weight else ("draw",)
+    def draw_names(self, step: int) -> tuple[str, ...]:
+        """Of the normal draws of an update's batch, each of the latents' shape."""
+        config = self.config.adversary
+        penalised = config.gradient_penalty and self._is_adversarial(step) and step % config.penalty_every == 0
+        return ("draw", "direction", "false_direction") if penalised else ("draw",)
+
+    def _is_adversarial(self, step: int) -> bool:
+        config = self.config.adversary
+        return config.weight > 0 and step >= config.start
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        rows = self.rows(batch) | {name: batch.normal(name, *self.latent_shape) for name in self.draw_names}
-        if self.config.adversary.weight and self.config.adversary.mismatched:
+        """A batch's latents, draws (b, C, h, w) and prompts; where the adversary has begun, its `weight` too."""
+        config, rows = self.config.adversary, self.rows(batch)
+        rows |= {name: batch.normal(name, *self.latent_shape) for name in self.draw_names(batch.step)}
+        if not self._is_adversarial(batch.step):
+            return rows
+        rows["weight"] = torch.tensor(config.weight)
+        if config.mismatched:
             others = (batch.uniform("other").numpy() * self.count).astype(np.int64)
             prompts = self.train.take(others, [0.0] * len(others))
             rows |= {"other_embeds": prompts["prompt_embeds"], "other_mask": prompts["prompt_mask"]}
@@ -129,12 +142,14 @@ class OnePassTask(GeneratorTask):
 
 
 # Gneiting & Raftery 2007, eq. 22: a proper score of draws against a sample, for any family; lower is better
-def energy_scores(latents: Tensor, first: Tensor, second: Tensor) -> Tensor:
+def energy_scores(latents: Tensor, first: Tensor, second: Tensor, side: int | None = None) -> Tensor:
     """Real latents and two draws of the same prompts, (b, C, h, w) each => (b,): E|x - y| - E|y - y'| / 2, by root mean
-    square distances."""
+    square distances; with `side` those of squares of so many cells a side, of which the mean is taken."""
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).square().mean((1, 2, 3)).sqrt()
+        squares = (a - b).square().mean(1, keepdim=True)
+        means = squares.mean((2, 3), keepdim=True) if side is None else nn.functional.avg_pool2d(squares, side)
+        return (means + 1e-8).sqrt().mean((1, 2, 3))  # whose gradient at equal ones is finite
 
     return (distance(latents, first) + distance(latents, second) - distance(first, second)) / 2
 

@@ -31,12 +31,13 @@ def last_metrics(run):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "super_resolution"])  # the last of kind small_picture too
 def test_each_kind_goes_through_all_stages_to_a_picture(kind, smoke_run, tmp_path):
     run = with_text(smoke_run, tmp_path / "run")
     assert launch("autoencoder", run, "--config", str(SMOKE / f"autoencoder_{kind}.yaml")) == 0
     stage = stages.load_stage(run / "autoencoder" / "final", "autoencoder")
-    assert stage.parts["autoencoder"].config.kind == kind
+    assert stage.parts["autoencoder"].config.kind == (kind if kind in KINDS else "small_picture")
+    assert stage.parts["autoencoder"].draws_pixels == (kind not in KINDS)
     assert launch("noise_predictor", run) == 0
     pipeline = Pipeline.from_run(run)
     pipeline.set_progress_bar_config(disable=True)
@@ -168,6 +169,10 @@ def test_a_stock_folder_can_be_the_start(tmp_path):
         (
             ["--config", "SMOKE/autoencoder_small_picture.yaml", "--model.patch_size", "2"],
             "small_picture keeps a picture",
+        ),
+        (
+            ["--config", "SMOKE/autoencoder_super_resolution.yaml", "--loss.equivariance", "0.5"],
+            "loss.equivariance: the decoder draws its pictures by diffusion",
         ),
         (["--config", "SMOKE/autoencoder_tiny.yaml", "--train.accumulation", "2"], "expected accumulation 1"),
         (["--config", "SMOKE/autoencoder_tiny.yaml", "--model.network.num_decoder_blocks", "[1]"], "cannot be built"),

@@ -20,7 +20,7 @@ from training.generators.adversary import (
     gradient_penalties,
     relativistic_losses,
 )
-from training.generators.gan.task import GanConfig
+from training.generators.gan.task import GanConfig, GanObjective
 from training.generators.one_pass import OnePassConfig, energy_scores
 from training.generators.regression.task import RegressionObjective
 from training.generators.vae.task import VaeObjective
@@ -55,6 +55,30 @@ def test_the_energy_score_of_a_gaussian():
     assert energy_scores(x, 0.5 * y, 0.5 * z).mean() > 0.75 and energy_scores(x, 2 * y, 2 * z).mean() > 0.75
 
 
+def test_the_energy_score_of_squares_is_the_mean_of_their_own():
+    torch.manual_seed(0)
+    x, y, z = torch.randn(3, 5, 4, 4, 4)
+    corners = [(..., slice(i, i + 2), slice(j, j + 2)) for i in (0, 2) for j in (0, 2)]
+    expected = sum(energy_scores(x[at], y[at], z[at]) for at in corners) / 4
+    torch.testing.assert_close(energy_scores(x, y, z, side=2), expected)
+
+
+def test_with_energy_a_gan_s_loss_is_both_terms(prompt):
+    critic, generator = discriminator(), network()
+    objective = GanObjective(0.5, generator, critic)
+    real, draw, second = torch.randn(3, 3, *SHAPE)
+    losses, logged = objective(real, draw, *prompt, second_draw=second, weight=torch.tensor(0.25))
+    with torch.no_grad():
+        first, other = generator(draw, *prompt), generator(second, *prompt)
+        energy = sum(energy_scores(real, first, other, side) for side in (2, 4, None)) / 3
+        adversarial = relativistic_losses(critic(first, *prompt), critic(real, *prompt))
+    torch.testing.assert_close(losses.detach(), 0.5 * energy + 0.25 * adversarial)
+    assert set(logged) == {"energy", "adversarial"}
+    alone, logged = objective(real, draw, *prompt, second_draw=second)  # before the adversary has begun
+    torch.testing.assert_close(alone.detach(), 0.5 * energy)
+    assert set(logged) == {"energy"}
+
+
 def test_the_penalty_estimates_the_squared_gradient(prompt):
     torch.manual_seed(2)
     critic, x = discriminator(), torch.randn(1, *SHAPE, requires_grad=True)
@@ -86,11 +110,11 @@ def test_the_generator_s_loss_trains_the_generator_alone(prompt):
 
 def test_the_discriminator_s_loss_by_its_parts(prompt):
     critic, generator = discriminator(), network()
-    config = AdversaryConfig(weight=1.0, gradient_penalty=2.0, mismatched=0.5, step=0.01)
+    config = AdversaryConfig(weight=1.0, gradient_penalty=1.0, penalty_every=2, mismatched=0.5, step=0.01)
     real, draw, along, across = torch.randn(4, 3, *SHAPE)
     others = prompt[0].flip(0), prompt[1].flip(0)
     objective = DiscriminatorObjective(critic, generator, config)
-    losses, logged = objective(real, draw, along, across, *prompt, other_embeds=others[0], other_mask=others[1])
+    losses, logged = objective(real, draw, *prompt, along, across, other_embeds=others[0], other_mask=others[1])
     with torch.no_grad():
         drawn = generator(draw, *prompt)
         at, false, elsewhere = critic(real, *prompt), critic(drawn, *prompt), critic(real, *others)
@@ -101,6 +125,9 @@ def test_the_discriminator_s_loss_by_its_parts(prompt):
     assert logged["r1"].item() == pytest.approx(r1.mean().item(), rel=1e-2)
     losses.sum().backward()
     assert all(p.grad is None for p in generator.parameters())
+    without, logged = objective(real, draw, *prompt, other_embeds=others[0], other_mask=others[1])
+    torch.testing.assert_close(without.detach(), pair, rtol=1e-4, atol=1e-5)
+    assert set(logged) == {"margin"}
 
 
 def test_the_bound_by_torch_s_own_distributions(prompt):
@@ -108,7 +135,7 @@ def test_the_bound_by_torch_s_own_distributions(prompt):
     torch.manual_seed(3)
     encoder = build("prx", FIELDS, (2 * channels, height, width), 16)
     nn.init.normal_(encoder.final_layer.linear.weight, std=0.1)
-    objective = VaeObjective(network("vae"), encoder, 0.25, None, 0.0)
+    objective = VaeObjective(network("vae"), encoder, 0.25, None)
     objective.log_spread.data.fill_(-0.5)
     latents, draw = torch.randn(2, 3, *SHAPE)
     with torch.no_grad():
@@ -124,7 +151,7 @@ def test_the_bound_by_torch_s_own_distributions(prompt):
 
 def test_a_regression_learns_the_mean_of_all_answers(prompt):
     """The very gradient of its loss vanishes at the mean, and no draw enters."""
-    objective = RegressionObjective(network("regression"), None, 0.0)
+    objective = RegressionObjective(network("regression"), None)
     latents, draw = torch.randn(2, 3, *SHAPE)
     losses, _ = objective(latents, draw, *prompt)
     again, _ = objective(latents, torch.randn_like(draw), *prompt)

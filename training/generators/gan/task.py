@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.generators.one_pass import OnePassGenerator
 from training.engine import launch
 from training.generators.adversary import AdversaryConfig
-from training.generators.one_pass import OnePassConfig, OnePassObjective, OnePassTask
+from training.generators.one_pass import OnePassConfig, OnePassObjective, OnePassTask, energy_scores
+
+SIDES = 2, 4, None  # in cells, of the squares that the energy score compares; None: all of a picture
 
 
 class GanAdversaryConfig(AdversaryConfig):
@@ -24,16 +27,40 @@ class GanAdversaryConfig(AdversaryConfig):
 
 class GanConfig(OnePassConfig):
     adversary: GanAdversaryConfig = GanAdversaryConfig()
+    energy: float = Field(0.0, ge=0)
+    """weight of the energy score of two draws, the mean over squares of 2 and 4 cells and the whole: by it a generator
+    learns what stands where from the first update on"""
 
 
 class GanObjective(OnePassObjective):
+    """Adversarial losses, and by `energy` above 0 the energy score beside them (as of Bellemare et al. 2017, the Cramer
+    GAN, whose distance is taken in latent space here)."""
+
+    def __init__(self, energy: float, *parts: Any):
+        super().__init__(*parts)
+        self.energy = energy
+
     def forward(
-        self, latents: Tensor, draw: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor, **more: Tensor
+        self,
+        latents: Tensor,
+        draw: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        second_draw: Tensor | None = None,
+        weight: Tensor | None = None,
+        **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and draws (b, C, h, w), prompts => adversarial losses (b,)."""
-        drawn = self.network(draw, prompt_embeds, prompt_mask)
-        losses, _ = self.with_adversary(latents.new_zeros(len(latents)), latents, drawn, prompt_embeds, prompt_mask)
-        return losses, {}
+        """Latents and draws (b, C, h, w), with `energy` two of each prompt, and prompts => losses (b,)."""
+        prompt, metrics = (prompt_embeds, prompt_mask), {}
+        if second_draw is None:
+            drawn, losses = self.network(draw, *prompt), latents.new_zeros(len(latents))
+        else:
+            twice = (part.repeat(2, *[1] * (part.dim() - 1)) for part in prompt)
+            drawn, second = self.network(torch.cat([draw, second_draw]), *twice).float().chunk(2)
+            scores = torch.stack([energy_scores(latents, drawn, second, side) for side in SIDES]).mean(0)
+            losses, metrics = self.energy * scores, {"energy": scores.mean()}
+        losses, adversarial = self.with_adversary(losses, latents, drawn, prompt, weight)
+        return losses, metrics | adversarial
 
 
 class GanTask(OnePassTask):
@@ -41,7 +68,10 @@ class GanTask(OnePassTask):
 
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> GanObjective:
         assert isinstance(network, OnePassGenerator)
-        return GanObjective(network, self.make_discriminator(), self.config.adversary.weight)
+        return GanObjective(self.config.energy, network, self.make_discriminator())
+
+    def draw_names(self, step: int) -> tuple[str, ...]:
+        return *super().draw_names(step), *["second_draw"] * (self.config.energy > 0)
 
 
 main = launch.Program(GanConfig, "gan", lambda launched: GanTask(launched.config, launched.run))

@@ -17,13 +17,20 @@ from training.generators.one_pass import OnePassConfig, OnePassObjective, OnePas
 
 class RegressionObjective(OnePassObjective):
     def forward(
-        self, latents: Tensor, draw: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor, **more: Tensor
+        self,
+        latents: Tensor,
+        draw: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        weight: Tensor | None = None,
+        **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents (b, C, h, w), prompts => squared errors (b,), with the adversarial term where there is one. The draw
         is not used: its place is zero."""
-        drawn = self.network(torch.zeros_like(draw), prompt_embeds, prompt_mask)
+        prompt = prompt_embeds, prompt_mask
+        drawn = self.network(torch.zeros_like(draw), *prompt)
         errors = (drawn - latents).square().mean((1, 2, 3))
-        losses, metrics = self.with_adversary(errors, latents, drawn, prompt_embeds, prompt_mask)
+        losses, metrics = self.with_adversary(errors, latents, drawn, prompt, weight)
         return losses, metrics | ({"error": errors.mean()} if metrics else {})
 
 
@@ -31,7 +38,7 @@ class RegressionTask(OnePassTask):
     family = "regression"
 
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> RegressionObjective:
-        return RegressionObjective(network, self.make_discriminator(), self.config.adversary.weight)
+        return RegressionObjective(network, self.make_discriminator())
 
     def sampled(self, objective: Any, draw: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
         return objective.network(torch.zeros_like(draw), *prompt)

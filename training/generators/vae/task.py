@@ -40,15 +40,21 @@ class VaeObjective(OnePassObjective):
         self.log_spread = nn.Parameter(torch.zeros(()))
 
     def forward(
-        self, latents: Tensor, draw: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor, **more: Tensor
+        self,
+        latents: Tensor,
+        draw: Tensor,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        weight: Tensor | None = None,
+        **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and draws (b, C, h, w), prompts => minus the bound (b,), in nats a dimension."""
         prompt = prompt_embeds, prompt_mask
         drawn, errors, divergence = self.parts(latents, draw, *prompt)
         losses = errors + self.kl_weight * divergence
-        if self.discriminator is not None:  # of draws from the prior, which is what is sampled
+        if weight is not None:  # of draws from the prior, which is what is sampled
             drawn = self.network(draw, *prompt)
-        losses, metrics = self.with_adversary(losses, latents, drawn, *prompt)
+        losses, metrics = self.with_adversary(losses, latents, drawn, prompt, weight)
         return losses, metrics | {"divergence": divergence.mean(), "spread": self.log_spread.exp()}
 
     # Kingma & Welling 2014, eq. 10, of a Gaussian p(x | z, text)
@@ -74,7 +80,7 @@ class VaeTask(OnePassTask):
         config, (channels, height, width) = self.config, self.latent_shape
         encoder = build(config.network.kind, config.network.network, (2 * channels, height, width), self.dim)
         on_cpu(encoder)
-        return VaeObjective(network, encoder, config.kl_weight, self.make_discriminator(), config.adversary.weight)
+        return VaeObjective(network, encoder, config.kl_weight, self.make_discriminator())
 
     def held_out(self, objective: Any, latents: Tensor, draw: Tensor, prompt: Any) -> dict[str, Tensor]:
         """`bits`: minus the bound in bits a dimension, which the likelihood is at least."""
