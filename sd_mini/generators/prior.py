@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, pad
 
 from sd_mini.diffusion.objective import Process
+from sd_mini.draws import Draws, normals
 from sd_mini.errors import UserError
-from sd_mini.generators.base import Condition, Draws, LatentGenerator
+from sd_mini.generators.base import Condition, LatentGenerator
 from sd_mini.noise_predictor.network import build
 from sd_mini.sampling import samplers
 from sd_mini.sampling.loop import Guidance, SamplingRun
-from sd_mini.sampling.loop import draws as normal_draws
 from sd_mini.text_encoder.matcher import Matcher
 
 PRIOR = Process(kind="sample", schedule="cosine")  # sec. 2.2: it predicts the embedding itself; app. C
@@ -141,7 +141,7 @@ class PriorGenerator(LatentGenerator):
         """
         config = self.config
         count = config.candidates
-        noise = normal_draws((len(draws), count, config.dim), list(draws)).flatten(0, 1)
+        noise = normals((count, config.dim), draws).flatten(0, 1)
         each = [part.repeat_interleave(count, 0) for part in prompt]
         each_null = None if null is None else [part.repeat_interleave(count, 0) for part in null]
         drawn = self._denoised(self._prior_run(null is not None), noise, each, each_null)
@@ -155,7 +155,7 @@ class PriorGenerator(LatentGenerator):
         self, prompt: Condition, embeddings: Tensor, null: Condition | None, draws: Draws, guidance: float
     ) -> Tensor:
         """Prompts and embeddings (B, D) => latents (B, C, h, w); guidance leads away from neither."""
-        noise = normal_draws((len(draws), *self.config.latent_shape), list(draws))
+        noise = normals(tuple(self.config.latent_shape), draws)
         away = None if null is None else self.condition(null, None)
         run = self._decoder_run(1.0 if null is None else guidance)
         return self._denoised(run, noise, self.condition(prompt, embeddings), away)

@@ -60,7 +60,7 @@ class ImageVariationPipeline(Pipeline):
         draws = one_each(as_generators(generator), batch)
         latents = prior.vary(embeddings, self.null_condition(batch), draws, scale)
         try:
-            pictures: Any = latents if output_type == "latent" else self._decode(latents, output_type)
+            pictures: Any = latents if output_type == "latent" else self._decode(latents, output_type, draws)
         finally:
             self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)

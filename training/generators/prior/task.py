@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from sd_mini.config import Config
@@ -171,6 +171,10 @@ class PriorTask(GeneratorTask):
         # sec. 2.1: embedding and prompt are left out independently of each other
         rows["is_kept"] = (batch.uniform("embedding dropout") >= self.config.embedding_dropout).float()
         return rows
+
+    def parameters(self, objective: Any) -> list[nn.Parameter]:
+        """Without the tower, which stage 1 has trained."""
+        return [*objective.network.prior.parameters(), *objective.network.body.parameters()]
 
     def validate(self, objective: Any, rows: slice) -> dict[str, np.ndarray]:
         """Of the held-out samples, each with its own fixed draws: `loss`, the decoder's squared error on the pictures'
