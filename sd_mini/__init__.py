@@ -12,17 +12,26 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sd_mini.pipelines.image_to_image import ImageToImagePipeline
+    from sd_mini.pipelines.image_variation import ImageVariationPipeline
     from sd_mini.pipelines.inpainting import InpaintingPipeline
     from sd_mini.pipelines.text_to_image import Pipeline
     from sd_mini.stages.contract import load_stage
 
 _HOME = {
     "ImageToImagePipeline": "sd_mini.pipelines.image_to_image",
+    "ImageVariationPipeline": "sd_mini.pipelines.image_variation",
     "InpaintingPipeline": "sd_mini.pipelines.inpainting",
     "Pipeline": "sd_mini.pipelines.text_to_image",
     "load_stage": "sd_mini.stages.contract",
 }
-__all__ = ["ImageToImagePipeline", "InpaintingPipeline", "Pipeline", "__version__", "load_stage"]
+__all__ = [
+    "ImageToImagePipeline",
+    "ImageVariationPipeline",
+    "InpaintingPipeline",
+    "Pipeline",
+    "__version__",
+    "load_stage",
+]
 
 
 def __getattr__(name: str):

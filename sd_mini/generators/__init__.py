@@ -15,6 +15,7 @@ CLASSES = {
     "gan": "OnePassGenerator",
     "vae": "OnePassGenerator",
     "regression": "OnePassGenerator",
+    "prior": "PriorGenerator",
 }
 _MODULES = {"gan": "one_pass", "vae": "one_pass", "regression": "one_pass"}
 

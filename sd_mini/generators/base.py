@@ -27,6 +27,9 @@ class LatentGenerator(ModelMixin, ConfigMixin):
     is_guided: ClassVar[bool] = False
     """whether `sample` has a use for a guidance scale, and for the null condition"""
 
+    use_of_image: ClassVar[str] = "draws from a prompt alone; leave it out, or join the run with a noise predictor"
+    """what a call that starts from a picture is told"""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.__module__ = "sd_mini.generators"  # by which a saved pipeline names it, whatever file it is in

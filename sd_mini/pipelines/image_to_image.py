@@ -30,11 +30,8 @@ class EditRequest(Request):
 
     def __post_init__(self):
         if self.pipeline.latent_generator is not None:
-            family = self.pipeline.latent_generator.family
-            raise UserError(
-                f"image: a {family} generator draws from a prompt alone; leave it out, or join the run with a noise "
-                "predictor"
-            )
+            generator = self.pipeline.latent_generator
+            raise UserError(f"image: a {generator.family} generator {generator.use_of_image}")
         strength = self.strength = number(self.strength)
         if not isinstance(strength, int | float) or isinstance(strength, bool) or not 0 <= strength <= 1:
             raise UserError(f"strength {strength!r}: expected a number above 0 (keeps the picture) and at most 1")

@@ -253,7 +253,7 @@ class JoinedPipeline(Adapters):
         """Join the exported stages of a run folder, `RUN/STAGE/final`.
 
         predictor: the stage that draws the latents: stage 3, one tuned from it (few_steps, reward), or a generator of
-        another family (autoregressive, normalizing_flow, gan, vae, regression).
+        another family (autoregressive, normalizing_flow, gan, vae, regression, prior).
         """
         if predictor not in DRAWERS:
             check_choice("predictor", predictor, DRAWERS)

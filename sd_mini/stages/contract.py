@@ -28,7 +28,8 @@ from sd_mini.files import (
 KINDS = ("text_encoder", "autoencoder", "noise_predictor")
 TUNED = ("few_steps", "reward")  # stages that train a noise predictor further; each exports one of its own
 PREDICTORS = ("noise_predictor", *TUNED)
-FAMILIES = ("autoregressive", "normalizing_flow", "gan", "vae", "regression")  # the other ways from text to latents
+# the other ways from text to latents
+FAMILIES = ("autoregressive", "normalizing_flow", "gan", "vae", "regression", "prior")
 DRAWERS = (*PREDICTORS, *FAMILIES)  # the stages of which a pipeline has one, and which draws its latents
 STAGES = (*KINDS, *TUNED, *FAMILIES)  # the folders of a run
 GENERATOR = "generator"

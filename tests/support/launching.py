@@ -19,6 +19,7 @@ from sd_mini.config import command
 from training.autoencoder import task as autoencoder
 from training.few_steps import task as few_steps
 from training.generators.gan import task as gan
+from training.generators.prior import task as prior
 from training.generators.regression import task as regression
 from training.generators.vae import task as vae
 from training.noise_predictor import task as noise_predictor
@@ -29,7 +30,8 @@ from training.text_encoder import task as text_encoder
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-FAMILIES = {"gan": gan.main, "vae": vae.main, "regression": regression.main}  # the other ways from text to latents
+# the other ways from text to latents
+FAMILIES = {"gan": gan.main, "vae": vae.main, "regression": regression.main, "prior": prior.main}
 TUNED = {"few_steps": few_steps.main, "reward": reward.main}  # from stage 3
 PROGRAMS = MAINS | TUNED | FAMILIES
 RECIPES = {"autoencoder": "autoencoder_dc"}

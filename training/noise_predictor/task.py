@@ -163,6 +163,10 @@ class EncodedTask(ABC):
         """What the stage's folder keeps as its network: anything with `save_pretrained`."""
         return objective.network
 
+    def parameters(self, objective: Any) -> list[nn.Parameter]:
+        """Those that the contract counts: without the projection of the REPA term."""
+        return list(lora.merged(objective.network).parameters())
+
     def _check_size(self, network: ModelMixin, size: Size, bucket_step: int) -> None:
         """Raises UserError for a bucket that the autoencoder or the network cannot take."""
         try:
@@ -254,8 +258,7 @@ class EncodedTask(ABC):
 
     def export(self, objective: Any, folder: Path, record: dict[str, Any]) -> None:
         contract = {k: v for k, v in self._contract(record).items() if k not in ("kind", "hash")}
-        # without the projection of the REPA term
-        contract["parameters"] = sum(p.numel() for p in lora.merged(objective.network).parameters())
+        contract["parameters"] = sum(p.numel() for p in self.parameters(objective))
         stages.export(folder, self.kind, {self.part: self.exported(objective)}, contract)
 
 
