@@ -68,3 +68,9 @@ def uniforms(shape: tuple[int, ...], draws: Draws) -> Tensor:
     """U[0, 1) on the CPU, (len(draws), *shape): row i from the i-th generator."""
     devices = ["cpu" if one is None else one.device for one in draws]
     return torch.stack([torch.rand(shape, generator=g, device=d).cpu() for g, d in zip(draws, devices, strict=True)])
+
+
+def normals(shape: tuple[int, ...], draws: Draws) -> Tensor:
+    """N(0, 1) on the CPU, (len(draws), *shape): row i from the i-th generator."""
+    devices = ["cpu" if one is None else one.device for one in draws]
+    return torch.stack([torch.randn(shape, generator=g, device=d).cpu() for g, d in zip(draws, devices, strict=True)])
