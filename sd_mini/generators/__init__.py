@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sd_mini.generators.base import LatentGenerator
@@ -17,6 +17,15 @@ CLASSES = {
     "regression": "OnePassGenerator",
 }
 _MODULES = {"gan": "one_pass", "vae": "one_pass", "regression": "one_pass"}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes as a saved pipeline names them, and the base class that diffusers' loader looks for here."""
+    if name == "ModelMixin":
+        return import_module("diffusers").ModelMixin
+    if (found := class_named(name)) is None:
+        raise AttributeError(f"module {__name__} has no {name}")
+    return found
 
 
 def class_named(name: str) -> type[LatentGenerator] | None:

@@ -28,6 +28,10 @@ class LatentGenerator(ModelMixin, ConfigMixin):
     is_guided: ClassVar[bool] = False
     """whether `sample` has a use for a guidance scale, and for the null condition"""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.__module__ = "sd_mini.generators"  # by which a saved pipeline names it, whatever file it is in
+
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
 
     @property

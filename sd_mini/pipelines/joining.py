@@ -52,6 +52,7 @@ from sd_mini.weights import HUB, is_hub_name, load_components, own_index, pipeli
 _PARTS = (PIPELINE_MARK, MANIFEST, *(f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")))
 
 
+_DENOISING = {"noise_predictor", "scheduler"}  # what another family's generator stands in for
 _PUSH = ("push_to_hub", "repo_id", "private", "token", "commit_message", "create_pr")
 
 
@@ -79,6 +80,8 @@ class JoinedPipeline(Adapters):
         "text_encoder_3",
         "guide",
         "latent_generator",
+        "noise_predictor",  # these two beside a latent_generator alone
+        "scheduler",
     ]
 
     def __init__(
@@ -269,7 +272,8 @@ class JoinedPipeline(Adapters):
         config: Any = pipeline.config
         parts = {name: part for name, part in pipeline.components.items() if name in names}
         given = parts | {name: config[name] for name in settings if name in config} | kwargs
-        if missing := sorted(set(names) - set(cls._optional_components) - set(given)):
+        optional = set(cls._optional_components) - (set() if given.get("latent_generator") else {*_DENOISING})
+        if missing := sorted(set(names) - optional - set(given)):
             raise UserError(f"from_pipe: {type(pipeline).__name__} has no {missing[0]}; give a pipeline of sd_mini's")
         joined = cls(**given)
         joined.tile = getattr(pipeline, "tile", None)
@@ -302,8 +306,11 @@ class JoinedPipeline(Adapters):
         check_files(folder, manifest, mend)
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("variant", pipeline_variant(folder))
-        if (read_json(folder / PIPELINE_MARK) or {}).get("latent_generator", [None])[0] is not None:
-            kwargs |= {"noise_predictor": None, "scheduler": None}  # diffusers would miss them
+        index = own_index(read_json(folder / PIPELINE_MARK) or {})
+        if index.get("latent_generator", [None])[0] is None and (lacking := sorted(_DENOISING - {*index, *kwargs})):
+            raise UserError(
+                f"{folder / PIPELINE_MARK}: names no {lacking[0]}; join the pipeline again: sd-mini export RUN"
+            )
         return super().from_pretrained(folder, **kwargs | load_components(folder, kwargs))
 
     @classmethod

@@ -10,11 +10,14 @@ import math
 import time
 from collections.abc import Container
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from training.engine.learner import Others
 
 _TOKEN_INPUTS = ("prompt_embeds", "prompt_mask")  # of stage 3, with an axis of tokens
 
@@ -38,17 +41,34 @@ def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str,
 def _of_shapes(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
     """By fake tensors of the same shapes: nothing is computed and no memory is allocated."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-        parts: dict[int, Tensor] = {
-            id(p): nn.Parameter(_fake(p), requires_grad=name in trained) for name, p in objective.named_parameters()
-        }
-        parts |= {id(buffer): _fake(buffer) for buffer in objective.buffers()}
+        parts = _fake_parts(objective, trained)
+        others = _others(objective)
+        for one in dict.fromkeys(module for some in others for module in some):
+            parts |= _fake_parts(one, ())
         device = next(objective.parameters()).device  # the inputs may still wait on the CPU
         fake_inputs = {name: _fake(value, device) for name, value in inputs.items()}
-    module = copy.deepcopy(objective, parts)  # its memo maps each weight to its fake
+    # the memo maps each weight to its fake; modules that are not trained here are not copied by themselves
+    for some in reversed(others):
+        parts[id(some)] = Others(copy.deepcopy(module, parts) for module in some)
+    module = copy.deepcopy(objective, parts)
     with fakes, FlopCounterMode(display=False) as counter:
         losses, _ = module(**fake_inputs)
         losses.sum().backward()
     return counter.get_total_flops()
+
+
+def _fake_parts(module: nn.Module, trained: Container[str]) -> dict[int, Any]:
+    """In a FakeTensorMode: by id, a fake of each parameter and buffer."""
+    parts: dict[int, Any] = {
+        id(p): nn.Parameter(_fake(p), requires_grad=name in trained) for name, p in module.named_parameters()
+    }
+    return parts | {id(buffer): _fake(buffer) for buffer in module.buffers()}
+
+
+def _others(module: nn.Module) -> list[Others]:
+    """What the module calls and does not train, and what that calls in turn."""
+    own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Others)]
+    return own + [inner for some in own for one in some for inner in _others(one)]
 
 
 def _fake(tensor: Tensor, device: torch.device | None = None) -> Tensor:

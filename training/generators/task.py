@@ -52,10 +52,6 @@ class GeneratorTask(EncodedTask):
         rows = self.train.take(batch.own_ids, batch.uniform("caption").tolist())
         return self.without_prompts(rows, batch.uniform("dropout") < self.config.caption_dropout)
 
-    def held_out(self, rows: slice) -> Any:
-        """Parts of at most 256 held-out samples: their numbers, and their rows on the objective's device by `take`."""
-        return self.valid_pictures.runs(rows, 256)
-
     def facts(self) -> dict[str, Any]:
         return {
             "family": self.family,
