@@ -17,9 +17,11 @@ from sd_mini.generators.causal import CausalDecoder
 class AutoregressiveGenerator(LatentGenerator):
     """p(codes | prompt), the product over the cells of p(code of the cell | prompt, codes before it).
 
-    `dim`: width of the prompt embeddings; `num_codes`: entries of the code book. Two dimensions come from learned
-    embeddings of the row and the column of the cell that is drawn next, added to the code before it; along the sequence
-    the decoder's rotary positions count. The buffer `codes` (K, C) is the code book as standardised latents.
+    `dim`: width of the prompt embeddings; `num_codes`: entries of the code book. Positions are two-dimensional by
+    learned embeddings of the row and the column of the cell that is drawn next, added to the code before it; along the
+    sequence the decoder's rotary positions count. The buffer `codes` (K, C) is the code book as standardised latents.
+    Both embeddings of a code, as input and as output, are functions of its vector: codes that decode alike learn from
+    each other, and the number of weights does not depend on the number of codes.
 
     `temperature` divides the guided logits, and with `top_k` above 0 only so many of the likeliest codes are drawn
     from: the fields are the defaults, and the attributes of the same names may be assigned at any time
@@ -38,7 +40,7 @@ class AutoregressiveGenerator(LatentGenerator):
         width: int = 160,
         layers: int = 4,
         heads: int = 5,
-        mlp_width: int = 432,
+        mlp_width: int = 480,
         temperature: float = 1.0,
         top_k: int = 0,
         family: str = "autoregressive",
@@ -47,19 +49,17 @@ class AutoregressiveGenerator(LatentGenerator):
         channels, height, columns = latent_shape
         self.temperature, self.top_k = temperature, top_k
         self.decoder = CausalDecoder(dim, width, layers, heads, mlp_width)
-        self.code_embed = nn.Embedding(num_codes, width)
+        self.input_embed, self.output_embed = _of_codes(channels, width), _of_codes(channels, width)
         self.first, self.row_embed, self.column_embed = (
             nn.Parameter(0.02 * torch.randn(count, width)) for count in (1, height, columns)
         )
-        self.head = nn.Linear(width, num_codes, bias=False)
-        nn.init.normal_(self.code_embed.weight, std=0.02)
-        nn.init.normal_(self.head.weight, std=0.02)
         self.register_buffer("codes", torch.zeros(num_codes, channels))
 
     def forward(self, codes: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
         """Codes (B, h w) of pictures in raster order => logits (B, h w, K) of each, from the prompt and those before."""
-        before = torch.cat([self.first.expand(len(codes), 1, -1), self.code_embed(codes[:, :-1])], dim=1)
-        return self.head(self.decoder(before + self._places(), (prompt_embeds, prompt_mask)))
+        before = torch.cat([self.first.expand(len(codes), 1, -1), self.input_embed(self.codes)[codes[:, :-1]]], dim=1)
+        hidden = self.decoder(before + self._places(), (prompt_embeds, prompt_mask))
+        return hidden @ self.output_embed(self.codes).T
 
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
         (channels, height, columns), batch = self.config.latent_shape, len(prompt[0])
@@ -72,23 +72,31 @@ class AutoregressiveGenerator(LatentGenerator):
         if null is not None:  # both in one batch
             conditions = torch.cat([prompt[0], null[0]]), torch.cat([prompt[1], null[1]])
         rows, places = len(conditions[0]), self._places()
+        inputs, outputs = self.input_embed(self.codes), self.output_embed(self.codes).T
         past = self.decoder.start(rows, len(places), self.first, conditions)
         before, drawn = self.first.expand(rows, -1), []
         for cell, place in enumerate(places):
-            logits = self.head(self.decoder.step(before + place, past)).float()
+            logits = (self.decoder.step(before + place, past) @ outputs).float()
             if null is not None:
                 # classifier-free guidance of logits: LlamaGen, section 2.3
                 with_prompt, without = logits.chunk(2)
                 logits = without + guidance * (with_prompt - without)
             code = drawn_codes(logits, numbers[:, cell], self.temperature, self.top_k)
             drawn.append(code)
-            before = self.code_embed(code).repeat(rows // batch, 1)
+            before = inputs[code].repeat(rows // batch, 1)
         indices = torch.stack(drawn, dim=1).view(batch, height, columns)
         return self.codes[indices].permute(0, 3, 1, 2).contiguous()
 
     def _places(self) -> Tensor:
         """The embedding of each cell's row and column, (h w, W)."""
         return (self.row_embed[:, None] + self.column_embed[None]).flatten(0, 1)
+
+
+def _of_codes(channels: int, width: int) -> nn.Sequential:
+    """Code vectors (K, C) => their embeddings (K, W)."""
+    layers = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
+    nn.init.normal_(layers[2].weight, std=0.02)
+    return layers
 
 
 def drawn_codes(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_k: int = 0) -> Tensor:

@@ -120,7 +120,7 @@ class AffineBlock(nn.Module):
         """(B, T, V) => z and a, (B, T, V) each."""
         before = torch.cat([self.first_embed.expand(len(x), 1, -1), self.token_embed(x[:, :-1])], dim=1)
         hidden = self.decoder(before + self.place_embed, prompt)
-        means, log_scales = self.unembed(hidden).float().chunk(2, dim=-1)
+        means, log_scales = self.unembed(hidden).to(x.dtype).chunk(2, dim=-1)
         return (x - means) * torch.exp(-log_scales), log_scales
 
     def inverse(self, z: Tensor, prompt: Condition | None, null: Condition | None, guidance: float) -> Tensor:

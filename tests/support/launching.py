@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from sd_mini.config import command
 from training.autoencoder import task as autoencoder
 from training.few_steps import task as few_steps
+from training.generators.autoregressive import task as autoregressive
+from training.generators.normalizing_flow import task as normalizing_flow
 from training.noise_predictor import task as noise_predictor
 from training.reward import task as reward
 from training.storage import checkpoint
@@ -26,7 +28,8 @@ from training.text_encoder import task as text_encoder
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-PROGRAMS = MAINS | {"few_steps": few_steps.main, "reward": reward.main}  # and those tuned from stage 3
+FAMILIES = {"autoregressive": autoregressive.main, "normalizing_flow": normalizing_flow.main}  # in stage 3's place
+PROGRAMS = MAINS | {"few_steps": few_steps.main, "reward": reward.main} | FAMILIES  # and those tuned from stage 3
 RECIPES = {"autoencoder": "autoencoder_dc"}
 Fault = Callable[[], None]
 
@@ -46,11 +49,17 @@ def launch(stage: str, run: Path, *more: str) -> int:
 
 
 def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
-    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor, all three under one
-    that is tuned, else nothing."""
-    under = {"noise_predictor": ("autoencoder", "text_encoder"), "autoencoder": (), "text_encoder": ()}
+    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor or another family,
+    all three under one that is tuned, else nothing. The autoencoder under `autoregressive` is of kind vq."""
+    both = ("autoencoder", "text_encoder")
+    under = {"autoencoder": (), "text_encoder": ()} | dict.fromkeys(("noise_predictor", *FAMILIES), both)
     for name in under.get(stage, MAINS):
-        shutil.copytree(smoke_run / name, run / name)
+        source = smoke_run
+        if (stage, name) == ("autoregressive", "autoencoder"):
+            source = smoke_run / "vq"
+            if not source.exists():
+                assert launch(name, source, "--config", str(SMOKE / "autoencoder_vq.yaml")) == 0
+        shutil.copytree(source / name, run / name)
     return run
 
 

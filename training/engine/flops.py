@@ -43,7 +43,7 @@ def _of_shapes(objective: nn.Module, trained: Container[str], inputs: dict[str, 
     with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         parts = _fake_parts(objective, trained)
         others = _others(objective)
-        for one in dict.fromkeys(module for some in others for module in some):
+        for one in dict.fromkeys(module for some in others for module in some if module is not None):
             parts |= _fake_parts(one, ())
         device = next(objective.parameters()).device  # the inputs may still wait on the CPU
         fake_inputs = {name: _fake(value, device) for name, value in inputs.items()}
@@ -68,7 +68,7 @@ def _fake_parts(module: nn.Module, trained: Container[str]) -> dict[int, Any]:
 def _others(module: nn.Module) -> list[Others]:
     """What the module calls and does not train, and what that calls in turn."""
     own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Others)]
-    return own + [inner for some in own for one in some for inner in _others(one)]
+    return own + [inner for some in own for one in some if one is not None for inner in _others(one)]
 
 
 def _fake(tensor: Tensor, device: torch.device | None = None) -> Tensor:

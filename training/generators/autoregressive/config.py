@@ -16,8 +16,8 @@ class NetworkConfig(Config):
     width: int = Field(160, ge=2)
     layers: int = Field(4, ge=1)
     heads: int = Field(5, ge=1)
-    mlp_width: int = Field(432, ge=1)
-    """of the gated layer, 8/3 of the width in Llama"""
+    mlp_width: int = Field(480, ge=1)
+    """of the gated layer"""
 
 
 class DrawConfig(Config):
