@@ -16,7 +16,7 @@
 # Why text does not determine a picture, what noise has to do with it, and how a network that predicts noise becomes a
 # network that draws.
 #
-# This notebook needs a trained run: `make demo` trains one in a quarter of an hour on two cores (`runs/shapes`). For
+# This notebook needs a trained run: `make demo` trains one in about 12 minutes on two cores (`runs/shapes`). For
 # another run set the environment variable `RUN` to its folder.
 
 # %%

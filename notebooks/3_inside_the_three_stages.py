@@ -16,7 +16,7 @@
 # The text encoder, the noise predictor and the autoencoder are trained apart and only then joined. This works because
 # little passes between them: prompt embeddings and latents. Here we look at both, and at what is lost.
 #
-# This notebook needs a trained run: `make demo` trains one in a quarter of an hour on two cores (`runs/shapes`). For
+# This notebook needs a trained run: `make demo` trains one in about 12 minutes on two cores (`runs/shapes`). For
 # another run set the environment variable `RUN` to its folder.
 
 # %%

@@ -16,7 +16,7 @@
 # Distances between sets of pictures (FID), agreement with the prompt (CLIP score), a judge that reads pictures, and the
 # question which stage is to blame. Each is computed by hand or shown on something visible first.
 #
-# This notebook needs a trained run: `make demo` trains one in a quarter of an hour on two cores (`runs/shapes`). For
+# This notebook needs a trained run: `make demo` trains one in about 12 minutes on two cores (`runs/shapes`). For
 # another run set the environment variable `RUN` to its folder.
 
 # %%

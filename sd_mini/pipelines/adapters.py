@@ -7,10 +7,12 @@ network of its `PeftAdapterMixin`, which PRX is not.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakSet
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.peft_utils import (
@@ -30,6 +32,11 @@ from sd_mini.files import combined_hash
 from sd_mini.offload import is_offloaded_by_layers
 from sd_mini.weights import HUB, is_hub_name, snapshot
 
+_alive: WeakSet[Adapters] = (
+    WeakSet()
+)  # every pipeline: those made by from_pipe share a network, and what is merged into it
+_alive_lock = threading.Lock()  # a page makes pipelines in its requests' threads
+
 
 class Adapters(DiffusionPipeline):
     """The part of a pipeline that holds LoRA adapters of its noise predictor, several by name, not merged."""
@@ -37,6 +44,11 @@ class Adapters(DiffusionPipeline):
     config: Any  # diffusers' FrozenDict, whose entries are attributes too
     noise_predictor: Any  # none in a pipeline that is loaded for its text half
     process: Process
+
+    def register_modules(self, **modules: Any) -> None:
+        super().register_modules(**modules)
+        with _alive_lock:
+            _alive.add(self)
 
     def load_lora_weights(
         self,
@@ -178,10 +190,15 @@ class Adapters(DiffusionPipeline):
         lora.save(self._network, Path(save_directory), base, adapter_name or active[0])
 
     def _record(self, adapters: str) -> None:
-        """Say in the settings that the noise predictor is no stage's own any more: adapters are in its weights."""
-        stages = dict(self.config.stages)
-        merged = {"into": stages.get("noise_predictor"), "adapters": adapters}
-        self.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})
+        """Record that the noise predictor is no stage's own any more, as adapters are in its weights: in the settings
+        of this pipeline and of all that share the network."""
+        with _alive_lock:
+            pipelines = {self, *_alive}
+        for pipeline in pipelines:
+            if pipeline._network is self._network:
+                stages = dict(pipeline.config.stages)
+                merged = {"into": stages.get("noise_predictor"), "adapters": adapters}
+                pipeline.register_to_config(stages={**stages, "noise_predictor": combined_hash(merged)})
 
     @property
     def _network(self) -> Any:

@@ -33,7 +33,17 @@ from sd_mini.weights import COMPONENT_FILE, LIBRARIES, upload
 
 CARD, GRID, CODE = "README.md", "grid.png", "pipeline.py"
 NEEDS = "torch diffusers transformers accelerate safetensors pydantic pyyaml psutil pillow numpy tqdm"
-_LEFT_OUT = {"app", "cli", "data", "shapes", "vision", "__main__.py", "matcher.py", "standalone.py"}  # no pipeline's
+_LEFT_OUT = {
+    "app",
+    "cli",
+    "data",
+    "shapes",
+    "vision",
+    "__main__.py",
+    "matcher.py",
+    "standalone.py",
+    "stock.py",
+}  # no pipeline's
 _IMPORTER = '''"""The pipeline of this folder, for DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True).
 
 Written by sd_mini {version}. SOURCES holds the text of its modules, each line after a bar; where the package sd_mini is
@@ -101,17 +111,27 @@ def write(pipeline: JoinedPipeline, folder: Path, run: Path | None = None, licen
         pipeline.save_pretrained(partial)
         forget_origins(partial)
         _name_code(partial)
-        recipes = _recipes(run) if run is not None else {}
-        for stage, text in recipes.items():
-            (partial / "training").mkdir(exist_ok=True)
-            (partial / "training" / f"{stage}.yaml").write_text(text, encoding="utf-8")
-        report = _report(pipeline, run)
-        if run is not None and report is not None and (run / "report" / GRID).is_file():
-            (partial / GRID).write_bytes((run / "report" / GRID).read_bytes())
-        (partial / CARD).write_text(_card(pipeline, partial, run, report, license_name), encoding="utf-8")
-        files = {p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()} - {MANIFEST}
-        digests = {name: file_hash(partial / name) for name in sorted(files)}
-        (partial / MANIFEST).write_text(json.dumps({"files": digests}, indent=2) + "\n", encoding="utf-8")
+        describe(pipeline, partial, _usage(pipeline), run, license_name)
+
+
+def describe(
+    pipeline: JoinedPipeline, folder: Path, usage: list[str], run: Path | None, license_name: str | None
+) -> None:
+    """Put the recipes, the report's grid, the model card and the manifest beside a pipeline's files.
+
+    `usage`: the card's lines on how the folder is loaded.
+    """
+    recipes = _recipes(run) if run is not None else {}
+    for stage, text in recipes.items():
+        (folder / "training").mkdir(exist_ok=True)
+        (folder / "training" / f"{stage}.yaml").write_text(text, encoding="utf-8")
+    report = _report(pipeline, run)
+    if run is not None and report is not None and (run / "report" / GRID).is_file():
+        (folder / GRID).write_bytes((run / "report" / GRID).read_bytes())
+    (folder / CARD).write_text(_card(pipeline, folder, usage, run, report, license_name), encoding="utf-8")
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    digests = {name: file_hash(folder / name) for name in sorted(files)}
+    (folder / MANIFEST).write_text(json.dumps({"files": digests}, indent=2) + "\n", encoding="utf-8")
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
@@ -179,8 +199,30 @@ def _report(pipeline: JoinedPipeline, run: Path | None) -> dict[str, Any] | None
     return report if is_theirs else None
 
 
+def _usage(pipeline: JoinedPipeline) -> list[str]:
+    config = pipeline.config
+    return [
+        f"{config.default_steps} steps, guidance {config.default_guidance:g}. Needs `pip install {NEEDS}`; the code is "
+        f"`{CODE}` in this folder.",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)',
+        'picture = pipeline("a prompt").images[0]',
+        "```",
+        "",
+        f'With sd_mini installed, `sd_mini.Pipeline.from_pretrained("FOLDER")` loads it without running `{CODE}`.',
+    ]
+
+
 def _card(
-    pipeline: JoinedPipeline, folder: Path, run: Path | None, report: dict[str, Any] | None, license_name: str | None
+    pipeline: JoinedPipeline,
+    folder: Path,
+    usage: list[str],
+    run: Path | None,
+    report: dict[str, Any] | None,
+    license_name: str | None,
 ) -> str:
     from sd_mini.stages.contract import drawer_of
 
@@ -196,17 +238,7 @@ def _card(
         "",
         f"# Text to image at {config.resolution} x {config.resolution} px",
         "",
-        f"{config.default_steps} steps, guidance {config.default_guidance:g}. Needs `pip install {NEEDS}`; the code is "
-        f"`{CODE}` in this folder.",
-        "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        'pipeline = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)',
-        'picture = pipeline("a prompt").images[0]',
-        "```",
-        "",
-        f'With sd_mini installed, `sd_mini.Pipeline.from_pretrained("FOLDER")` loads it without running `{CODE}`.',
+        *usage,
         "",
     ]
     if (folder / GRID).is_file():

@@ -70,14 +70,14 @@ class EncoderInput(nn.Module):
     word_mean: Tensor
     word_std: Tensor
 
-    def __init__(self, state_dim: int, word_dim: int, dim: int):
+    def __init__(self, state_dim: int, word_dim: int, dim: int, plain: bool):
         super().__init__()
         self.word_in = nn.Linear(word_dim, dim, bias=False)
         nn.init.orthogonal_(self.word_in.weight)
         self.word_in.weight.requires_grad_(False)
         self.register_buffer("word_mean", torch.zeros(word_dim))
         self.register_buffer("word_std", torch.ones(word_dim))
-        self.state_norm = nn.RMSNorm(state_dim)
+        self.state_norm = nn.Identity() if plain else nn.RMSNorm(state_dim)
         self.state_in = nn.Linear(state_dim, dim)
 
     def set_words(self, words: Tensor) -> None:
@@ -98,6 +98,9 @@ class TextAdapter(ModelMixin, ConfigMixin):
     0 leaves the refiner a plain projection, `identity_scale` 0 leaves the words' identity out. Several encoders' tokens
     stand one after the other, `lengths` says how many each has, and are refined together; their pooled vectors are
     joined. The null condition of classifier-free guidance (Ho & Salimans 2022) is one learned token on the same path.
+
+    `plain` is Stable Diffusion's conditioning (Rombach et al. 2022): tokens are an affine map of CLIP's last states,
+    all `lengths` of them are attended to, padding too, and the null condition is the empty prompt.
     """
 
     config: Any  # diffusers' FrozenDict, whose entries, the arguments of __init__, are attributes too
@@ -115,20 +118,28 @@ class TextAdapter(ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         identity_scale: float = 1.0,
         residual_scale: float = 0.3,
+        plain: bool = False,
     ):
         super().__init__()
         if dim % heads:
             raise UserError(f"adapter: dim {dim} is not a multiple of heads {heads}; choose heads that divide it")
-        self.inputs = nn.ModuleList(EncoderInput(s, w, dim) for s, w in zip(state_dims, word_dims, strict=True))
+        if plain and (depth or identity_scale or len(lengths) > 1):
+            raise UserError(
+                f"adapter: plain is a projection of one encoder's states, but depth is {depth}, identity_scale "
+                f"{identity_scale:g} and the encoders are {len(lengths)}; expected depth 0, identity_scale 0, 1 encoder"
+            )
+        self.inputs = nn.ModuleList(EncoderInput(s, w, dim, plain) for s, w in zip(state_dims, word_dims, strict=True))
         self.register_buffer("places", torch.randn(sum(lengths), dim))
         self.blocks = nn.ModuleList(RefinerBlock(dim, heads, mlp_ratio) for _ in range(depth))
-        self.norm_out = nn.RMSNorm(dim, elementwise_affine=False)
+        self.norm_out = nn.Identity() if plain else nn.RMSNorm(dim, elementwise_affine=False)
         self.pool = nn.Linear(dim, dim)
         self.pooled_norm = nn.RMSNorm(sum(pooled_dims))
         self.pooled_in = nn.Linear(sum(pooled_dims), dim, bias=False)
         # like every word's, the null word's identity is drawn once and kept; what it says is learned
         self.register_buffer("null_word", torch.randn(dim))
-        self.null_state = nn.Parameter(torch.randn(dim))
+        self.null_state = nn.Parameter(torch.randn(dim), requires_grad=not plain)
+        if plain:
+            self.register_buffer("null_tokens", torch.zeros(sum(lengths), dim))  # the empty prompt's
         self.null_pooled = nn.Parameter(torch.zeros(dim))
         self.register_buffer("token_mean", torch.zeros(dim))
         self.register_buffer("token_std", torch.ones(dim))
@@ -174,10 +185,13 @@ class TextAdapter(ModelMixin, ConfigMixin):
 
     @brings_in
     def null(self, batch: int) -> PromptEmbeds:
-        """The null condition, `batch` times, at the whole length: one learned token, the rest padding."""
+        """The null condition, `batch` times, at the whole length: one learned token, the rest padding; of a plain
+        adapter the empty prompt's tokens."""
         mask = torch.zeros(batch, self.length, dtype=torch.bool, device=self.null_word.device)
-        mask[:, 0] = True
         shape = (batch, self.length, -1)
+        if self.config.plain:
+            return PromptEmbeds(self.null_tokens.expand(shape), ~mask, self.null_pooled.expand(batch, -1))
+        mask[:, 0] = True
         word = rms_norm(self.null_word, self.null_word.shape).expand(shape)
         return self._join(word, self.places, self.null_state.expand(shape), mask, self.null_pooled)
 
@@ -202,7 +216,8 @@ class TextStage:
                 f"{len(pairs)} text encoders with their tokenizers, and a text_adapter of "
                 f"{len(adapter.config.lengths)}; give all, or prompt_embeds and prompt_mask instead of prompts"
             )
-        return cls([Encoder(*p, n) for p, n in zip(pairs, adapter.config.lengths, strict=True)], adapter)
+        lengths, plain = adapter.config.lengths, adapter.config.plain
+        return cls([Encoder(*pair, n, plain) for pair, n in zip(pairs, lengths, strict=True)], adapter)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -272,3 +287,7 @@ class TextStage:
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
         adapter.set_statistics(mean, std, (pooled / len(prompts)).clamp(min=1e-12).sqrt())
+        if adapter.config.plain:
+            (encoder,) = self.encoders
+            empty = encoder.padded(encoder.tokenizer([""])["input_ids"])
+            adapter.null_tokens.copy_(adapter(self.hidden([empty])).tokens[0])

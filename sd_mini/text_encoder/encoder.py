@@ -46,10 +46,20 @@ class Hidden(NamedTuple):
 
 
 class Encoder:
-    """A transformers text model and its tokenizer. `max_length`: tokens a prompt, the tokenizer's marks included."""
+    """A transformers text model and its tokenizer. `max_length`: tokens a prompt, the tokenizer's marks included.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int):
+    `attends_to_padding`: every prompt is padded to `max_length`, and its padding is read as other tokens are.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        max_length: int,
+        attends_to_padding: bool = False,
+    ):
         self.tokenizer, self.model, self.max_length = tokenizer, model, max_length
+        self.attends_to_padding = attends_to_padding
         limit = _most_tokens(model)
         if limit is not None and max_length > limit:
             raise UserError(
@@ -109,12 +119,12 @@ class Encoder:
         return rows, cuts
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Tokens:
-        """Token numbers => Tokens, as long as the longest."""
+        """Token numbers => Tokens, as long as the longest; where padding is attended to, all of the whole length."""
         lengths = np.array(list(map(len, rows)))
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        mask = np.arange(self.max_length if self.attends_to_padding else lengths.max()) < lengths[:, None]
         ids = np.full(mask.shape, self.tokenizer.pad_token_id, np.int64)
         ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, count=lengths.sum())
-        return Tokens(torch.from_numpy(ids), torch.from_numpy(mask))
+        return Tokens(torch.from_numpy(ids), torch.from_numpy(mask | self.attends_to_padding))
 
     def _report(self, prompts: Sequence[str], cuts: dict[int, str], strict: bool) -> None:
         for number, cut in list(cuts.items())[:_WARNINGS]:

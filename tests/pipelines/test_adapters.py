@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from sd_mini import Pipeline, lora, png
 from sd_mini.errors import UserError
 from sd_mini.pipelines.generation import generate
+from sd_mini.pipelines.image_to_image import ImageToImagePipeline
 from tests.pipelines.test_pipeline_use import make
 
 TARGETS = ("img_qkv_proj", "to_out.0")
@@ -135,6 +136,22 @@ def test_pictures_name_the_adapters_they_were_made_with(pipeline, files):
     assert len({one.stages.get("noise_predictor") for one in (plain, adapted, halved)}) == 3
     pipeline.unload_lora_weights()
     assert generate(pipeline, settings)[1] == plain
+
+
+def test_pipelines_of_one_network_record_what_is_merged_into_it(pipeline, files):
+    sibling = ImageToImagePipeline.from_pipe(pipeline)
+    third = Pipeline.from_pipe(sibling)
+    apart = Pipeline.from_pipe(pipeline, noise_predictor=copy.deepcopy(pipeline.noise_predictor))
+    before = dict(pipeline.config.stages)
+    sibling.load_lora(files[0][0])
+    merged = dict(sibling.config.stages)
+    assert merged != before and {**merged, "noise_predictor": before.get("noise_predictor")} == before
+    assert pipeline.config.stages == third.config.stages == merged and apart.config.stages == before
+    pipeline.load_lora_weights(files[0][1])
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    assert pipeline.config.stages == third.config.stages == sibling.config.stages != merged
+    assert apart.config.stages == before
 
 
 def test_adapters_of_different_layers(pipeline, talking_pipeline, tmp_path):

@@ -19,7 +19,10 @@ from sd_mini.config import command
 from training.autoencoder import task as autoencoder
 from training.few_steps import task as few_steps
 from training.generators.autoregressive import task as autoregressive
+from training.generators.gan import task as gan
 from training.generators.normalizing_flow import task as normalizing_flow
+from training.generators.regression import task as regression
+from training.generators.vae import task as vae
 from training.noise_predictor import task as noise_predictor
 from training.reward import task as reward
 from training.storage import checkpoint
@@ -28,8 +31,15 @@ from training.text_encoder import task as text_encoder
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-FAMILIES = {"autoregressive": autoregressive.main, "normalizing_flow": normalizing_flow.main}  # in stage 3's place
-PROGRAMS = MAINS | {"few_steps": few_steps.main, "reward": reward.main} | FAMILIES  # and those tuned from stage 3
+FAMILIES = {  # the other ways from text to latents
+    "gan": gan.main,
+    "vae": vae.main,
+    "regression": regression.main,
+    "autoregressive": autoregressive.main,
+    "normalizing_flow": normalizing_flow.main,
+}
+TUNED = {"few_steps": few_steps.main, "reward": reward.main}  # from stage 3
+PROGRAMS = MAINS | TUNED | FAMILIES
 RECIPES = {"autoencoder": "autoencoder_dc"}
 Fault = Callable[[], None]
 
@@ -49,10 +59,10 @@ def launch(stage: str, run: Path, *more: str) -> int:
 
 
 def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
-    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor or another family,
+    """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor or another generator,
     all three under one that is tuned, else nothing. The autoencoder under `autoregressive` is of kind vq."""
-    both = ("autoencoder", "text_encoder")
-    under = {"autoencoder": (), "text_encoder": ()} | dict.fromkeys(("noise_predictor", *FAMILIES), both)
+    under = dict.fromkeys(["noise_predictor", *FAMILIES], ("autoencoder", "text_encoder"))
+    under |= {"autoencoder": (), "text_encoder": ()}
     for name in under.get(stage, MAINS):
         source = smoke_run
         if (stage, name) == ("autoregressive", "autoencoder"):

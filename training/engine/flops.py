@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training.engine.learner import Others
 
-_TOKEN_INPUTS = ("prompt_embeds", "prompt_mask")  # of stage 3, with an axis of tokens
+_TOKEN_INPUTS = ("prompt_embeds", "prompt_mask", "other_embeds", "other_mask")  # with an axis of tokens
 
 
 def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str, Tensor]) -> int:
@@ -32,7 +32,11 @@ def count_flops(objective: nn.Module, trained: Container[str], inputs: dict[str,
     length = float(mask.sum(1).double().mean())
     shorter, longer = max(1, math.floor(length)), max(1, math.ceil(length))
     below, above = (
-        _of_shapes(objective, trained, {**inputs, **{name: inputs[name][:, :tokens] for name in _TOKEN_INPUTS}})
+        _of_shapes(
+            objective,
+            trained,
+            {**inputs, **{name: inputs[name][:, :tokens] for name in _TOKEN_INPUTS if name in inputs}},
+        )
         for tokens in (shorter, longer)
     )
     return round(below + (above - below) * max(0.0, length - shorter))

@@ -56,6 +56,10 @@ class AdapterConfig(Config):
     """weight of each word's own vector and place in its token; 0: the refined states alone"""
     residual_scale: float = Field(0.3, ge=0)
     """weight of the refined states"""
+    plain: bool = False
+    """Stable Diffusion's conditioning: the embeddings are an affine map of a CLIP text model's last states, padding is
+    attended to, and the null condition is the empty prompt. With depth 0, identity_scale 0 and one encoder; what
+    `sd-mini export --format stable-diffusion` needs"""
 
 
 class TowerConfig(Config):

@@ -100,6 +100,7 @@ class Texts:
 
         name, (width, _, pooled_width) = type(encoder.model).__name__, encoder.widths
         key = {"encoder": model_hash(encoder.model), "length": encoder.max_length, "tokens": _hash_of(rows)}
+        key |= {"attends_to_padding": True} if encoder.attends_to_padding else {}
         title = f"texts by {name}"
         return cache.encode(folder / "text_states", key, len(rows), encode_rows, title, dtype, CHUNK, [encoder.model])
 

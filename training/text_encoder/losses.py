@@ -112,7 +112,8 @@ class TextObjective(nn.Module):
     def __init__(self, stage: TextStage, trained: list[int], matcher: Matcher, weights: TextLossConfig):
         super().__init__()
         self.encoders = nn.ModuleDict({str(i): stage.encoders[i].model for i in trained})
-        self.tokenizers = {str(i): (stage.encoders[i].tokenizer, stage.encoders[i].max_length) for i in trained}
+        encoders = [(str(i), stage.encoders[i]) for i in trained]
+        self.tokenizers = {name: (e.tokenizer, e.max_length, e.attends_to_padding) for name, e in encoders}
         self.adapter, self.matcher, self.weights = stage.adapter, matcher, weights
         dim, heads = stage.adapter.config.dim, stage.adapter.config.heads
         self.layout = LayoutHead(dim, heads) if weights.layout else None
@@ -124,9 +125,9 @@ class TextObjective(nn.Module):
         """Encoder `number` with the model of this module; None if it is frozen."""
         if str(number) not in self.encoders:
             return None
-        tokenizer, length = self.tokenizers[str(number)]
+        tokenizer, length, attends_to_padding = self.tokenizers[str(number)]
         model: Any = self.encoders[str(number)]
-        return Encoder(tokenizer, model, length)
+        return Encoder(tokenizer, model, length, attends_to_padding)
 
     def hidden(self, texts: Mapping[str, Tensor]) -> list[Hidden]:
         """ids_0, mask_0 and, of a frozen encoder, states_0, words_0, pooled_0; then those of encoder 1, ..."""

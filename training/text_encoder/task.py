@@ -16,6 +16,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from transformers import CLIPTextModel
 
 from sd_mini import images, lora, stages
 from sd_mini.data.batches import Batch, row_slices
@@ -200,7 +201,10 @@ class TextTask:
 
     def export(self, objective: TextObjective, folder: Path, record: dict[str, Any]) -> None:
         """Standardise the tokens over training captions, then write the stage."""
-        encoders = [Encoder(e.tokenizer, lora.merged(e.model), e.max_length) for e in self.stage_of(objective).encoders]
+        encoders = [
+            Encoder(e.tokenizer, lora.merged(e.model), e.max_length, e.attends_to_padding)
+            for e in self.stage_of(objective).encoders
+        ]
         stage = TextStage(encoders, objective.adapter)
         stage.standardise(_spread(unique_captions(self.train.captions), STATISTICS_COUNT))
         contract = {
@@ -225,7 +229,12 @@ def _encoders(config: TextConfig, captions: list[str]) -> tuple[list[Encoder], l
             tokenizer, model = load(one.name, one.weights) if load is open_clip_encoder else load(one.name)
             assert tokenizer is not None  # the encoder is loaded with its own
             freeze_rest(model, one.train_layers, one.lora_rank)
-        encoders.append(Encoder(tokenizer, model, one.max_length))
+        if config.adapter.plain and not isinstance(model, CLIPTextModel):
+            raise UserError(
+                f"adapter.plain: is a projection of a CLIP text model's states, and the encoder is a "
+                f"{type(model).__name__}; give a CLIP text model, or leave plain out"
+            )
+        encoders.append(Encoder(tokenizer, model, one.max_length, config.adapter.plain))
         if one.name is None or one.train_layers or one.lora_rank:
             trained.append(i)
     return encoders, trained

@@ -7,7 +7,7 @@ import pytest
 from sd_mini import images, shapes, stages
 from tests.support.faults import KillAt, StopAt
 from tests.support.launching import (
-    PROGRAMS,
+    MAINS,
     assert_equal_runs,
     error_line,
     launch,
@@ -24,9 +24,7 @@ AUGMENTED = ["--augment.mirror", "0.5", "--augment.shift", "3"]
 STEP_1, MID_EPOCH, EPOCH_END, IN_A_WINDOW = KillAt(1), KillAt(12), KillAt(16), KillAt(19, passes=2)
 
 
-@pytest.fixture(
-    scope="module", params=[stage for stage in PROGRAMS if stage != "reward"]
-)  # whose rounds have tests of their own
+@pytest.fixture(scope="module", params=[*MAINS, "few_steps"])  # the others have tests of their own
 def straight(request, smoke_run, tmp_path_factory):
     """(stage, the options, where the stage was trained in one go)."""
     stage = request.param
