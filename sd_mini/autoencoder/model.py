@@ -158,23 +158,11 @@ class Autoencoder(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start_codebook(self, raw: Tensor, generator: torch.Generator) -> None:
-        """Let the codebook begin as latents that occur, of `raw` (B, C, h, w): codes far from all stay unused.
-
-        k-means++ seeding, Arthur & Vassilvitskii 2007, section 2.2.
-        """
+        """Let the codebook begin as latents that occur, of `raw` (B, C, h, w): codes far from all stay unused."""
         book, vectors = self.network.quantize.embedding, raw.permute(0, 2, 3, 1).flatten(0, 2)
-        # each next code by its squared distance from those before it: most cells are background, and would all be codes
-        draws = torch.rand(len(book.weight), generator=generator, dtype=torch.float64).to(vectors.device)
-        squares, chosen = vectors.new_ones(len(vectors)).double(), []
-        for number in draws:
-            cumulative = squares.cumsum(0)
-            place = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp(max=len(vectors) - 1)
-            chosen.append(vectors[place])
-            squares = torch.minimum(squares, (vectors - chosen[-1]).double().square().sum(1)) if len(chosen) > 1 else (
-                (vectors - chosen[-1]).double().square().sum(1)
-            )
+        chosen = spread_vectors(vectors, len(book.weight), generator)
         noise = torch.randn(book.weight.shape, generator=generator) * vectors.std(0).cpu() / 10  # no two codes alike
-        codes = torch.stack(chosen) + noise.to(vectors.device)
+        codes = chosen + noise.to(vectors.device)
         if self.config.unit_codes:
             book.weight = codes  # normalised by its parametrization
         else:
@@ -193,6 +181,23 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         self.mean.copy_(mean[None, :, None, None])
         self.std.copy_(std[None, :, None, None])
+
+
+# k-means++ seeding, Arthur & Vassilvitskii 2007, section 2.2
+def spread_vectors(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Vectors (N, C) => `count` of them, (count, C), each drawn by its squared distance from those before it.
+
+    By frequency alone most of them would be alike: most cells of a picture are background.
+    """
+    numbers = torch.rand(count, generator=generator, dtype=torch.float64).to(vectors.device)
+    squares, chosen = vectors.new_ones(len(vectors)).double(), []
+    for number in numbers:
+        cumulative = squares.cumsum(0)
+        place = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp(max=len(vectors) - 1)
+        chosen.append(vectors[place])
+        distances = (vectors - chosen[-1]).double().square().sum(1)
+        squares = distances if len(chosen) == 1 else torch.minimum(squares, distances)
+    return torch.stack(chosen)
 
 
 def code_frequencies(indices: Tensor, count: int) -> Tensor:

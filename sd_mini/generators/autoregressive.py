@@ -56,13 +56,13 @@ class AutoregressiveGenerator(LatentGenerator):
         self.register_buffer("codes", torch.zeros(num_codes, channels))
 
     def forward(self, codes: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Codes (B, h w) of pictures in raster order => logits (B, h w, K) of each, from the prompt and those before."""
+        """Codes (B, h w) in raster order => logits (B, h w, K) of each, by the prompt and the codes before it."""
         before = torch.cat([self.first.expand(len(codes), 1, -1), self.input_embed(self.codes)[codes[:, :-1]]], dim=1)
         hidden = self.decoder(before + self._places(), (prompt_embeds, prompt_mask))
         return hidden @ self.output_embed(self.codes).T
 
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
-        (channels, height, columns), batch = self.config.latent_shape, len(prompt[0])
+        (_, height, columns), batch = self.config.latent_shape, len(prompt[0])
         if self.temperature < 0 or self.top_k < 0:
             raise UserError(
                 f"temperature {self.temperature:g}, top_k {self.top_k}: expected at least 0 (top_k 0: all codes)"
@@ -94,9 +94,9 @@ class AutoregressiveGenerator(LatentGenerator):
 
 def _of_codes(channels: int, width: int) -> nn.Sequential:
     """Code vectors (K, C) => their embeddings (K, W)."""
-    layers = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
-    nn.init.normal_(layers[2].weight, std=0.02)
-    return layers
+    last = nn.Linear(width, width)
+    nn.init.normal_(last.weight, std=0.02)
+    return nn.Sequential(nn.Linear(channels, width), nn.SiLU(), last)
 
 
 def drawn_codes(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_k: int = 0) -> Tensor:

@@ -22,6 +22,7 @@ class NormalizingFlow(LatentGenerator):
     `dim`: width of the prompt embeddings, which the last block alone is given: STARFlow's deep block, in front of the
     noise, behind shallow ones without a prompt (section 3.2). `patch_size` cells a side are one token.
 
+    `noise_std`: of the noise on the standardised latents that it was trained with, which `sample` removes.
     `temperature` is the standard deviation of the draws in sampling: the field is the default, and the attribute of the
     same name may be assigned at any time (`pipeline.latent_generator.temperature = 0.9`).
     """
@@ -39,6 +40,7 @@ class NormalizingFlow(LatentGenerator):
         heads: int = 4,
         mlp_width: int = 344,
         temperature: float = 1.0,
+        noise_std: float = 0.0,
         family: str = "normalizing_flow",
     ):
         super().__init__()
@@ -74,7 +76,18 @@ class NormalizingFlow(LatentGenerator):
         if self.temperature < 0:
             raise UserError(f"temperature {self.temperature:g}: expected at least 0")
         noise = normals(self._token_shape, draws).to(self.device, self.dtype)
-        return self.inverse(self.temperature * noise, prompt, null, guidance)
+        latents = self.inverse(self.temperature * noise, prompt, null, guidance)
+        return self.denoised(latents, prompt) if self.config.noise_std else latents
+
+    @torch.enable_grad()
+    def denoised(self, latents: Tensor, prompt: Condition) -> Tensor:
+        """Latents with noise => their mean without, by Tweedie's formula: x + s^2 grad log p(x | prompt).
+
+        TarFlow, "Score based denoising".
+        """
+        noised = latents.detach().requires_grad_()
+        (score,) = torch.autograd.grad(self.log_likelihoods(noised, *prompt).sum(), noised)
+        return latents + self.config.noise_std**2 * score
 
     @torch.no_grad()
     def inverse(self, noise: Tensor, prompt: Condition, null: Condition | None = None, guidance: float = 1.0) -> Tensor:
@@ -82,6 +95,7 @@ class NormalizingFlow(LatentGenerator):
         x = noise
         for number, block in reversed(list(enumerate(self.blocks))):
             is_last = number == len(self.blocks) - 1
+            assert isinstance(block, AffineBlock)
             x = block.inverse(_ordered(x, number), prompt if is_last else None, null if is_last else None, guidance)
             x = _ordered(x, number)
         return self.to_latents(x)

@@ -70,10 +70,10 @@ class Adapters(DiffusionPipeline):
         """
         if unknown := sorted(set(hub) - set(HUB)):
             raise UserError(f"load_lora_weights: unknown option {unknown[0]}; known: weight_name, {', '.join(HUB)}")
-        if is_offloaded_by_layers(self._network):
-            raise UserError("load_lora_weights: the noise predictor is offloaded by layers; load the LoRA before that")
         if self._network is None:
             raise UserError("load_lora_weights: this pipeline has no noise predictor to add it to; leave it out")
+        if is_offloaded_by_layers(self._network):
+            raise UserError("load_lora_weights: the noise predictor is offloaded by layers; load the LoRA before that")
         if self.num_fused_loras:
             raise UserError("load_lora_weights: another LoRA is fused; unfuse_lora() or unload_lora_weights() first")
         names = self.get_list_adapters()["noise_predictor"]

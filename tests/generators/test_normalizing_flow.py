@@ -69,6 +69,16 @@ def test_a_normal_draw_becomes_latents_each_picture_by_its_own():
     assert (halved - 0.5 * noise).abs().max() < 1e-4
 
 
+def test_its_noise_is_taken_away_as_bayes_does():
+    """Of what begins as the identity, so that x is N(0, I) with its noise and without N(0, 1 - s^2): the mean of
+    that, given x, is (1 - s^2) x."""
+    torch.manual_seed(0)
+    network = NormalizingFlow(SHAPE, DIM, width=16, depths=(1, 1), heads=2, mlp_width=24, noise_std=0.5)
+    latents = network.draw(prompts(3), None, seeded(3))
+    noise = network.to_latents(normals((4, 8), seeded(3)))
+    torch.testing.assert_close(latents, 0.75 * noise)
+
+
 def test_only_the_prompt_of_what_is_present_and_the_guidance_change_it():
     network, (tokens, mask), null = made(), prompts(2), prompts(2, seed=2)
     plain = network.draw((tokens, mask), None, seeded(2))

@@ -32,6 +32,9 @@ class DrawConfig(Config):
 class AutoregressiveConfig(GeneratorConfig):
     cache_dtype: Literal["float16", "float32"] = "float32"
     """format of latents and prompt embeddings on disk; rounding to float16 moves some latents to another code"""
+    palette: int = Field(0, ge=0)
+    """over a small_picture autoencoder: colours, found among the training pixels, that stand for its pixels; the
+    picture is drawn pixel by pixel; 0: the codes of a vq autoencoder"""
     network: NetworkConfig = NetworkConfig()
     sampling: DrawConfig = DrawConfig()
     guidance: float = Field(2.0, ge=0)

@@ -6,7 +6,6 @@ accelerate launch -m training.generators.autoregressive --config training/config
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from sd_mini.generators.autoregressive import AutoregressiveGenerator
 from training.engine import launch
 from training.generators.autoregressive.config import AutoregressiveConfig
 from training.generators.autoregressive.losses import AutoregressiveObjective
+from training.generators.autoregressive.palette import nearest_codes, palette_of
 from training.generators.task import GeneratorTask
 
 CHECKED = 256  # training pictures whose codes are looked at before the training
@@ -30,27 +30,37 @@ class AutoregressiveTask(GeneratorTask):
     family = "autoregressive"
 
     def make_network(self) -> AutoregressiveGenerator:
-        autoencoder = self.autoencoder
-        if autoencoder.config.kind != "vq":
-            raise UserError(
-                f"autoencoder {self.vae.folder}: is of kind {autoencoder.config.kind}, which has no codes; expected "
-                "kind vq (training/configs/shapes/vq.yaml)"
-            )
-        book = autoencoder.network.quantize.embedding.weight.detach()
+        book, sizes, sampling = self._code_book(), self.config.network, self.config.sampling
         network = AutoregressiveGenerator(
-            self.latent_shape,
-            self.dim,
-            len(book),
-            **self.config.network.model_dump(),
-            **self.config.sampling.model_dump(),
+            self.latent_shape, self.dim, len(book), **sizes.model_dump(), **sampling.model_dump()
         )
-        # as standardised latents, so that decoding takes what is drawn like any other latents
-        network.codes.copy_((book - autoencoder.mean.flatten()) / autoencoder.std.flatten())
+        network.codes.copy_(book)
         return network
+
+    def _code_book(self) -> Tensor:
+        """Codes as standardised latents (K, C), so that decoding takes what is drawn like any other latents; zeros for
+        a palette, which `make_objective` finds."""
+        autoencoder, palette = self.autoencoder, self.config.palette
+        kind, expected = autoencoder.config.kind, "small_picture" if palette else "vq"
+        if kind != expected:
+            why = f"whose latents are no colours for palette {palette}" if palette else "which has no codes"
+            raise UserError(
+                f"autoencoder {self.vae.folder}: is of kind {kind}, {why}; expected kind {expected} "
+                f"(training/configs/shapes/{expected}.yaml)"
+            )
+        if palette:
+            return torch.zeros(palette, self.latent_shape[0])
+        book = autoencoder.network.quantize.embedding.weight.detach()
+        return (book - autoencoder.mean.flatten()) / autoencoder.std.flatten()
 
     def make_objective(self, network: nn.Module, pictures: CaptionedPictures) -> AutoregressiveObjective:
         assert isinstance(network, AutoregressiveGenerator)
-        self._check_codes(pictures)
+        if self.config.palette:
+            latents = self.train.take(rows := np.arange(min(CHECKED, self.count)), [0.0] * len(rows))["latents"]
+            network.codes.copy_(palette_of(latents.cpu(), self.config.palette))
+        else:
+            self._check_codes(pictures)
+        self.codes = network.codes
         objective = AutoregressiveObjective(network)
         one = self.one_picture()
         self.announce(objective, {"codes": self._codes(one.pop("latents")), **one})
@@ -74,8 +84,10 @@ class AutoregressiveTask(GeneratorTask):
         return {"loss": nats, "bits_per_code": bits, "bits_per_dimension": bits / self.latent_shape[0]}
 
     def _codes(self, latents: Tensor) -> Tensor:
-        """Standardised latents (b, C, h, w) => the autoencoder's codes of them, (b, h w) int64, in raster order."""
+        """Standardised latents (b, C, h, w) => their codes, (b, h w) int64, in raster order."""
         autoencoder = self.autoencoder
+        if self.config.palette:
+            return nearest_codes(latents, self.codes.to(latents.device))
         mean, std = (part.to(latents.device) for part in (autoencoder.mean, autoencoder.std))
         return autoencoder.codes(latents * std + mean).indices.flatten(1)
 

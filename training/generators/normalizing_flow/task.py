@@ -1,6 +1,7 @@
-"""The family `normalizing_flow`: an exact likelihood of the latents, given the prompt.
+r"""The family `normalizing_flow`: an exact likelihood of the latents, given the prompt.
 
-accelerate launch -m training.generators.normalizing_flow --config training/configs/shapes/normalizing_flow.yaml --run RUN
+accelerate launch -m training.generators.normalizing_flow \
+  --config training/configs/shapes/normalizing_flow.yaml --run RUN
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class FlowTask(GeneratorTask):
     family = "normalizing_flow"
 
     def make_network(self) -> NormalizingFlow:
-        network, sampling = self.config.network, self.config.sampling
-        return NormalizingFlow(self.latent_shape, self.dim, **network.model_dump(), **sampling.model_dump())
+        fields = self.config.network.model_dump() | self.config.sampling.model_dump()
+        return NormalizingFlow(self.latent_shape, self.dim, noise_std=self.config.noise_std, **fields)
 
     def make_objective(self, network: nn.Module, pictures: CaptionedPictures) -> FlowObjective:
         assert isinstance(network, NormalizingFlow)
