@@ -9,6 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from sd_mini.autoencoder.small_picture import SmallPicture
 from sd_mini.autoencoder.tiling import in_tiles, reach_of
@@ -47,6 +48,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
     or "small_picture" (SmallPicture); `network_config` holds that class's own fields. With `patch_size` p above 1 the
     network works on p x p pixels folded into channels (space-to-depth): on a CPU most of a convolutional autoencoder's
     time goes into its first and last layers at full resolution.
+    With `unit_codes` the latents of kind "vq" and its codes are l2-normalised, so that the nearest code is that of the
+    largest cosine (Yu et al. 2022, "ViT-VQGAN", section 3.2).
     `latents_mean` and `latents_std` are measured over the training set when training has ended, never copied: the
     noise predictor's unit-variance noise is only right for latents of unit variance.
     """
@@ -61,13 +64,18 @@ class Autoencoder(ModelMixin, ConfigMixin):
         patch_size: int = 1,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        unit_codes: bool = False,
     ):
         super().__init__()
         if kind not in KINDS:
             raise UserError(f"autoencoder: kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
         if kind == "small_picture" and patch_size > 1:
             raise UserError(f"autoencoder: patch_size {patch_size} folds pixels, and small_picture keeps a picture; 1")
+        if unit_codes and kind != "vq":
+            raise UserError(f"autoencoder: unit_codes is of kind vq, and this is of kind {kind}; leave it out")
         self.network = build(kind, network_config or {}, 3 * patch_size**2)
+        if unit_codes:
+            register_parametrization(self.network.quantize.embedding, "weight", _UnitRows(), unsafe=True)
         # VQModel reads its codebook outside any layer's call
         self._supports_group_offloading = getattr(self.network, "_supports_group_offloading", True)
         channels = self.latent_channels
@@ -115,7 +123,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
         encoded = self.network.encode(nn.functional.pixel_unshuffle(pixels, self.config.patch_size))
         if self.config.kind == "kl":
             return encoded.latent_dist.mean, encoded.latent_dist.logvar
-        return encoded.latent if self.config.kind == "dc" else encoded.latents, None
+        latents = encoded.latent if self.config.kind == "dc" else encoded.latents
+        return nn.functional.normalize(latents, dim=1) if self.config.unit_codes else latents, None
 
     @brings_in
     def encode(self, pixels: Tensor) -> Tensor:
@@ -162,10 +171,14 @@ class Autoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def start_codebook(self, raw: Tensor, generator: torch.Generator) -> None:
         """Let the codebook begin as latents that occur, of `raw` (B, C, h, w): codes far from all stay unused."""
-        vectors, weight = raw.permute(0, 2, 3, 1).flatten(0, 2), self.network.quantize.embedding.weight
-        draw = torch.randint(len(vectors), (len(weight),), generator=generator)
-        noise = torch.randn(weight.shape, generator=generator) * vectors.std(0).cpu() / 10  # no two codes alike
-        weight.copy_(vectors[draw.to(vectors.device)] + noise.to(weight.device))
+        book, vectors = self.network.quantize.embedding, raw.permute(0, 2, 3, 1).flatten(0, 2)
+        chosen = spread_vectors(vectors, len(book.weight), generator)
+        noise = torch.randn(book.weight.shape, generator=generator) * vectors.std(0).cpu() / 10  # no two codes alike
+        codes = chosen + noise.to(vectors.device)
+        if self.config.unit_codes:
+            book.weight = codes  # normalised by its parametrization
+        else:
+            book.weight.copy_(codes)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the measured statistics of the raw latents, (C,) each, in the config that is saved.
@@ -180,6 +193,45 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         self.mean.copy_(mean[None, :, None, None])
         self.std.copy_(std[None, :, None, None])
+
+
+# k-means++ seeding, Arthur & Vassilvitskii 2007, section 2.2
+def spread_vectors(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Vectors (N, C) => `count` of them, (count, C), each drawn by its squared distance from those before it.
+
+    By frequency alone most of them would be alike: most cells of a picture are background.
+    """
+    numbers = torch.rand(count, generator=generator, dtype=torch.float64).to(vectors.device)
+    squares, chosen = vectors.new_ones(len(vectors)).double(), []
+    for number in numbers:
+        cumulative = squares.cumsum(0)
+        place = torch.searchsorted(cumulative, number * cumulative[-1], right=True).clamp(max=len(vectors) - 1)
+        chosen.append(vectors[place])
+        distances = (vectors - chosen[-1]).double().square().sum(1)
+        squares = distances if len(chosen) == 1 else torch.minimum(squares, distances)
+    return torch.stack(chosen)
+
+
+def code_frequencies(indices: Tensor, count: int) -> Tensor:
+    """Codes of any shape => how often each of `count` codes is among them, (count,), which sum to 1."""
+    # in float32, whatever the latents' dtype: bfloat16 holds whole numbers up to 256
+    flat = indices.flatten()
+    uses = torch.zeros(count, device=flat.device).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float32))
+    return uses / len(flat)
+
+
+def perplexity(frequencies: Tensor) -> Tensor:
+    """The number of codes that, used equally often, have the same entropy: 1 of a code book that has collapsed."""
+    return torch.special.entr(frequencies).sum().exp()
+
+
+class _UnitRows(nn.Module):
+    """A matrix => its rows, l2-normalised; assigned rows are kept normalised."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return nn.functional.normalize(weight, dim=1)
+
+    right_inverse = forward
 
 
 Autoencoder.__module__ = "sd_mini.autoencoder"  # the name in `model_index.json`, whichever file holds the class

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from sd_mini.config import command
 from training.autoencoder import task as autoencoder
 from training.few_steps import task as few_steps
+from training.generators.autoregressive import task as autoregressive
 from training.generators.gan import task as gan
+from training.generators.normalizing_flow import task as normalizing_flow
 from training.generators.prior import task as prior
 from training.generators.regression import task as regression
 from training.generators.vae import task as vae
@@ -30,8 +32,14 @@ from training.text_encoder import task as text_encoder
 ROOT = Path(__file__).parent.parent.parent
 SMOKE = ROOT / "training" / "configs" / "smoke"
 MAINS = {"autoencoder": autoencoder.main, "text_encoder": text_encoder.main, "noise_predictor": noise_predictor.main}
-# the other ways from text to latents
-FAMILIES = {"gan": gan.main, "vae": vae.main, "regression": regression.main, "prior": prior.main}
+FAMILIES = {  # the other ways from text to latents
+    "gan": gan.main,
+    "vae": vae.main,
+    "regression": regression.main,
+    "autoregressive": autoregressive.main,
+    "normalizing_flow": normalizing_flow.main,
+    "prior": prior.main,
+}
 TUNED = {"few_steps": few_steps.main, "reward": reward.main}  # from stage 3
 PROGRAMS = MAINS | TUNED | FAMILIES
 RECIPES = {"autoencoder": "autoencoder_dc"}
@@ -54,11 +62,16 @@ def launch(stage: str, run: Path, *more: str) -> int:
 
 def prepared(stage: str, smoke_run: Path, run: Path) -> Path:
     """`run`, with what `stage` stands on: of the smoke run stages 1 and 2 under a noise predictor or another generator,
-    all three under one that is tuned, else nothing."""
+    all three under one that is tuned, else nothing. The autoencoder under `autoregressive` is of kind vq."""
     under = dict.fromkeys(["noise_predictor", *FAMILIES], ("autoencoder", "text_encoder"))
     under |= {"autoencoder": (), "text_encoder": ()}
     for name in under.get(stage, MAINS):
-        shutil.copytree(smoke_run / name, run / name)
+        source = smoke_run
+        if (stage, name) == ("autoregressive", "autoencoder"):
+            source = smoke_run / "vq"
+            if not source.exists():
+                assert launch(name, source, "--config", str(SMOKE / "autoencoder_vq.yaml")) == 0
+        shutil.copytree(source / name, run / name)
     return run
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import images
-from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.autoencoder.model import Autoencoder, code_frequencies, perplexity
 from sd_mini.config import Config
 from training.autoencoder import adversarial
 from training.engine.learner import Others
@@ -33,6 +33,7 @@ class Term(Config):
 
 
 OFF = Term(weight=0)
+SOFTNESS = 0.05  # squared distance over which a latent moves codes beside the nearest
 
 
 class AutoencoderLossConfig(Config):
@@ -271,18 +272,18 @@ class AutoencoderObjective(nn.Module):
         """Commitment and codebook loss, van den Oord et al. 2017, eq. 3, divided by beta = 0.25; and the codes used."""
         codes = self.autoencoder.codes(latents)
         to_codes = (latents - codes.vectors.detach()).square().mean((1, 2, 3))
-        to_latents = (codes.vectors - latents.detach()).square().mean((1, 2, 3))
-        indices, count = codes.indices.flatten(), self.autoencoder.network.config.num_vq_embeddings
-        # counts in float32, whatever the latents' dtype: bfloat16 holds whole numbers up to 256
-        uses = torch.zeros(count, device=indices.device).index_add_(
-            0, indices, torch.ones_like(indices, dtype=torch.float32)
-        )
-        frequency = uses / len(indices)
-        most = min(count, len(indices))  # that a pass can use
-        perplexity = torch.special.entr(frequency).sum().exp()
+        # soft assignment: a code that is nearest to no latent still moves towards those that are near it
+        book = self.autoencoder.network.quantize.embedding.weight
+        cells = latents.detach().permute(0, 2, 3, 1).flatten(1, 2)
+        squares = cells.square().sum(-1, True) + book.square().sum(-1) - 2 * cells @ book.T  # (B, h w, K)
+        weights = torch.softmax(-squares.detach() / SOFTNESS, dim=-1)
+        to_latents = (weights * squares).sum(-1).mean(1) / latents.shape[1]
+        count, places = self.autoencoder.network.config.num_vq_embeddings, codes.indices.numel()
+        frequencies = code_frequencies(codes.indices, count)
+        most = min(count, places)  # that a pass can use
         return to_codes + 4 * to_latents, {
-            "codes_used": (uses > 0).float().sum() / most,
-            "code_perplexity": perplexity / most,
+            "codes_used": (frequencies > 0).float().sum() / most,
+            "code_perplexity": perplexity(frequencies) / most,
         }
 
     def _equivariance(self, latents: Tensor, turned: Tensor, places: Tensor, w: dict[str, Tensor]) -> Tensor:

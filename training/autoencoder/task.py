@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from sd_mini import images, stages
-from sd_mini.autoencoder.model import Autoencoder
+from sd_mini.autoencoder.model import Autoencoder, code_frequencies, perplexity
 from sd_mini.config import Config
 from sd_mini.data.batches import Batch, generator
 from sd_mini.data.buckets import Size, bucket_sizes
@@ -44,6 +44,8 @@ class ModelConfig(Config):
     """pixels a side folded into channels before the network (space-to-depth) and unfolded after it"""
     network: dict[str, Any] = Field(default_factory=dict)
     """fields of that diffusers class"""
+    unit_codes: bool = False
+    """of kind vq: l2-normalise latents and codes, and compare them by the cosine"""
     start: str | None = None
     """an autoencoder to start from, instead of the fields above: an exported stage, a diffusers folder or a hub name"""
     train: Literal["all", "decoder"] = "all"
@@ -53,8 +55,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _possible_together(self) -> ModelConfig:
-        if self.start is not None and (self.kind is not None or self.network or self.patch_size > 1):
-            raise UserError("start brings its own network; leave kind, network and patch_size out")
+        own = self.kind is not None or self.network or self.patch_size > 1 or self.unit_codes
+        if self.start is not None and own:
+            raise UserError("start brings its own network; leave kind, network, patch_size and unit_codes out")
         if self.train == "decoder" and self.start is None:
             raise UserError("train: decoder needs a trained encoder; give its folder as start")
         if self.train == "decoder" and self.teacher is not None:
@@ -179,12 +182,18 @@ class AutoencoderTask:
         return inputs | {name: batch.normal(name, *latent_shape) for name in ("noise", "posterior_noise")}
 
     def validate(self, objective: AutoencoderObjective, rows: slice) -> dict[str, np.ndarray]:
-        """PSNR of each held-out picture, from its 8-bit reconstruction."""
-        psnr = []
+        """PSNR of each held-out picture, from its 8-bit reconstruction; of kind vq also the perplexity of all codes."""
+        psnr, autoencoder = [], objective.autoencoder
         for ids in self.valid.runs(rows, 128):
-            decoded = images.to_uint8(reconstruct(objective.autoencoder, self.valid.pixels(ids)))
+            decoded = images.to_uint8(reconstruct(autoencoder, self.valid.pixels(ids)))
             psnr.append(images.psnr(self.valid.pictures[ids.start : ids.stop], decoded.numpy()))
-        return {"psnr": np.concatenate(psnr)}
+        scores = {"psnr": np.concatenate(psnr)}
+        if autoencoder.config.kind == "vq":  # of all pictures, not only of `rows`: perplexities have no mean
+            raws = (autoencoder.raw_latents(pixels.to(autoencoder.device))[0] for pixels in self.valid.pixel_parts())
+            codes = torch.cat([autoencoder.codes(raw).indices.flatten() for raw in raws])
+            frequencies = code_frequencies(codes, autoencoder.network.config.num_vq_embeddings)
+            scores["code_perplexity"] = np.full(len(scores["psnr"]), float(perplexity(frequencies)))
+        return scores
 
     def preview(self, objective: AutoencoderObjective) -> Image.Image:
         """Held-out pictures in the upper row, their reconstructions below."""
@@ -254,7 +263,7 @@ def _built(model: ModelConfig) -> tuple[Autoencoder, dict[str, Any] | None]:
     """The autoencoder to train, and the contract of the exported stage it starts from; None without one."""
     if model.start is not None:
         return load_autoencoder(model.start)
-    return Autoencoder(model.kind or "dc", model.network, model.patch_size), None
+    return Autoencoder(model.kind or "dc", model.network, model.patch_size, unit_codes=model.unit_codes), None
 
 
 def _teacher(model: ModelConfig, student: Autoencoder) -> tuple[Autoencoder | None, dict[str, Any] | None]:

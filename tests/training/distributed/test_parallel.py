@@ -73,7 +73,7 @@ def test_every_step_sees_the_same(smoke_run, tmp_path, stage):
     assert all(found == traces["whole"] for found in traces.values())
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "few_steps"])
+@pytest.mark.parametrize("stage", [*STAGES, "few_steps", "autoregressive", "normalizing_flow"])
 def test_two_processes_are_one_at_the_same_global_batch(smoke_run, tmp_path, stage):
     """Fifty steps: every loss within 1e-5, every learning rate the same."""
     more = ["--steps", "50", "--train.log_every", "1", "--train.valid_every", "25"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sd_mini import stages
+from sd_mini.errors import UserError
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.faults import KillAt
 from tests.support.launching import FAMILIES, assert_equal_runs, launch, launch_apart, lines, prepared, weights
@@ -41,6 +42,18 @@ def test_two_processes_are_one_at_the_same_global_batch(trained, smoke_run, tmp_
     found, expected = weights(two / family), weights(one / family)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_steps_and_the_stages_of_another_family_are_refused(trained, smoke_run):
+    family, run = trained
+    pipeline = Pipeline.from_run(run, family)
+    with pytest.raises(UserError, match=f"num_inference_steps 8: a {family} generator takes no denoising steps"):
+        pipeline("a red circle", num_inference_steps=8)
+    for drawer, other in ((run / family, smoke_run), (smoke_run / "noise_predictor", run)):
+        if family == "autoregressive":  # alone over a vq autoencoder
+            text, autoencoder = (other / stage / "final" for stage in ("text_encoder", "autoencoder"))
+            with pytest.raises(UserError, match="was trained against autoencoder"):
+                Pipeline.from_stages(text, autoencoder, drawer / "final")
 
 
 def test_the_contract_and_the_pipeline(trained):

@@ -1,0 +1,1 @@
+"""Trains the family `normalizing_flow`: noise to latents by invertible blocks."""
