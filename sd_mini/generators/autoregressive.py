@@ -99,7 +99,7 @@ class AutoregressiveGenerator(LatentGenerator):
 
 def _of_codes(channels: int, width: int) -> nn.Sequential:
     """Code vectors (K, C) => their embeddings (K, W)."""
-    last = nn.Linear(width, width)
+    last = nn.Linear(width, width, bias=False)  # which would add the same to the logits of all codes
     nn.init.normal_(last.weight, std=0.02)
     return nn.Sequential(nn.Linear(channels, width), nn.SiLU(), last)
 

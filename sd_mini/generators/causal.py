@@ -45,7 +45,7 @@ class CausalDecoder(nn.Module):
             bos_token_id=None,
             eos_token_id=None,
             # some hundred tokens: written-out products take a quarter of the time that torch's fused ones take on a CPU
-            attn_implementation="eager",
+            attn_implementation="eager",  # ty: ignore[unknown-argument]
         )
         self.decoder = LlamaModel(config)
         self.decoder.embed_tokens = cast(Any, None)  # tokens come as vectors, and what is unused gets no gradient

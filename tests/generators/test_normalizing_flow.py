@@ -63,7 +63,7 @@ def test_a_normal_draw_becomes_latents_each_picture_by_its_own():
     noise, _ = network(latents, *prompt)
     assert (noise - normals((4, 8), seeded(3))).abs().max() < 1e-4
     alone = network.draw((prompt[0][2:], prompt[1][2:]), None, seeded(1, first=2))
-    assert (latents[2:] - alone).abs().max() < 1e-5
+    torch.testing.assert_close(latents[2:], alone, rtol=1e-4, atol=1e-4)
     network.temperature = 0.5
     halved, _ = network(network.draw(prompt, None, seeded(3)), *prompt)
     assert (halved - 0.5 * noise).abs().max() < 1e-4

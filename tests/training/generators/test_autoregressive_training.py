@@ -12,6 +12,7 @@ from sd_mini import stages
 from sd_mini.autoencoder.model import Autoencoder
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.launching import SMOKE, error_line, launch, prepared
+from training.generators.autoregressive import task
 from training.generators.autoregressive.config import AutoregressiveConfig
 from training.generators.autoregressive.task import AutoregressiveTask
 
@@ -41,17 +42,18 @@ def test_it_is_joined_and_draws_codes_that_decoding_takes_unchanged(run):
 def test_its_held_out_score_is_the_likelihood_of_the_pictures_codes(run):
     """Against the exported network, on codes made of the pictures themselves."""
     config = AutoregressiveConfig.model_validate(_config(run))
-    task = AutoregressiveTask(config, run)
+    trained = AutoregressiveTask(config, run)
     pipeline = Pipeline.from_run(run, predictor="autoregressive")
-    pixels = task.valid_pictures.pixels(np.arange(16))
-    captions = [own[0] for own in task.valid_pictures.captions]
+    pixels = trained.valid_pictures.pixels(np.arange(16))
+    captions = [own[0] for own in trained.valid_pictures.captions]
     with torch.no_grad():
         raw = pipeline.autoencoder.raw_latents(pixels)[0]
         codes = pipeline.autoencoder.codes(raw).indices.flatten(1)
         logits = pipeline.latent_generator(codes, *pipeline.encode_prompt(captions))
     nats = -logits.log_softmax(-1).gather(-1, codes[..., None]).mean((1, 2))
     scores = stages.read_contract(run / "autoregressive" / "final")["scores"]
-    assert scores["loss"] == pytest.approx(float(nats.mean()), rel=1e-4)
+    # a latent midway between two codes may go to either, by how its batch was rounded
+    assert scores["loss"] == pytest.approx(float(nats.mean()), rel=1e-3)
     assert scores["bits_per_code"] == pytest.approx(scores["loss"] / math.log(2))
     assert scores["bits_per_dimension"] == pytest.approx(scores["bits_per_code"] / 4)
     assert scores["loss"] < math.log(32) + 0.1  # a guess among all codes
@@ -88,25 +90,23 @@ def test_what_has_no_codes_or_hardly_any_is_refused(smoke_run, run, tmp_path, ca
     assert "its code book has collapsed: perplexity 1.0 of 32 codes, expected at least 4; train it again" in line
 
 
-def test_a_cache_that_changes_codes_is_refused(run, tmp_path, capsys):
-    """Of two codes beside each other float16 tells the latents near the middle no longer apart."""
-
-    def in_pairs(book):
-        draws = torch.Generator().manual_seed(0)
-        book[16:] = book[:16] + 1e-3 * book.std() * torch.randn(book[:16].shape, generator=draws)
-
-    close = with_codes(run, tmp_path / "close", in_pairs)
-    assert launch("autoregressive", close, "--cache_dtype", "float16") == 2
+def test_a_cache_that_changes_codes_is_refused(smoke_run, tmp_path, capsys, monkeypatch):
+    """Of thousands of codes some are so near to each other that float16 tells them no longer apart; float32 does."""
+    monkeypatch.setattr(task, "MOVED", 0.0)
+    shutil.copytree(smoke_run / "text_encoder", tmp_path / "text_encoder")
+    many = ["--config", str(SMOKE / "autoencoder_vq.yaml"), "--model.network.num_vq_embeddings", "8192"]
+    assert launch("autoencoder", tmp_path, *many, "--steps", "1") == 0
+    assert launch("autoregressive", tmp_path, "--cache_dtype", "float16") == 2
     assert "cache_dtype float16: " in (line := error_line(capsys.readouterr().err)) and "expected float32" in line
-    assert launch("autoregressive", close, "--steps", "1") == 0
+    assert launch("autoregressive", tmp_path, "--steps", "1") == 0
 
 
-def test_pixel_by_pixel_in_colours_that_stand_for_the_pictures(smoke_run, run, tmp_path, capsys):
+def test_pixel_by_pixel_in_colours_that_stand_for_the_pictures(smoke_run, tmp_path, capsys):
     pixels = tmp_path / "pixels"
     shutil.copytree(smoke_run / "text_encoder", pixels / "text_encoder")
     assert launch("autoencoder", pixels, "--config", str(SMOKE / "autoencoder_small_picture.yaml"), "--steps", "2") == 0
-    assert launch("autoregressive", pixels, "--palette", "500") == 2
-    assert "palette 500: the training pictures have " in error_line(capsys.readouterr().err)
+    assert launch("autoregressive", pixels, "--palette", "5000") == 2
+    assert "palette 5000: the training pictures have " in error_line(capsys.readouterr().err)
     assert launch("autoregressive", pixels, "--palette", "12", "--steps", "2") == 0
     pipeline = Pipeline.from_run(pixels, predictor="autoregressive")
     pipeline.set_progress_bar_config(disable=True)
@@ -122,7 +122,7 @@ def test_pixel_by_pixel_in_colours_that_stand_for_the_pictures(smoke_run, run, t
     means = torch.stack([vectors[nearest == number].mean(0) for number in range(12)])
     torch.testing.assert_close(means, colours, rtol=0, atol=2e-2)
     assert (vectors - colours[nearest]).square().mean() < 0.1  # of values of variance 1
-    assert launch("autoregressive", run, "--palette", "12") == 2
+    assert launch("autoregressive", prepared("autoregressive", smoke_run, tmp_path / "vq"), "--palette", "12") == 2
     line = error_line(capsys.readouterr().err)
     assert "is of kind vq, whose latents are no colours for palette 12; expected kind small_picture" in line
 
