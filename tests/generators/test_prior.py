@@ -82,13 +82,12 @@ def decoded_by_hand(pipeline, embeddings, draw, scale):
     body, prior = pipeline.latent_generator.body, pipeline.latent_generator.prior.network
     words, mask = pipeline.null_condition(len(draw))
     dim, txt_in = words.shape[2], body.txt_in
-    standardised = (embeddings - prior.clip_mean) / prior.clip_std
-    of_words, *others = txt_in.weight.split([dim, *[dim, 1] * 4], dim=1)
+    of_words, of_embedding, of_presence = txt_in.weight.split([dim, dim, 1], dim=1)
     tokens = words @ of_words.T + txt_in.bias
-    projected = [standardised @ own.T + alone[:, 0] for own, alone in zip(others[::2], others[1::2], strict=True)]
-    present = torch.stack(projected, dim=1) + txt_in.bias  # four tokens
+    standardised = (embeddings - prior.clip_mean) / prior.clip_std
+    present = (standardised @ of_embedding.T + of_presence[:, 0] + txt_in.bias)[:, None]
     absent = txt_in.bias.expand_as(present)
-    mask = torch.cat([torch.ones(len(draw), 4, dtype=torch.bool), mask], dim=1)
+    mask = torch.cat([torch.ones(len(draw), 1, dtype=torch.bool), mask], dim=1)
 
     scheduler, x = FlowMatchEulerDiscreteScheduler(), draw
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 3, 3))
@@ -150,7 +149,7 @@ def test_without_the_embedding_the_decoder_reads_zeros(pipeline):
     kept, left_out = generator.condition(prompt, embeddings), generator.condition(prompt, None)
     for found, first, second in zip(mixed, kept, left_out, strict=True):
         assert torch.equal(found[0], first[0]) and torch.equal(found[1], second[1])
-    assert not left_out[0][:, :4].any() and kept[1][:, :4].all() and torch.equal(kept[1][:, 4:], prompt[1])
+    assert not left_out[0][:, 0].any() and kept[1][:, 0].all() and torch.equal(kept[1][:, 1:], prompt[1])
 
 
 def test_pictures_are_scaled_to_the_tower(pipeline):

@@ -27,7 +27,7 @@ from sd_mini.text_encoder.matcher import Matcher
 from training.engine import launch
 from training.engine.learner import Player
 from training.generators.one_pass import OnePassNetwork, on_cpu
-from training.generators.prior.losses import PriorObjective, embedding_statistics
+from training.generators.prior.losses import PriorObjective
 from training.generators.task import GeneratorConfig, GeneratorTask
 from training.noise_predictor.data import cached_of_pictures
 from training.noise_predictor.losses import answer_and_target
@@ -78,8 +78,6 @@ class PriorConfig(GeneratorConfig):
     """fraction of samples on which the decoder is not given the embedding"""
     network: OnePassNetwork = OnePassNetwork()
     """the decoder's"""
-    embedding_tokens: int = Field(4, ge=1)
-    """tokens of the decoder's prompt that the embedding is projected to"""
     prior: PriorNetwork = PriorNetwork()
     times: TimeConfig = TimeConfig()
     """the decoder's noise levels in training, and the weights of its errors"""
@@ -108,7 +106,6 @@ class PriorTask(GeneratorTask):
             prior_network=config.prior.model_dump(),
             matcher={k: v for k, v in matcher.config.items() if k[0] != "_"} if is_own else None,
             tower_size=self.text.contract["resolution"],
-            embedding_tokens=config.embedding_tokens,
             **config.sampling.model_dump(),
         )
         if network.tower is not None:
@@ -130,9 +127,7 @@ class PriorTask(GeneratorTask):
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> PriorObjective:
         self.embeddings = self._embeddings(network, pictures)
         self.valid_embeddings = self._embeddings(network, self.valid_pictures)
-        mean, std = embedding_statistics(torch.from_numpy(self.embeddings[:]).float())
-        network.prior.network.clip_mean.copy_(mean)
-        network.prior.network.clip_std.copy_(std)
+        network.prior.set_statistics(torch.from_numpy(self.embeddings[:]).float())
         return PriorObjective(network, self.config.times)
 
     def _embeddings(self, network: PriorGenerator, pictures: CaptionedPictures) -> Rows:
