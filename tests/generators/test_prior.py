@@ -1,5 +1,7 @@
 """DALL-E 2's two steps by stock parts: diffusers' PriorTransformer and samplers on the same weights, and variations."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,10 @@ from sd_mini.cli import commands as cli
 from sd_mini.config import read
 from sd_mini.errors import UserError
 from sd_mini.files import read_json
-from sd_mini.generators.prior import PriorGenerator
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.editing import picture, seeded
 from tests.support.launching import SMOKE, error_line, launch, prepared
+from tests.text_encoder.test_open_clip import save_model
 from training.generators.prior.task import PriorConfig, PriorTask
 
 PROMPTS = ["a red circle", "a small blue square above a large green cross"]
@@ -198,12 +200,20 @@ def test_another_family_is_refused_and_a_prompt_with_a_picture_is_shown_the_way(
     assert "varies a picture without a prompt: ImageVariationPipeline" in error_line(capsys.readouterr().err)
 
 
-def test_a_prior_without_a_tower_takes_embeddings_alone():
-    fields = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 1, "mlp_ratio": 2.0}
-    prior = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-    generator = PriorGenerator("prior", (4, 4, 4), 5, 16, "prx", fields, prior)
+def test_over_a_frozen_tower_embeddings_are_varied_and_no_pictures(smoke_run, tmp_path, capsys):
+    name, run = save_model(tmp_path / "model"), tmp_path / "run"
+    shutil.copytree(smoke_run / "autoencoder", run / "autoencoder")
+    assert launch("text_encoder", run, "--tower.name", name, "--train.steps", "2", "--log_with", "none") == 0
+    few = ["--train.steps", "2", "--log_with", "none"]
+    assert launch("prior", run, *few) == 2
+    assert "tower.name None: stage 1 was trained with the features of a frozen tower" in error_line(
+        capsys.readouterr().err
+    )
+    assert launch("prior", run, *few, "--tower.name", name) == 0
+    variations = ImageVariationPipeline.from_run(run, "prior")
     with pytest.raises(UserError, match="give image_embeddings instead"):
-        generator.embed(torch.zeros(1, 3, 32, 32))
+        variations(picture())
+    assert len(variations(image_embeddings=normalize(torch.randn(2, 32), dim=1)).images) == 2
 
 
 def test_stage_1_has_to_bring_the_tower_that_is_named(prior_run, tmp_path):

@@ -5,6 +5,7 @@ accelerate launch -m training.generators.prior --config training/configs/shapes/
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from sd_mini.data.arrays import Buckets
 from sd_mini.data.batches import Batch, Rows, generator
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.diffusion.objective import TimeConfig
+from sd_mini.draws import normals
 from sd_mini.errors import UserError
 from sd_mini.generators.prior import PRIOR, PriorGenerator
 from sd_mini.processes import process_device
@@ -127,7 +129,11 @@ class PriorTask(GeneratorTask):
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> PriorObjective:
         self.embeddings = self._embeddings(network, pictures)
         self.valid_embeddings = self._embeddings(network, self.valid_pictures)
-        network.prior.set_statistics(torch.from_numpy(self.embeddings[:]).float())
+        every = self.embeddings[:]
+        self.identity["picture_embeddings"] = hashlib.sha256(
+            every.tobytes()
+        ).hexdigest()  # a frozen tower's weights are a file
+        network.prior.set_statistics(torch.from_numpy(every).float())
         return PriorObjective(network, self.config.times)
 
     def _embeddings(self, network: PriorGenerator, pictures: CaptionedPictures) -> Rows:
@@ -182,8 +188,7 @@ class PriorTask(GeneratorTask):
             embeddings = torch.from_numpy(self.valid_embeddings[part]).float().to(device)
 
             condition = network.condition(prompt, embeddings)
-            draws = [generator(0, int(i), "noise") for i in part]
-            noise = torch.stack([torch.randn(*self.latent_shape, generator=draw) for draw in draws]).to(device)
+            noise = normals(self.latent_shape, [generator(0, int(i), "noise") for i in part]).to(device)
             errors = []
             for level in VALID_TIMESTEPS:
                 inputs = latents, noise, torch.full((len(part),), level, device=device)
