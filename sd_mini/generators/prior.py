@@ -66,6 +66,11 @@ class EmbeddingPrior(nn.Module):
         text = self.text_embeddings(*prompt).detach()  # which has a loss of its own
         return self.network(hidden_states, timestep, text, *prompt, return_dict=False)
 
+    def set_statistics(self, embeddings: Tensor) -> None:
+        """Measure those of the training pictures, (N, D)."""
+        self.network.clip_mean.copy_(embeddings.mean(0, keepdim=True))
+        self.network.clip_std.copy_(embeddings.std(0, keepdim=True).clamp(min=1e-6))
+
     def standardised(self, embeddings: Tensor) -> Tensor:
         """Embeddings (B, D) of length 1 => with mean 0 and standard deviation 1 by channel."""
         return (embeddings - self.network.clip_mean) / self.network.clip_std
@@ -100,7 +105,6 @@ class PriorGenerator(LatentGenerator):
         prior_network: dict[str, Any] | None = None,
         matcher: dict[str, Any] | None = None,
         tower_size: int = 64,
-        embedding_tokens: int = 4,
         candidates: int = 2,
         prior_steps: int = 10,
         prior_guidance: float = 1.0,
@@ -109,27 +113,23 @@ class PriorGenerator(LatentGenerator):
     ):
         super().__init__()
         self.prior = EmbeddingPrior(length, dim, dict(prior_network or {}))
-        # a word (D) and each of the embedding's tokens (D + 1) have columns of their own in the first layer's weights
-        width = dim + embedding_tokens * (dim + 1)
-        self.body = build(kind, dict(network or {}), tuple(latent_shape), width)
+        # words (D) and the embedding (D + 1) have columns of their own in the first layer's weights
+        self.body = build(kind, dict(network or {}), tuple(latent_shape), 2 * dim + 1)
         self.tower = None if matcher is None else Matcher(**matcher).requires_grad_(False)
 
     def condition(self, prompt: Condition, embeddings: Tensor | None, is_kept: Tensor | None = None) -> Condition:
-        """A prompt and embeddings (B, D) => what the decoder reads, (B, T + L, D + T (D + 1)), (B, T + L).
+        """A prompt and embeddings (B, D) => what the decoder reads, (B, L + 1, 2 D + 1), (B, L + 1).
 
-        The embedding is projected to T more tokens of the prompt (sec. 2.1), by the decoder's own first layer; without
-        one, and where `is_kept` (B,) is 0, these are zeros.
+        The embedding is one more token of the prompt (sec. 2.1), standardised, with a 1; without one, and where
+        `is_kept` (B,) is 0, zeros.
         """
-        (words, mask), dim, count = prompt, self.config.dim, self.config.embedding_tokens
-        tokens = words.new_zeros(len(words), count, dim + count * (dim + 1))
+        (words, mask), dim = prompt, self.config.dim
+        token = words.new_zeros(len(words), 1, 2 * dim + 1)
         if embeddings is not None:
             present = words.new_ones(len(words), 1) if is_kept is None else is_kept[:, None].to(words.dtype)
             standardised = self.prior.standardised(embeddings).to(words.dtype)
-            of_all = torch.cat([standardised, torch.ones_like(present)], dim=1) * present
-            # token i has its values in the i-th of `count` blocks of columns, zeros in the others
-            blocks = torch.eye(count, dtype=words.dtype, device=words.device)[..., None] * of_all[:, None, None]
-            tokens[..., dim:] = blocks.flatten(2)
-        return torch.cat([tokens, pad(words, (0, count * (dim + 1)))], dim=1), pad(mask, (count, 0), value=True)
+            token[:, 0, dim:] = torch.cat([standardised, torch.ones_like(present)], dim=1) * present
+        return torch.cat([token, pad(words, (0, dim + 1))], dim=1), pad(mask, (1, 0), value=True)
 
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
         return self.decode(prompt, self.draw_embeddings(prompt, null, draws), null, draws, guidance)

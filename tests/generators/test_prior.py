@@ -1,5 +1,7 @@
 """DALL-E 2's two steps by stock parts: diffusers' PriorTransformer and samplers on the same weights, and variations."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,10 @@ from sd_mini.cli import commands as cli
 from sd_mini.config import read
 from sd_mini.errors import UserError
 from sd_mini.files import read_json
-from sd_mini.generators.prior import PriorGenerator
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.editing import picture, seeded
 from tests.support.launching import SMOKE, error_line, launch, prepared
+from tests.text_encoder.test_open_clip import save_model
 from training.generators.prior.task import PriorConfig, PriorTask
 
 PROMPTS = ["a red circle", "a small blue square above a large green cross"]
@@ -82,13 +84,12 @@ def decoded_by_hand(pipeline, embeddings, draw, scale):
     body, prior = pipeline.latent_generator.body, pipeline.latent_generator.prior.network
     words, mask = pipeline.null_condition(len(draw))
     dim, txt_in = words.shape[2], body.txt_in
-    standardised = (embeddings - prior.clip_mean) / prior.clip_std
-    of_words, *others = txt_in.weight.split([dim, *[dim, 1] * 4], dim=1)
+    of_words, of_embedding, of_presence = txt_in.weight.split([dim, dim, 1], dim=1)
     tokens = words @ of_words.T + txt_in.bias
-    projected = [standardised @ own.T + alone[:, 0] for own, alone in zip(others[::2], others[1::2], strict=True)]
-    present = torch.stack(projected, dim=1) + txt_in.bias  # four tokens
+    standardised = (embeddings - prior.clip_mean) / prior.clip_std
+    present = (standardised @ of_embedding.T + of_presence[:, 0] + txt_in.bias)[:, None]
     absent = txt_in.bias.expand_as(present)
-    mask = torch.cat([torch.ones(len(draw), 4, dtype=torch.bool), mask], dim=1)
+    mask = torch.cat([torch.ones(len(draw), 1, dtype=torch.bool), mask], dim=1)
 
     scheduler, x = FlowMatchEulerDiscreteScheduler(), draw
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 3, 3))
@@ -150,7 +151,7 @@ def test_without_the_embedding_the_decoder_reads_zeros(pipeline):
     kept, left_out = generator.condition(prompt, embeddings), generator.condition(prompt, None)
     for found, first, second in zip(mixed, kept, left_out, strict=True):
         assert torch.equal(found[0], first[0]) and torch.equal(found[1], second[1])
-    assert not left_out[0][:, :4].any() and kept[1][:, :4].all() and torch.equal(kept[1][:, 4:], prompt[1])
+    assert not left_out[0][:, 0].any() and kept[1][:, 0].all() and torch.equal(kept[1][:, 1:], prompt[1])
 
 
 def test_pictures_are_scaled_to_the_tower(pipeline):
@@ -199,12 +200,20 @@ def test_another_family_is_refused_and_a_prompt_with_a_picture_is_shown_the_way(
     assert "varies a picture without a prompt: ImageVariationPipeline" in error_line(capsys.readouterr().err)
 
 
-def test_a_prior_without_a_tower_takes_embeddings_alone():
-    fields = {"patch_size": 2, "hidden_size": 32, "num_heads": 2, "depth": 1, "mlp_ratio": 2.0}
-    prior = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
-    generator = PriorGenerator("prior", (4, 4, 4), 5, 16, "prx", fields, prior)
+def test_over_a_frozen_tower_embeddings_are_varied_and_no_pictures(smoke_run, tmp_path, capsys):
+    name, run = save_model(tmp_path / "model"), tmp_path / "run"
+    shutil.copytree(smoke_run / "autoencoder", run / "autoencoder")
+    assert launch("text_encoder", run, "--tower.name", name, "--train.steps", "2", "--log_with", "none") == 0
+    few = ["--train.steps", "2", "--log_with", "none"]
+    assert launch("prior", run, *few) == 2
+    assert "tower.name None: stage 1 was trained with the features of a frozen tower" in error_line(
+        capsys.readouterr().err
+    )
+    assert launch("prior", run, *few, "--tower.name", name) == 0
+    variations = ImageVariationPipeline.from_run(run, "prior")
     with pytest.raises(UserError, match="give image_embeddings instead"):
-        generator.embed(torch.zeros(1, 3, 32, 32))
+        variations(picture())
+    assert len(variations(image_embeddings=normalize(torch.randn(2, 32), dim=1)).images) == 2
 
 
 def test_stage_1_has_to_bring_the_tower_that_is_named(prior_run, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from sd_mini.diffusion.objective import TimeConfig
@@ -52,8 +51,3 @@ class PriorObjective(nn.Module):
         text = (network.prior.text_embeddings(*prompt).float() - standardised).square().mean(1)
         metrics = {"decoder": errors.mean(), "prior": prior.mean(), "text": text.mean()}
         return decoder + prior + text, {name: value.detach() for name, value in metrics.items()}
-
-
-def embedding_statistics(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, D) => mean and standard deviation by channel, (1, D) each."""
-    return embeddings.mean(0, keepdim=True), embeddings.std(0, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)

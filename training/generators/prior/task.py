@@ -5,6 +5,7 @@ accelerate launch -m training.generators.prior --config training/configs/shapes/
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from sd_mini.data.arrays import Buckets
 from sd_mini.data.batches import Batch, Rows, generator
 from sd_mini.data.captioned import CaptionedPictures
 from sd_mini.diffusion.objective import TimeConfig
+from sd_mini.draws import normals
 from sd_mini.errors import UserError
 from sd_mini.generators.prior import PRIOR, PriorGenerator
 from sd_mini.processes import process_device
@@ -27,7 +29,7 @@ from sd_mini.text_encoder.matcher import Matcher
 from training.engine import launch
 from training.engine.learner import Player
 from training.generators.one_pass import OnePassNetwork, on_cpu
-from training.generators.prior.losses import PriorObjective, embedding_statistics
+from training.generators.prior.losses import PriorObjective
 from training.generators.task import GeneratorConfig, GeneratorTask
 from training.noise_predictor.data import cached_of_pictures
 from training.noise_predictor.losses import answer_and_target
@@ -78,8 +80,6 @@ class PriorConfig(GeneratorConfig):
     """fraction of samples on which the decoder is not given the embedding"""
     network: OnePassNetwork = OnePassNetwork()
     """the decoder's"""
-    embedding_tokens: int = Field(4, ge=1)
-    """tokens of the decoder's prompt that the embedding is projected to"""
     prior: PriorNetwork = PriorNetwork()
     times: TimeConfig = TimeConfig()
     """the decoder's noise levels in training, and the weights of its errors"""
@@ -108,7 +108,6 @@ class PriorTask(GeneratorTask):
             prior_network=config.prior.model_dump(),
             matcher={k: v for k, v in matcher.config.items() if k[0] != "_"} if is_own else None,
             tower_size=self.text.contract["resolution"],
-            embedding_tokens=config.embedding_tokens,
             **config.sampling.model_dump(),
         )
         if network.tower is not None:
@@ -130,9 +129,11 @@ class PriorTask(GeneratorTask):
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> PriorObjective:
         self.embeddings = self._embeddings(network, pictures)
         self.valid_embeddings = self._embeddings(network, self.valid_pictures)
-        mean, std = embedding_statistics(torch.from_numpy(self.embeddings[:]).float())
-        network.prior.network.clip_mean.copy_(mean)
-        network.prior.network.clip_std.copy_(std)
+        every = self.embeddings[:]
+        self.identity["picture_embeddings"] = hashlib.sha256(
+            every.tobytes()
+        ).hexdigest()  # a frozen tower's weights are a file
+        network.prior.set_statistics(torch.from_numpy(every).float())
         return PriorObjective(network, self.config.times)
 
     def _embeddings(self, network: PriorGenerator, pictures: CaptionedPictures) -> Rows:
@@ -187,8 +188,7 @@ class PriorTask(GeneratorTask):
             embeddings = torch.from_numpy(self.valid_embeddings[part]).float().to(device)
 
             condition = network.condition(prompt, embeddings)
-            draws = [generator(0, int(i), "noise") for i in part]
-            noise = torch.stack([torch.randn(*self.latent_shape, generator=draw) for draw in draws]).to(device)
+            noise = normals(self.latent_shape, [generator(0, int(i), "noise") for i in part]).to(device)
             errors = []
             for level in VALID_TIMESTEPS:
                 inputs = latents, noise, torch.full((len(part),), level, device=device)
