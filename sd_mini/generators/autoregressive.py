@@ -81,11 +81,12 @@ class AutoregressiveGenerator(LatentGenerator):
         past = self.decoder.start(rows, len(places), self.first, conditions)
         before, drawn = self.first.expand(rows, -1), []
         for cell, place in enumerate(places):
-            logits = (self.decoder.step(before + place, past) @ outputs).float()
+            hidden = self.decoder.step(before + place, past)
             if null is not None:
-                # classifier-free guidance of logits: LlamaGen, section 2.3
-                with_prompt, without = logits.chunk(2)
-                logits = without + guidance * (with_prompt - without)
+                # classifier-free guidance of the logits, which are linear in this: LlamaGen, section 2.3
+                with_prompt, without = hidden.chunk(2)
+                hidden = without + guidance * (with_prompt - without)
+            logits = (hidden @ outputs).float()
             code = drawn_codes(logits, numbers[:, cell], self.temperature, self.top_k)
             drawn.append(code)
             before = inputs[code].repeat(rows // batch, 1)
