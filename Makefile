@@ -31,7 +31,8 @@ demo: $(READY)
 
 # a test file a process, as many as JOBS at once
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# a thread each: of two processes on two cores, four threads would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(READY)
 	$(PYTEST) -m "not slow and not gpu"
