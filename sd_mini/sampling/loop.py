@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from sd_mini import noise_predictor
 from sd_mini.diffusion.flow_map import predict_average
 from sd_mini.diffusion.objective import STEPS, Process
-from sd_mini.draws import normals
 from sd_mini.errors import UserError
 from sd_mini.sampling.few_steps import FewSteps
 
@@ -287,8 +286,9 @@ def draws(
 ) -> Tensor:
     """N(0, I) on the CPU from one generator, or with a list row i from the i-th; each draws on its own device."""
     if generator is None or isinstance(generator, torch.Generator):
-        return normals(shape, [generator], dtype)[0]
-    return normals(shape[1:], generator, dtype)
+        device = "cpu" if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype).cpu()
+    return torch.stack([draws(shape[1:], one, dtype) for one in generator])
 
 
 def one_each(generator: Generators, batch: int) -> list[torch.Generator | None]:
