@@ -112,6 +112,6 @@ def drawn_codes(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_k
     if 0 < top_k < logits.shape[-1]:
         kept = logits.topk(top_k).indices
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
-    cumulative = (logits / temperature).double().softmax(-1).cumsum(-1)
+    cumulative = (logits / temperature).softmax(-1).double().cumsum(-1)
     # times the sum, which rounding leaves beside 1; right: a code of probability 0 has no number
     return torch.searchsorted(cumulative, numbers[:, None].double() * cumulative[:, -1:], right=True)[:, 0]
