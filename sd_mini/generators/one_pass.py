@@ -40,6 +40,10 @@ class OnePassGenerator(LatentGenerator):
         timesteps = torch.full((len(draw),), STEP, device=draw.device)
         return predict(self.body, draw, timesteps, prompt_embeds, prompt_mask)
 
+    @property
+    def noise_predictors(self) -> list[Any]:
+        return [self.body]
+
     def passes(self, guidance: float) -> int:
         return 1
 

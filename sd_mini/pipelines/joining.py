@@ -234,10 +234,13 @@ class JoinedPipeline(Adapters):
         self.register_modules(scheduler=scheduler)
 
     def accelerate(self) -> None:
-        """Make the noise predictor and the guide faster on a CPU, by C kernels for PRX, compiled here (seconds).
-        Where one stays as it is, a remark says why."""
-        for name in ("noise_predictor", "guide"):
-            if (network := getattr(self, name)) is not None and (reason := accelerate(network)) is not None:
+        """Make the noise predictor, the guide and what a generator has of their kind faster on a CPU, by C kernels for
+        PRX, compiled here (seconds). Where one stays as it is, a remark says why."""
+        generator = self.latent_generator
+        networks = [("noise_predictor", self.noise_predictor), ("guide", self.guide)]
+        networks += [] if generator is None else [("latent_generator", one) for one in generator.noise_predictors]
+        for name, network in networks:
+            if network is not None and (reason := accelerate(network)) is not None:
                 remark(f"{name}: not accelerated, {reason}")
 
     def load_lora(self, folder: str | Path) -> None:

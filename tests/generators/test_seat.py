@@ -7,11 +7,13 @@ import torch
 
 from sd_mini import png
 from sd_mini.cli import commands as cli
+from sd_mini.cpu.kernels import compiler
 from sd_mini.errors import UserError
 from sd_mini.pipelines.image_to_image import ImageToImagePipeline
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.editing import picture
 from tests.support.launching import error_line, launch, prepared
+from tests.support.system import missing
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,15 @@ def test_samplers_guides_pictures_and_adapters_are_refused(pipeline, gan_run, tm
         with pytest.raises(UserError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_accelerated_it_draws_the_same(pipeline):
+    if compiler() is None:
+        missing("no C compiler (cc); apt-get install gcc")
+    before = latents(pipeline, "a red circle", seeds(0))
+    pipeline.accelerate()
+    assert "forward" in vars(pipeline.latent_generator.body)
+    torch.testing.assert_close(latents(pipeline, "a red circle", seeds(0)), before, rtol=1e-3, atol=1e-4)
 
 
 def test_a_callback_has_one_step(pipeline):
