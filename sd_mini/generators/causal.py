@@ -44,7 +44,7 @@ class CausalDecoder(nn.Module):
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
-            # some hundred tokens: written-out products take a quarter of the time that torch's fused ones take on a CPU
+            # at some hundred tokens a CPU's update takes 0.6 of the time that it takes with torch's fused attention
             attn_implementation="eager",  # ty: ignore[unknown-argument]
         )
         self.decoder = LlamaModel(config)
