@@ -64,7 +64,7 @@ def test_it_is_the_network_at_each_picture_s_own_draw(pipeline):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_inference_steps": 8}, "num_inference_steps 8: a gan generator takes no denoising steps"),
+        ({"num_inference_steps": 8}, "num_inference_steps 8: a gan generator takes no such thing"),
         ({"guidance_scale": 3.0}, "guidance_scale 3: a gan generator draws without guidance"),
         ({"negative_prompt": "blue"}, "negative_prompt: a gan generator"),
         ({"guidance_interval": (0.2, 0.8)}, "guidance_interval"),
@@ -101,6 +101,15 @@ def test_accelerated_it_draws_the_same(pipeline):
     pipeline.accelerate()
     assert "forward" in vars(pipeline.latent_generator.body)
     torch.testing.assert_close(latents(pipeline, "a red circle", seeds(0)), before, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_offloaded_as_a_whole_and_stands_alone(pipeline, tiny_run):
+    for call in (pipeline.enable_sequential_cpu_offload, pipeline.enable_group_offload):
+        with pytest.raises(UserError, match="a gan generator is on its device as a whole"):
+            call()
+    other = Pipeline.from_run(tiny_run)
+    with pytest.raises(UserError, match=r"noise_predictor beside a latent_generator \(gan\)"):
+        Pipeline.from_pipe(other, latent_generator=pipeline.latent_generator)
 
 
 def test_a_callback_has_one_step(pipeline):
