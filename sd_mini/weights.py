@@ -56,7 +56,9 @@ def load_complete(
 
 
 # in a standalone folder our components name the file beside their weights, COMPONENT_FILE, instead of these
-LIBRARIES = {"TextAdapter": "sd_mini.text_encoder", "Autoencoder": "sd_mini.autoencoder"}
+LIBRARIES = {"TextAdapter": "sd_mini.text_encoder", "Autoencoder": "sd_mini.autoencoder"} | dict.fromkeys(
+    ("AutoregressiveGenerator", "NormalizingFlow", "OnePassGenerator", "PriorGenerator"), "sd_mini.generators"
+)
 COMPONENT_FILE = "stage"
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # options of a hub name
 

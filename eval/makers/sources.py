@@ -76,7 +76,8 @@ class Ours:
 
     def __init__(self, pipeline: Pipeline, folder: Path | None = None):
         pipeline.set_progress_bar_config(disable=True)
-        for network in (pipeline.noise_predictor, pipeline.guide):
+        own = [] if pipeline.latent_generator is None else pipeline.latent_generator.noise_predictors
+        for network in (pipeline.noise_predictor, pipeline.guide, *own):
             if network is not None:
                 accelerate(network)
         if pipeline.few_steps is not None:  # it cannot be guided, and carries its own sampler

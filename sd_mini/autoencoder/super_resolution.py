@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from sd_mini.draws import Draws, normals, seeded
+from sd_mini.errors import UserError
 
 _TIMES = 1000  # the network's times for the levels 0 to 1
 
@@ -24,6 +25,8 @@ class DiffusionEnlarger(nn.Module):
 
     def __init__(self, channels: int, factor: int, width: int, num_blocks: int, steps: int, augmentation: float):
         super().__init__()
+        if width < 8 or width % 8:
+            raise UserError(f"width {width}: expected a multiple of 8")
         self.factor, self.steps, self.augmentation = factor, steps, augmentation
         folded = channels * factor**2
         self.network = UNet2DModel(
@@ -51,7 +54,12 @@ class DiffusionEnlarger(nn.Module):
         return x
 
     def velocity(self, noised: Tensor, times: Tensor, small: Tensor, levels: Tensor) -> Tensor:
-        """x_t (B, C, H, W), t (B,), small pictures and the noise on them (B,) => n - x (B, C, H, W)."""
+        """x_t (B, C, H, W), t (B,), small pictures and the noise on them (B,) => n - x (B, C, H, W).
+
+        Raises UserError for small pictures with an odd side, which cannot be halved.
+        """
+        if any(side % 2 for side in small.shape[2:]):
+            raise UserError(f"small pictures of {tuple(small.shape[2:])}: expected even sides for this decoder")
         inputs = torch.cat([pixel_unshuffle(noised, self.factor), small], dim=1)
         predicted = self.network(inputs, _TIMES * times, class_labels=_TIMES * levels).sample
         return pixel_shuffle(predicted, self.factor)

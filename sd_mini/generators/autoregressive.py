@@ -30,6 +30,7 @@ class AutoregressiveGenerator(LatentGenerator):
     """
 
     is_guided = True
+    assignable = ("temperature", "top_k")
     codes: Tensor
 
     @register_to_config

@@ -30,6 +30,9 @@ class LatentGenerator(ModelMixin, ConfigMixin):
     use_of_image: ClassVar[str] = "draws from a prompt alone; leave it out, or join the run with a noise predictor"
     """what a call that starts from a picture is told"""
 
+    assignable: ClassVar[tuple[str, ...]] = ()
+    """fields that are attributes too, and may be assigned at any time"""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.__module__ = "sd_mini.generators"  # by which a saved pipeline names it, whatever file it is in
@@ -40,6 +43,16 @@ class LatentGenerator(ModelMixin, ConfigMixin):
     def family(self) -> str:
         """Its name in messages: autoregressive, gan, ..."""
         return self.config.family
+
+    @property
+    def noise_predictors(self) -> list[Any]:
+        """Its networks that are a noise predictor's, which `Pipeline.accelerate` makes faster on a CPU."""
+        return []
+
+    def save_config(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers', with what has been assigned since."""
+        self.register_to_config(**{name: getattr(self, name) for name in self.assignable})
+        super().save_config(*args, **kwargs)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raises UserError for latents of another shape than it draws."""

@@ -29,6 +29,7 @@ class NormalizingFlow(LatentGenerator):
     """
 
     is_guided = True
+    assignable = ("temperature",)
 
     @register_to_config
     def __init__(
@@ -85,14 +86,15 @@ class NormalizingFlow(LatentGenerator):
         latents = self.inverse(self.temperature * noise, prompt, null, guidance)
         return self.denoised(latents, prompt) if self.config.noise_std else latents
 
-    @torch.enable_grad()
     def denoised(self, latents: Tensor, prompt: Condition) -> Tensor:
         """Latents with noise => their mean without, by Tweedie's formula: x + s^2 grad log p(x | prompt).
 
         TarFlow, "Score based denoising".
         """
-        noised = latents.detach().requires_grad_()
-        (score,) = torch.autograd.grad(self.log_likelihoods(noised, *prompt).sum(), noised)
+        with torch.inference_mode(False), torch.enable_grad():
+            noised, tokens, mask = (tensor.detach().clone() for tensor in (latents, *prompt))
+            noised.requires_grad_()
+            (score,) = torch.autograd.grad(self.log_likelihoods(noised, tokens, mask).sum(), noised)
         return latents + self.config.noise_std**2 * score
 
     @torch.no_grad()

@@ -37,13 +37,18 @@ class OnePassGenerator(LatentGenerator):
 
     def forward(self, draw: Tensor, prompt_embeds: Tensor, prompt_mask: Tensor) -> Tensor:
         """A draw N(0, I) (B, C, h, w), prompt_embeds (B, L, D), prompt_mask (B, L) => latents (B, C, h, w)."""
+        if self.family == "regression":
+            draw = torch.zeros_like(draw)
         timesteps = torch.full((len(draw),), STEP, device=draw.device)
         return predict(self.body, draw, timesteps, prompt_embeds, prompt_mask)
+
+    @property
+    def noise_predictors(self) -> list[Any]:
+        return [self.body]
 
     def passes(self, guidance: float) -> int:
         return 1
 
     def sample(self, prompt: Condition, null: Condition | None, draws: Draws, guidance: float) -> Tensor:
-        shape = tuple(self.config.latent_shape)
-        draw = torch.zeros(len(draws), *shape) if self.family == "regression" else normals(shape, draws)
+        draw = normals(tuple(self.config.latent_shape), draws)
         return self(draw.to(self.device, self.dtype), *prompt)

@@ -160,6 +160,10 @@ class PriorGenerator(LatentGenerator):
         run = self._decoder_run(1.0 if null is None else guidance)
         return self._denoised(run, noise, self.condition(prompt, embeddings), away)
 
+    @property
+    def noise_predictors(self) -> list[Any]:
+        return [self.body]
+
     def passes(self, guidance: float) -> int:
         """Calls of prior and decoder that a picture takes, guided by that scale; a guided one counts twice."""
         runs = self._prior_run(guidance != 1), self._decoder_run(guidance)

@@ -126,7 +126,7 @@ class Request:
             ("negative_prompt", is_negative and not generator.is_guided),
         ):
             if is_given:
-                raise UserError(f"{name}: a {family} generator takes no denoising steps; leave it out")
+                raise UserError(f"{name}: a {family} generator takes no such thing; leave it out")
 
     def _check_autoguidance(self) -> None:
         if not self.autoguidance:

@@ -111,6 +111,11 @@ class JoinedPipeline(Adapters):
         self.few_steps = None if few_steps is None else check(FewSteps, few_steps, "few_steps")
         if self.few_steps is not None and self.few_steps.end_blocks and noise_predictor is not None:
             check_network(noise_predictor, self.few_steps.end_blocks)
+        if latent_generator is not None and (noise_predictor is not None or scheduler is not None):
+            given = "noise_predictor" if noise_predictor is not None else "scheduler"
+            raise UserError(
+                f"{given} beside a latent_generator ({latent_generator.family}): one of them draws; give None for it"
+            )
         if scheduler is not None:
             self.check_scheduler(scheduler)
         self.register_modules(
@@ -233,11 +238,30 @@ class JoinedPipeline(Adapters):
         self.check_scheduler(scheduler)
         self.register_modules(scheduler=scheduler)
 
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers'. Raises UserError with a generator of another family, which is on its device as a whole."""
+        self._check_whole("enable_sequential_cpu_offload")
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers'. Raises UserError with a generator of another family, which is on its device as a whole."""
+        self._check_whole("enable_group_offload")
+        super().enable_group_offload(*args, **kwargs)
+
+    def _check_whole(self, call: str) -> None:
+        if (generator := self.latent_generator) is not None:
+            raise UserError(
+                f"{call}: a {generator.family} generator is on its device as a whole; use enable_model_cpu_offload()"
+            )
+
     def accelerate(self) -> None:
-        """Make the noise predictor and the guide faster on a CPU, by C kernels for PRX, compiled here (seconds).
-        Where one stays as it is, a remark says why."""
-        for name in ("noise_predictor", "guide"):
-            if (network := getattr(self, name)) is not None and (reason := accelerate(network)) is not None:
+        """Make the noise predictor, the guide and what a generator has of their kind faster on a CPU, by C kernels for
+        PRX, compiled here (seconds). Where one stays as it is, a remark says why."""
+        generator = self.latent_generator
+        networks = [("noise_predictor", self.noise_predictor), ("guide", self.guide)]
+        networks += [] if generator is None else [("latent_generator", one) for one in generator.noise_predictors]
+        for name, network in networks:
+            if network is not None and (reason := accelerate(network)) is not None:
                 remark(f"{name}: not accelerated, {reason}")
 
     def load_lora(self, folder: str | Path) -> None:

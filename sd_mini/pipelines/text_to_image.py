@@ -319,7 +319,7 @@ class Pipeline(JoinedPipeline):
         """The network that draws the latents."""
         return self.noise_predictor if self.latent_generator is None else self.latent_generator
 
-    def _decode(self, latents: Tensor, output_type: str, draws: Draws) -> Any:
+    def _decode(self, latents: Tensor, output_type: str, draws: Draws | None = None) -> Any:
         pixels = self.autoencoder.decode(latents.to(self.autoencoder.dtype), self.tile, draws).float()
         if pixels.isnan().any():  # which would pass for a plausible black
             raise UserError("the decoded pictures hold NaN: the model has diverged; load an earlier checkpoint of it")

@@ -71,12 +71,18 @@ def test_without_generators_all_begin_at_the_noise_of_seed_0_and_tiles_are_refus
         autoencoder.decode(latents, tile=4)
 
 
+def test_small_pictures_that_cannot_be_halved_are_refused(network):
+    with pytest.raises(UserError, match=r"small pictures of \(5, 6\): expected even sides"):
+        network.decoder(torch.zeros(1, 3, 5, 6))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"enlarger": "gan"}, "enlarger: got 'gan', expected one of"),
         ({"steps": 0}, "steps 0, augmentation 0.2: expected at least 1"),
         ({"augmentation": 2.0}, "augmentation 2"),
+        ({"width": 20}, "width 20: expected a multiple of 8"),
     ],
 )
 def test_fields_that_cannot_be(fields, message):

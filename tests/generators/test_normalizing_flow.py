@@ -74,7 +74,8 @@ def test_its_noise_is_taken_away_as_bayes_does():
     that, given x, is (1 - s^2) x."""
     torch.manual_seed(0)
     network = NormalizingFlow(SHAPE, DIM, width=16, depths=(1, 1), heads=2, mlp_width=24, noise_std=0.5)
-    latents = network.draw(prompts(3), None, seeded(3))
+    with torch.inference_mode():
+        latents = network.draw(prompts(3), None, seeded(3))
     noise = network.to_latents(normals((4, 8), seeded(3)))
     torch.testing.assert_close(latents, 0.75 * noise)
 
@@ -116,6 +117,9 @@ def test_saved_it_is_the_same_and_bad_fields_are_refused(tmp_path):
     network.save_pretrained(tmp_path)
     loaded = NormalizingFlow.from_pretrained(tmp_path)
     assert torch.equal(loaded.draw(prompt, None, seeded(2)), network.draw(prompt, None, seeded(2)))
+    loaded.temperature = 0.5  # what is assigned is saved
+    loaded.save_pretrained(tmp_path / "again")
+    assert NormalizingFlow.from_pretrained(tmp_path / "again").temperature == 0.5
     loaded.temperature = -1
     with pytest.raises(UserError, match="temperature -1: expected at least 0"):
         loaded.draw(prompt, None, seeded(2))

@@ -7,11 +7,13 @@ import torch
 
 from sd_mini import png
 from sd_mini.cli import commands as cli
+from sd_mini.cpu.kernels import compiler
 from sd_mini.errors import UserError
 from sd_mini.pipelines.image_to_image import ImageToImagePipeline
 from sd_mini.pipelines.text_to_image import Pipeline
 from tests.support.editing import picture
 from tests.support.launching import error_line, launch, prepared
+from tests.support.system import missing
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_it_is_the_network_at_each_picture_s_own_draw(pipeline):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_inference_steps": 8}, "num_inference_steps 8: a gan generator takes no denoising steps"),
+        ({"num_inference_steps": 8}, "num_inference_steps 8: a gan generator takes no such thing"),
         ({"guidance_scale": 3.0}, "guidance_scale 3: a gan generator draws without guidance"),
         ({"negative_prompt": "blue"}, "negative_prompt: a gan generator"),
         ({"guidance_interval": (0.2, 0.8)}, "guidance_interval"),
@@ -90,6 +92,24 @@ def test_samplers_guides_pictures_and_adapters_are_refused(pipeline, gan_run, tm
         with pytest.raises(UserError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_accelerated_it_draws_the_same(pipeline):
+    if compiler() is None:
+        missing("no C compiler (cc); apt-get install gcc")
+    before = latents(pipeline, "a red circle", seeds(0))
+    pipeline.accelerate()
+    assert "forward" in vars(pipeline.latent_generator.body)
+    torch.testing.assert_close(latents(pipeline, "a red circle", seeds(0)), before, rtol=1e-3, atol=1e-4)
+
+
+def test_it_is_offloaded_as_a_whole_and_stands_alone(pipeline, tiny_run):
+    for call in (pipeline.enable_sequential_cpu_offload, pipeline.enable_group_offload):
+        with pytest.raises(UserError, match="a gan generator is on its device as a whole"):
+            call()
+    other = Pipeline.from_run(tiny_run)
+    with pytest.raises(UserError, match=r"noise_predictor beside a latent_generator \(gan\)"):
+        Pipeline.from_pipe(other, latent_generator=pipeline.latent_generator)
 
 
 def test_a_callback_has_one_step(pipeline):

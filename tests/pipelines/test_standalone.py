@@ -25,6 +25,7 @@ from sd_mini.files import MANIFEST, file_hash
 from sd_mini.pipelines import joining, standalone
 from tests.cli.test_cli import PROMPT, assert_refused
 from tests.pipelines.test_adapters import on_the_hub
+from tests.support.launching import launch, prepared
 
 SCRIPT = f"""
 import importlib.util, sys
@@ -60,16 +61,32 @@ def without_sd_mini(place):
     return place
 
 
-def test_stock_diffusers_makes_the_same_picture(folder, tmp_path):
+def run_apart(script, folder, place):
+    """A script beside which there is no sd_mini, on a standalone folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_"))}
-    environment |= {"PYTHONPATH": str(without_sd_mini(tmp_path / "packages")), "HF_HOME": str(tmp_path / "hf")}
-    (tmp_path / "a.py").write_text(SCRIPT)
-    (tmp_path / "sd_mini").mkdir()  # a folder that only happens to have the name
+    environment |= {"PYTHONPATH": str(without_sd_mini(place / "packages")), "HF_HOME": str(place / "hf")}
+    (place / "a.py").write_text(script)
+    (place / "sd_mini").mkdir()  # a folder that only happens to have the name
     # -S: no .pth file of this environment, which could name the checkout
     command = [sys.executable, "-S", "a.py", str(folder)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "packages that were not found" not in done.stderr
+
+
+def test_another_family_s_generator_goes_with_the_folder(smoke_run, tmp_path):
+    run = prepared("gan", smoke_run, tmp_path / "run")
+    assert launch("gan", run, "--log_with", "none") == 0
+    assert cli.main(["export", str(run), "--predictor", "gan", "--to", str(tmp_path / "folder")]) == 0
+    script = re.sub(", num_inference_steps=3", "", SCRIPT)
+    run_apart(script, tmp_path / "folder", tmp_path)
+    ours = Pipeline.from_pretrained(tmp_path / "folder")
+    expected = ours(PROMPT, generator=torch.Generator().manual_seed(1)).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(expected))
+
+
+def test_stock_diffusers_makes_the_same_picture(folder, tmp_path):
+    run_apart(SCRIPT, folder, tmp_path)
     ours = Pipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(1)
     expected = ours(PROMPT, num_inference_steps=3, generator=generator).images[0]

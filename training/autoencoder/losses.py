@@ -33,7 +33,7 @@ class Term(Config):
 
 
 OFF = Term(weight=0)
-SOFTNESS = 0.05  # squared distance over which a latent moves codes beside the nearest
+SOFTNESS = 0.05  # squared distance over which a latent moves unit codes beside the nearest
 
 
 class AutoencoderLossConfig(Config):
@@ -269,15 +269,13 @@ class AutoencoderObjective(nn.Module):
         return terms
 
     def _commitment(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Commitment and codebook loss, van den Oord et al. 2017, eq. 3, divided by beta = 0.25; and the codes used."""
+        """Commitment and codebook loss, van den Oord et al. 2017, eq. 3, divided by beta = 0.25, by soft assignment
+        where the codes are of length 1; and the codes used."""
         codes = self.autoencoder.codes(latents)
         to_codes = (latents - codes.vectors.detach()).square().mean((1, 2, 3))
-        # soft assignment: a code that is nearest to no latent still moves towards those that are near it
-        book = self.autoencoder.network.quantize.embedding.weight
-        cells = latents.detach().permute(0, 2, 3, 1).flatten(1, 2)
-        squares = cells.square().sum(-1, True) + book.square().sum(-1) - 2 * cells @ book.T  # (B, h w, K)
-        weights = torch.softmax(-squares.detach() / SOFTNESS, dim=-1)
-        to_latents = (weights * squares).sum(-1).mean(1) / latents.shape[1]
+        to_latents = (codes.vectors - latents.detach()).square().mean((1, 2, 3))
+        if self.autoencoder.config.unit_codes:
+            to_latents = self._soft_distances(latents.detach().float())
         count, places = self.autoencoder.network.config.num_vq_embeddings, codes.indices.numel()
         frequencies = code_frequencies(codes.indices, count)
         most = min(count, places)  # that a pass can use
@@ -285,6 +283,15 @@ class AutoencoderObjective(nn.Module):
             "codes_used": (frequencies > 0).float().sum() / most,
             "code_perplexity": perplexity(frequencies) / most,
         }
+
+    def _soft_distances(self, latents: Tensor) -> Tensor:
+        """Squared distances of unit latents (B, C, h, w) from unit codes, weighed by how near they are, (B,): a code
+        that is nearest to no latent still moves towards those that are near it."""
+        book = self.autoencoder.network.quantize.embedding.weight.float()
+        with torch.autocast(latents.device.type, enabled=False):
+            squares = 2 - 2 * latents.flatten(2).transpose(1, 2) @ book.T  # (B, h w, K), of vectors of length 1
+        weights = torch.softmax(-squares.detach() / SOFTNESS, dim=-1)
+        return (weights * squares).sum(-1).mean(1) / latents.shape[1]
 
     def _equivariance(self, latents: Tensor, turned: Tensor, places: Tensor, w: dict[str, Tensor]) -> Tensor:
         """Kouzelis et al. 2025 (EQ-VAE), eq. 4: the decoded change of the latents is the change of the picture."""

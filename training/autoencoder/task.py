@@ -128,6 +128,11 @@ class AutoencoderTask:
         self.draws_pixels = autoencoder.draws_pixels
         if self.draws_pixels and (given := [t for t in ("adversarial", "equivariance") if getattr(loss, t).weight]):
             raise UserError(f"loss.{given[0]}: the decoder draws its pictures by diffusion, which has no use for it; 0")
+        if self.draws_pixels and (told := autoencoder.network.config.augmentation) > loss.latent_noise.weight:
+            raise UserError(
+                f"model.network.augmentation {told:g}: expected at most loss.latent_noise, which is "
+                f"{loss.latent_noise.weight:g}: no more noise was on the small pictures in training"
+            )
         teacher, self.taught_by = _teacher(config.model, autoencoder)
         perceptual = load_lpips(loss.lpips_network, loss.lpips_weights) if loss.lpips.weight else None
         discriminator = None

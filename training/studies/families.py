@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from sd_mini.cli.arguments import Parser, whole_number
-from sd_mini.config import check_choice, command
+from sd_mini.config import check_choice, command, read_yaml
 from sd_mini.errors import UserError
-from sd_mini.files import atomic_text, check_writable, read_json
+from sd_mini.files import atomic_text, check_writable, combined_hash, file_hash, read_json
 from sd_mini.progress import progress
 from sd_mini.stages.contract import kind_of, program_of, read_contract
 from training.studies import families_page, judged
@@ -56,7 +56,13 @@ def main(argv: Sequence[str]) -> None:
         kind: read_contract(options.run / kind / "final", kind)["hash"] for kind in ("text_encoder", "autoencoder")
     }
     check_writable(options.out / RESULTS)
+    recipes = {name: _recipe_hash(options, name) for name in options.only}
     found = _found(options.out / RESULTS, {"stages": stages, "seconds": options.seconds})
+    for name, digest in recipes.items():
+        if found["recipes"].setdefault(name, digest) != digest:
+            raise UserError(
+                f"{options.out / RESULTS}: holds {name} by another recipe; give another --out, or delete it"
+            )
     # one seed of all before the next: what is there at any time compares
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.only]
     jobs = [(name, seed) for name, seed in jobs if f"{name}/{seed}" not in found["rows"]]
@@ -75,10 +81,18 @@ def main(argv: Sequence[str]) -> None:
 
 def _found(results: Path, what: dict[str, Any]) -> dict[str, Any]:
     """What is measured already. Raises UserError where that is over other stages, or in other seconds."""
-    found: Any = read_json(results) if results.is_file() else what | {"steps": {}, "rows": {}}
+    found: Any = read_json(results) if results.is_file() else what | {"recipes": {}, "steps": {}, "rows": {}}
     if (measured := {name: found[name] for name in what}) != what:
         raise UserError(f"{results}: holds families of {measured}, asked for {what}; give another --out, or delete it")
     return found
+
+
+def _recipe_hash(options: Any, name: str) -> str:
+    """Of the files that say how a family is trained. Raises UserError where one is missing."""
+    files = [options.recipes / f"{one}.yaml" for one in (name, FAMILIES[name].autoencoder) if one is not None]
+    for file in files:
+        read_yaml(file)
+    return combined_hash([file_hash(file) for file in files])
 
 
 def _save(options: Any, found: dict[str, Any]) -> None:
@@ -110,13 +124,24 @@ def _trained(options: Any, name: str, run: Path, *more: str) -> Path:
 
 
 def _steps(options: Any, name: str) -> int:
-    """Updates that fit into the seconds, by the pace of a short training."""
+    """Updates that fit into the seconds, by the pace of short trainings: of an adversary that begins later with it and
+    without."""
+    adversary = read_yaml(options.recipes / f"{name}.yaml").get("adversary") or {}
+    start, pace = adversary.get("start", 0), _pace(options, name, "pace")
+    if not start or start * pace >= options.seconds:
+        return max(1, round(options.seconds / pace))
+    later = _pace(options, name, "pace-with-adversary", "--adversary.start", "0")
+    return round(start + (options.seconds - start * pace) / later)
+
+
+def _pace(options: Any, name: str, folder: str, *more: str) -> float:
+    """Seconds an update."""
     steps, first = PACE
-    words = ["--train.steps", str(steps), "--train.log_every", str(first), "--train.seed", "1000"]
-    stage = _trained(options, name, options.out / f"{name}-pace", *words)
+    words = ["--train.steps", str(steps), "--train.log_every", str(first), "--train.seed", "1000", *more]
+    stage = _trained(options, name, options.out / f"{name}-{folder}", *words)
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     at = {row["step"]: row["seconds"] for row in rows if "seconds" in row}
-    return max(1, round(options.seconds * (steps - first) / (at[steps] - at[first])))
+    return (at[steps] - at[first]) / (steps - first)
 
 
 def _measured(options: Any, name: str, seed: int, steps: int) -> dict[str, Any]:

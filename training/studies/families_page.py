@@ -29,7 +29,8 @@ PROMPTS = (
     "three orange triangles",
     "four blue circles",
 )
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t, two-sided, by the number of values
+# Student's t, two-sided, by the number of values
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 Row = Mapping[str, Any]
 
@@ -43,7 +44,7 @@ class Score(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> Score:
         n = len(values)
-        half = T_95.get(n, 2.0) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+        half = T_95.get(n, 2.26) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
         return cls(statistics.mean(values), half)
 
     def shown(self, digits: int = 1) -> str:
@@ -111,7 +112,7 @@ def write(rows: Mapping[str, Row], folders: Mapping[str, Path], out: Path, secon
         grids={name: _grid(pipeline) for name, pipeline in pipelines.items()},
         prompts=PROMPTS,
         seconds=seconds,
-        seeds=len({key.rsplit("/", 1)[1] for key in rows}),
+        seeds=min(sum(key.rsplit("/", 1)[0] == name for key in rows) for name in scores),
         batch=BATCH,
     )
     atomic_text(out / PAGE, page)

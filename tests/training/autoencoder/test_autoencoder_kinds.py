@@ -174,6 +174,10 @@ def test_a_stock_folder_can_be_the_start(tmp_path):
             ["--config", "SMOKE/autoencoder_super_resolution.yaml", "--loss.equivariance", "0.5"],
             "loss.equivariance: the decoder draws its pictures by diffusion",
         ),
+        (
+            ["--config", "SMOKE/autoencoder_super_resolution.yaml", "--loss.latent_noise", "0.05"],
+            "model.network.augmentation 0.1: expected at most loss.latent_noise, which is 0.05",
+        ),
         (["--config", "SMOKE/autoencoder_tiny.yaml", "--train.accumulation", "2"], "expected accumulation 1"),
         (["--config", "SMOKE/autoencoder_tiny.yaml", "--model.network.num_decoder_blocks", "[1]"], "cannot be built"),
         (["--loss", "{l1: 0, l2: {weight: 1, start: 2}}"], "expected a term of the picture"),

@@ -47,7 +47,7 @@ def test_two_processes_are_one_at_the_same_global_batch(trained, smoke_run, tmp_
 def test_steps_and_the_stages_of_another_family_are_refused(trained, smoke_run):
     family, run = trained
     pipeline = Pipeline.from_run(run, family)
-    with pytest.raises(UserError, match=f"num_inference_steps 8: a {family} generator takes no denoising steps"):
+    with pytest.raises(UserError, match=f"num_inference_steps 8: a {family} generator takes no such thing"):
         pipeline("a red circle", num_inference_steps=8)
     for drawer, other in ((run / family, smoke_run), (smoke_run / "noise_predictor", run)):
         if family == "autoregressive":  # alone over a vq autoencoder

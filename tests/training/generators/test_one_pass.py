@@ -165,5 +165,7 @@ def test_what_a_generator_of_one_pass_cannot_take_is_refused():
         check(OnePassConfig, {"guidance": 3.0}, "gan.yaml")
     with pytest.raises(UserError, match=r"data\.max_aspect 2: a generator of this family draws one shape"):
         check(OnePassConfig, {"data": {"source": "pictures", "max_aspect": 2.0}}, "gan.yaml")
+    with pytest.raises(UserError, match=r"adversary\.start 5: until then there is no loss"):
+        check(GanConfig, {"adversary": {"start": 5}}, "gan.yaml")
     with pytest.raises(UserError, match="weight"):
         check(GanConfig, {"adversary": {"weight": 0}}, "gan.yaml")

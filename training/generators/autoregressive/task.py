@@ -89,7 +89,8 @@ class AutoregressiveTask(GeneratorTask):
         if self.config.palette:
             return nearest_codes(latents, self.codes.to(latents.device))
         mean, std = (part.to(latents.device) for part in (autoencoder.mean, autoencoder.std))
-        return autoencoder.codes(latents * std + mean).indices.flatten(1)
+        book = autoencoder.network.quantize.embedding.weight.detach().to(latents.device)
+        return nearest_codes(latents * std + mean, book)
 
     def _check_codes(self, pictures: CaptionedPictures) -> None:
         """Raises UserError for a code book of which hardly anything is used, and for a cache that changes the codes."""

@@ -5,24 +5,26 @@ accelerate launch -m training.generators.gan --config training/configs/shapes/ga
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from sd_mini.data.captioned import CaptionedPictures
+from sd_mini.errors import UserError
 from sd_mini.generators.one_pass import OnePassGenerator
 from training.engine import launch
 from training.generators.adversary import AdversaryConfig
 from training.generators.one_pass import OnePassConfig, OnePassObjective, OnePassTask, energy_scores
 
-SIDES = 2, 4, None  # in cells, of the squares that the energy score compares; None: all of a picture
+# in cells, of the squares that the energy score compares, where they divide a picture; None: all of it
+SIDES = 2, 4, None
 
 
 class GanAdversaryConfig(AdversaryConfig):
     weight: float = Field(1.0, gt=0)
-    """of the adversarial term; there is no other"""
+    """of the adversarial term"""
 
 
 class GanConfig(OnePassConfig):
@@ -30,6 +32,14 @@ class GanConfig(OnePassConfig):
     energy: float = Field(0.0, ge=0)
     """weight of the energy score of two draws, the mean over squares of 2 and 4 cells and the whole: by it a generator
     learns what stands where from the first update on"""
+
+    @model_validator(mode="after")
+    def _always_a_loss(self) -> Self:
+        if not self.energy and self.adversary.start:
+            raise UserError(
+                f"adversary.start {self.adversary.start}: until then there is no loss; give energy above 0, or start 0"
+            )
+        return self
 
 
 class GanObjective(OnePassObjective):
@@ -57,7 +67,8 @@ class GanObjective(OnePassObjective):
         else:
             twice = (part.repeat(2, *[1] * (part.dim() - 1)) for part in prompt)
             drawn, second = self.network(torch.cat([draw, second_draw]), *twice).float().chunk(2)
-            scores = torch.stack([energy_scores(latents, drawn, second, side) for side in SIDES]).mean(0)
+            sides = [one for one in SIDES if one is None or not any(side % one for side in latents.shape[2:])]
+            scores = torch.stack([energy_scores(latents, drawn, second, side) for side in sides]).mean(0)
             losses, metrics = self.energy * scores, {"energy": scores.mean()}
         losses, adversarial = self.with_adversary(losses, latents, drawn, prompt, weight)
         return losses, metrics | adversarial

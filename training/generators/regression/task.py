@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sd_mini.data.captioned import CaptionedPictures
@@ -25,10 +24,10 @@ class RegressionObjective(OnePassObjective):
         weight: Tensor | None = None,
         **more: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (b, C, h, w), prompts => squared errors (b,), with the adversarial term where there is one. The draw
-        is not used: its place is zero."""
+        """Latents (b, C, h, w), prompts => squared errors (b,), with the adversarial term where there is one. The
+        network takes zeros for the draw."""
         prompt = prompt_embeds, prompt_mask
-        drawn = self.network(torch.zeros_like(draw), *prompt)
+        drawn = self.network(draw, *prompt)
         errors = (drawn - latents).square().mean((1, 2, 3))
         losses, metrics = self.with_adversary(errors, latents, drawn, prompt, weight)
         return losses, metrics | ({"error": errors.mean()} if metrics else {})
@@ -39,9 +38,6 @@ class RegressionTask(OnePassTask):
 
     def make_objective(self, network: Any, pictures: CaptionedPictures) -> RegressionObjective:
         return RegressionObjective(network, self.adversary.discriminator)
-
-    def sampled(self, objective: Any, draw: Tensor, prompt: tuple[Tensor, Tensor]) -> Tensor:
-        return objective.network(torch.zeros_like(draw), *prompt)
 
 
 main = launch.Program(OnePassConfig, "regression", lambda launched: RegressionTask(launched.config, launched.run))
