@@ -162,8 +162,10 @@ def words(name: str, scores: Mapping[str, Mapping[str, Score]], speed: Mapping[s
     lost = own[all_exact].mean - own["held-out pairs, %"].mean
     said = [
         f"{own[all_exact].shown()} % of the test prompts are drawn right, number {place} of {len(scores)}:",
-        f"{best} best ({kinds[best]:.1f} %), {worst} worst ({kinds[worst]:.1f} %).",
-        f"Pairs that were never shown in training cost it {lost:.1f} points.",
+        f"{best} best ({kinds[best]:.1f} %), {worst} worst ({kinds[worst]:.1f} %)."
+        if kinds[best] > kinds[worst]
+        else f"every kind alike ({kinds[best]:.1f} %).",
+        f"Pairs that were never shown in training cost it {max(lost, 0.0):.1f} points.",
         f"Within a prompt it varies {own['diversity within a prompt'].shown(2)} as much as the data do;"
         f" FD-mini is {own['FD-mini'].shown(3)}.",
     ]
