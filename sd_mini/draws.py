@@ -10,9 +10,9 @@ from torch import Tensor
 Draws = Sequence[torch.Generator | None]  # each picture's own; None draws from torch's
 
 
-def normals(shape: tuple[int, ...], draws: Draws, dtype: torch.dtype | None = None) -> Tensor:
+def normals(shape: tuple[int, ...], draws: Draws) -> Tensor:
     """N(0, I) on the CPU, (len(draws), *shape): row i from the i-th generator, which draws on its own device."""
-    return torch.stack([torch.randn(shape, generator=g, device=_device(g), dtype=dtype).cpu() for g in draws])
+    return torch.stack([torch.randn(shape, generator=g, device=_device(g)).cpu() for g in draws])
 
 
 def uniforms(shape: tuple[int, ...], draws: Draws) -> Tensor:
@@ -20,9 +20,9 @@ def uniforms(shape: tuple[int, ...], draws: Draws) -> Tensor:
     return torch.stack([torch.rand(shape, generator=g, device=_device(g)).cpu() for g in draws])
 
 
-def seeded(batch: int, seed: int = 0) -> Draws:
-    """A generator of that seed for each picture, so that all have the same draws."""
-    return [torch.Generator().manual_seed(seed) for _ in range(batch)]
+def alike(batch: int) -> Draws:
+    """A generator of seed 0 for each picture, so that all have the same draws."""
+    return [torch.Generator().manual_seed(0) for _ in range(batch)]
 
 
 def _device(generator: torch.Generator | None) -> torch.device | str:

@@ -7,7 +7,7 @@ from diffusers.models import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from sd_mini.draws import Draws, normals, seeded
+from sd_mini.draws import Draws, alike, normals
 from sd_mini.errors import UserError
 
 _TIMES = 1000  # the network's times for the levels 0 to 1
@@ -43,7 +43,7 @@ class DiffusionEnlarger(nn.Module):
 
     def forward(self, small: Tensor, draws: Draws | None = None) -> Tensor:
         """`draws`: each picture's generator; without, all begin at the same noise, that of seed 0."""
-        draws = seeded(len(small)) if draws is None else draws
+        draws = alike(len(small)) if draws is None else draws
         channels, height, width = small.shape[1:]
         x = normals((channels, self.factor * height, self.factor * width), draws).to(small)
         if self.augmentation:
