@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sd_mini.errors import UserError
 from sd_mini.files import CONTRACT, PIPELINE_MARK, read_json
 from sd_mini.progress import is_seen
-from sd_mini.stages.contract import GENERATOR, KINDS, kind_of, lineage, read_contract
+from sd_mini.stages.contract import GENERATOR, KINDS, exported_drawers, kind_of, lineage, read_contract
 
 if TYPE_CHECKING:
     from sd_mini.pipelines.text_to_image import Pipeline
@@ -49,8 +49,8 @@ def _check_current(run: Path, saved: Path) -> None:
     for kind in KINDS:
         final, digest = run / kind / "final", joined.get(kind)
         if kind == KINDS[2] and digest is None and GENERATOR in joined:  # its latents are drawn by another family
-            stage = (lineage(run, joined[GENERATOR]) or [None])[0]
-            if stage is None:
+            exported = [stage for stage in exported_drawers(run) if kind_of(stage) == GENERATOR]
+            if exported and not lineage(run, joined[GENERATOR]):
                 raise UserError(
                     f"{saved}: was joined from another generator than lies in {run}; join it again: sd-mini export "
                     f"{run}"

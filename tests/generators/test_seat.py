@@ -1,6 +1,7 @@
 """A pipeline whose latents are drawn by another generator than a noise predictor."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -136,6 +137,19 @@ def test_from_shell_to_picture_and_back(gan_run, tmp_path, capsys):
     assert "draws without guidance" in error_line(capsys.readouterr().err)
     assert cli.main(["inspect", run]) == 0
     assert "gan" in capsys.readouterr().out
+
+
+def test_a_run_s_pipeline_is_refused_beside_another_generator_and_outlives_its_own(gan_run, tmp_path, capsys):
+    run = shutil.copytree(gan_run, tmp_path / "run")
+    generate = ["generate", str(run), "a red circle", "--seed", "1", "--out", str(tmp_path / "a.png")]
+    assert cli.main(["export", str(run), "--predictor", "gan"]) == 0 and cli.main(generate) == 0
+    contract = run / "gan" / "final" / "stage.json"
+    contract.write_text(json.dumps({**json.loads(contract.read_text()), "hash": "0" * 64}))  # as if trained anew
+    capsys.readouterr()
+    assert cli.main(generate) == 2
+    assert "was joined from another generator than lies in" in error_line(capsys.readouterr().err)
+    shutil.rmtree(run / "gan")
+    assert cli.main(generate) == 0
 
 
 def test_a_generator_of_other_stages_is_refused(gan_run, tiny_run):
